@@ -1,0 +1,145 @@
+"""Processes: start and stop, rank, device, and the gathers. In one process every collective is the identity.
+
+B rows of this rank, W ranks, G = B · W rows of all ranks.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from misc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among all.
+
+    Attributes:
+        rank: 0 … world_size - 1; rank 0 writes files.
+        world_size: number of processes, each with one device.
+        device: what this process computes on.
+        note: a line for the log when the device is not the one that was asked for.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    note: str | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def processes(device: str | int, backend: str, url: str):
+    """Starts this process as one of torchrun's, or alone, and stops it in the end.
+
+    Args:
+        device: `auto` (a GPU where there is one), `cpu`, `cuda`, or the index of a GPU; under torchrun each process
+            takes the GPU of its local rank.
+        backend: `nccl` or `gloo`; processes on the CPU always use gloo.
+        url: where the processes meet (torchrun: `env://`).
+
+    Raises UserError when there are more processes than GPUs on this machine, or `cuda` without one.
+    """
+    distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not distributed:
+        chosen, note = _single_device(device)
+        _select(chosen)
+        yield Processes(0, 1, chosen, note)
+        return
+
+    chosen = _device_of_local_rank(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    _select(chosen)
+    dist.init_process_group(
+        backend if chosen.type == "cuda" else "gloo",
+        init_method=url,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        device_id=chosen if chosen.type == "cuda" and backend == "nccl" else None,
+    )
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _select(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _single_device(device: str | int) -> tuple[torch.device, str | None]:
+    gpus = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and gpus == 0):
+        return torch.device("cpu"), None
+    if device == "cuda" and gpus == 0:
+        raise UserError("device: cuda, but torch sees no GPU here: set device=cpu, or install torch for your GPU")
+    if isinstance(device, int) and device >= gpus:
+        # Published configurations name a GPU of their authors' machine; they shall run unchanged on any other.
+        fallback = torch.device("cuda", 0) if gpus else torch.device("cpu")
+        return fallback, f"device: {device} is not among the {gpus} GPUs of this machine; {fallback} is used instead"
+    return torch.device("cuda", device if isinstance(device, int) else 0), None
+
+
+def _device_of_local_rank(device: str | int, local_rank: int, local_world_size: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if device == "cpu" or (gpus == 0 and device != "cuda"):
+        return torch.device("cpu")
+    if local_world_size > gpus:
+        raise UserError(
+            f"{local_world_size} processes on a machine with {gpus} GPUs: start torchrun with "
+            f"--nproc_per_node={gpus or 1}, or set device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """Rows of all ranks; the gradient of a row is the sum of what every rank found for it ("global gradients")."""
+
+    @staticmethod
+    def forward(context, rows: Tensor) -> Tensor:
+        return _all_gather(rows)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own
+
+
+def gather(rows: Tensor) -> Tensor:
+    """(B, …) of this rank → (G, …) of all ranks, in rank order, with gradient to every rank; B is equal on all."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    return _GatherWithGradient.apply(rows)
+
+
+def gather_strided(rows: Tensor, total: int) -> Tensor:
+    """Puts together what was dealt out in turn: rank r holds items r, r + W, r + 2W, … of `total`.
+
+    Args:
+        rows: (n, …) this rank's items, n differing by at most one between ranks.
+        total: number of items of all ranks.
+
+    Returns: (total, …) in the original order, without gradient.
+    """
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    world_size = dist.get_world_size()
+    longest = -(-total // world_size)
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    gathered = _all_gather(padded).unflatten(0, (world_size, longest))
+    return gathered.transpose(0, 1).flatten(0, 1)[:total]
+
+
+def _all_gather(rows: Tensor) -> Tensor:
+    gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered

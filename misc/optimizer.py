@@ -1,0 +1,61 @@
+"""Parameter groups, AdamW, and the learning rate as a function of the step (SPEC section 6)."""
+
+import math
+
+import torch
+from torch import nn
+
+HEADS = ("masked_language_head.", "identity_classifier.")
+NORMS_AROUND_CROSS_ATTENTION = ("ln_pre_t.", "ln_pre_i.", "ln_post.")
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float, head_ratio: float) -> list[dict]:
+    """At most four groups for AdamW: with and without weight decay, towers and heads.
+
+    Biases, norms and anything with fewer than two dimensions are not decayed. The heads of MLM and ID learn
+    `head_ratio` times as fast, but for the three norms around the cross-attention, which the published code leaves at
+    the base rate.
+
+    Returns: groups with `params`, `names`, `weight_decay` and `lr_ratio`; frozen parameters are left out.
+    """
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        ratio = head_ratio if _is_fast(name) else 1.0
+        group = groups.setdefault(
+            (decay, ratio), {"params": [], "names": [], "weight_decay": decay, "lr_ratio": ratio}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _is_fast(name: str) -> bool:
+    head = next((head for head in HEADS if name.startswith(head)), None)
+    return head is not None and not name.removeprefix(head).startswith(NORMS_AROUND_CROSS_ATTENTION)
+
+
+def build_optimizer(groups: list[dict], *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; the learning rate is set before each step by `set_learning_rate`."""
+    settings = [{k: group[k] for k in ("params", "weight_decay", "lr_ratio")} for group in groups]
+    return torch.optim.AdamW(settings, lr=0.0, betas=tuple(betas), eps=eps, fused=True)
+
+
+def learning_rate(step: int, *, warmup_steps: int, total_steps: int, lr_start: float, lr: float, lr_end: float):
+    """Learning rate of iteration `step`, counted from 0 over the whole training.
+
+    Linear from `lr_start` to `lr` over the first `warmup_steps` (both ends included), then a cosine from `lr` towards
+    `lr_end`, which it would reach one step after the last.
+    """
+    if step < warmup_steps:
+        return lr_start + (lr - lr_start) * step / max(1, warmup_steps - 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return lr_end + (lr - lr_end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Gives every group its share of the learning rate `value`."""
+    for group in optimizer.param_groups:
+        group["lr"] = value * group["lr_ratio"]

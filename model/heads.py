@@ -1,0 +1,67 @@
+"""Heads that exist in training alone: SimCLR projector, masked-language head, identity classifier (SPEC sections 4, 5).
+
+B captions, L tokens, P image tokens, D width of the shared space, M tokens picked for masked language modelling.
+"""
+
+from torch import Tensor, nn
+
+from model.transformer import Attention, QuickGELU, Transformer
+
+HEAD_WIDTH = 64
+"""Channels of one attention head in the masked-language head, as in CLIP."""
+
+
+def simclr_projector(widths: list[int]) -> nn.Sequential:
+    """Linear – ReLU – Linear on the projected image feature (paper: 512, 128, 512)."""
+    into, hidden, out = widths
+    return nn.Sequential(nn.Linear(into, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+def identity_classifier(width: int, identities: int) -> nn.Linear:
+    """One linear layer over the training identities, drawn N(0, 0.001²)."""
+    classifier = nn.Linear(width, identities)
+    nn.init.normal_(classifier.weight, std=0.001)
+    nn.init.zeros_(classifier.bias)
+    return classifier
+
+
+class MaskedLanguageHead(nn.Module):
+    """Predicts masked tokens from the caption and the image: text queries the image, then `depth` transformer layers.
+
+    Parameter names are those of published checkpoints.
+    """
+
+    def __init__(self, *, width: int, depth: int, vocab_size: int):
+        super().__init__()
+        heads = max(1, width // HEAD_WIDTH)
+        self.cross_attn = Attention(width, heads)
+        self.cross_modal_transformer = Transformer(width, depth, heads)
+        self.ln_pre_t = nn.LayerNorm(width)
+        self.ln_pre_i = nn.LayerNorm(width)
+        self.ln_post = nn.LayerNorm(width)
+        self.mlm_head = nn.Sequential()
+        self.mlm_head.add_module("dense", nn.Linear(width, width))
+        self.mlm_head.add_module("gelu", QuickGELU())
+        self.mlm_head.add_module("ln", nn.LayerNorm(width))
+        self.mlm_head.add_module("fc", nn.Linear(width, vocab_size))
+        self.cross_modal_transformer.initialise()
+        nn.init.normal_(self.cross_attn.in_proj_weight, std=width**-0.5)
+        residual_deviation = width**-0.5 * (2 * depth) ** -0.5
+        nn.init.normal_(self.cross_attn.out_proj.weight, std=residual_deviation)
+        nn.init.normal_(self.mlm_head.dense.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.mlm_head.fc.weight, std=residual_deviation)
+
+    def forward(self, text_tokens: Tensor, image_tokens: Tensor, valid: Tensor, picked: Tensor) -> Tensor:
+        """Logits over the vocabulary for the picked tokens.
+
+        Args:
+            text_tokens: (B, L, D) text features of the masked captions.
+            image_tokens: (B, P + 1, D) image features.
+            valid: (B, L) bool, False for padding, which no token attends to: so padding changes nothing.
+            picked: (B, L) bool, the M tokens to predict.
+
+        Returns: (M, vocab_size), in the order of the picked tokens, row by row.
+        """
+        x = self.cross_attn.cross(self.ln_pre_t(text_tokens), self.ln_pre_i(image_tokens))
+        x = self.cross_modal_transformer(x, valid=valid)
+        return self.mlm_head(self.ln_post(x)[picked])

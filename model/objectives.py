@@ -1,0 +1,122 @@
+"""From the features of all ranks to named, weighted losses. Which losses are on is decided once, at construction."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import losses
+from model.tbps_clip import IGNORED_LABEL, Features
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """The weighted sum of SPEC section 5; a loss whose weight is 0 is off and computes nothing.
+
+    Attributes:
+        gather: (B, …) tensor of this rank → (G, …) of all ranks, in rank order, with gradient to every rank.
+        row_offset: row of the gathered tensors at which this rank's rows begin, divided by B (its rank).
+        nitc, ritc, citc, ss, mlm, identity: weights of N-ITC, R-ITC, C-ITC, SS-I, MLM and ID.
+        multi_view: N-ITC is the mean over two pool views (MVS-I).
+        ritc_epsilon: ε of R-ITC.
+        citc_in_modal, citc_cross_modal: λ1 and λ2 of C-ITC.
+        ss_temperature: temperature of NT-Xent.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+    rank: int = 0
+    nitc: float = 1.0
+    ritc: float = 1.0
+    citc: float = 0.1
+    ss: float = 0.4
+    mlm: float = 0.0
+    identity: float = 0.0
+    multi_view: bool = True
+    ritc_epsilon: float = 0.01
+    citc_in_modal: float = 0.25
+    citc_cross_modal: float = 0.25
+    ss_temperature: float = 0.1
+
+    @property
+    def needs_second_view(self) -> bool:
+        return self.multi_view and self.nitc > 0
+
+    @property
+    def needs_simclr_views(self) -> bool:
+        return self.ss > 0
+
+    @property
+    def needs_masked_captions(self) -> bool:
+        return self.mlm > 0
+
+    def __call__(
+        self,
+        features: Features,
+        identities: Tensor,
+        soft_label_ratio: float,
+        masked_labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted losses by name, 0-dim float32; their sum is what is trained.
+
+        Args:
+            features: of this rank's B rows.
+            identities: (B,) int64.
+            soft_label_ratio: α of N-ITC at this step.
+            masked_labels: (B, L) int64, -100 where nothing is predicted (MLM).
+        """
+        weighted = {}
+        image = F.normalize(features.image.float(), dim=1)
+        text = F.normalize(features.text.float(), dim=1)
+        all_images, all_texts = self.gather(image), self.gather(text)
+
+        if self.nitc > 0 or self.ritc > 0:
+            targets = losses.matching_distribution(identities, self.gather(identities))
+            logits = self._logits(features.scale, image, text, all_images, all_texts)
+        if self.nitc > 0:
+            loss = self._normalised(logits, targets, soft_label_ratio)
+            if self.multi_view:
+                second = F.normalize(features.second_image.float(), dim=1)
+                second_logits = self._logits(features.scale, second, text, self.gather(second), all_texts)
+                loss = (loss + self._normalised(second_logits, targets, soft_label_ratio)) / 2
+            weighted["nitc"] = self.nitc * loss
+        if self.ritc > 0:
+            image_to_text, text_to_image = (
+                losses.reversed_contrastive(direction, targets, self.ritc_epsilon) for direction in logits
+            )
+            weighted["ritc"] = self.ritc * (image_to_text + text_to_image) / 2
+        if self.citc > 0:
+            weighted["citc"] = self.citc * losses.cyclic_contrastive(
+                all_images, all_texts, self.citc_in_modal, self.citc_cross_modal
+            )
+        if self.ss > 0:
+            first, second = (F.normalize(view.float(), dim=1) for view in features.simclr)
+            weighted["ss"] = self.ss * losses.nt_xent(
+                first, second, self.gather(first), self.gather(second), self.rank * len(first), self.ss_temperature
+            )
+        if self.mlm > 0:
+            labels = masked_labels[masked_labels != IGNORED_LABEL]
+            count = self.gather(torch.tensor([float(len(labels))], device=labels.device)).mean()
+            weighted["mlm"] = self.mlm * losses.masked_language(features.masked_logits.float(), labels, count)
+        if self.identity > 0:
+            image_logits, text_logits = (logits.float() for logits in features.identity_logits)
+            weighted["id"] = self.identity * losses.identity(image_logits, text_logits, identities)
+        return weighted
+
+    @staticmethod
+    def _logits(scale: Tensor, image: Tensor, text: Tensor, all_images: Tensor, all_texts: Tensor):
+        """Scaled cosines, image to text and text to image, (B, G) each."""
+        return scale * image @ all_texts.T, scale * text @ all_images.T
+
+    @staticmethod
+    def _normalised(logits: tuple[Tensor, Tensor], targets: Tensor, soft_label_ratio: float) -> Tensor:
+        image_to_text, text_to_image = (
+            losses.normalised_contrastive(direction, targets, soft_label_ratio) for direction in logits
+        )
+        return (image_to_text + text_to_image) / 2
+
+
+def soft_label_ratio_at(step: int, steps_per_epoch: int, ratio: float) -> float:
+    """α of N-ITC: grows linearly from 0 over the first epoch, then stays at `ratio`."""
+    return ratio * min(1.0, step / steps_per_epoch)

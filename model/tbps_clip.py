@@ -1,0 +1,174 @@
+"""TBPS-CLIP: CLIP's dual encoder with a temperature and the heads that training needs. Views in, features out.
+
+B samples of this rank, D width of the shared space, L tokens, M tokens picked for masked language modelling.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.heads import MaskedLanguageHead, identity_classifier, simclr_projector
+from model.text_transformer import TextTransformer, valid_tokens
+from model.vision_transformer import VisionTransformer
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+MAXIMUM_SCALE = 100.0
+IGNORED_LABEL = -100
+"""Label of a token that masked language modelling does not predict."""
+
+
+@dataclass
+class Views:
+    """What one training step encodes; a view that no enabled loss needs is None.
+
+    Attributes:
+        image: (B, 3, H, W) float, the first pool view.
+        token_ids: (B, L) int64, zero-padded.
+        second_image: (B, 3, H, W), the second pool view (MVS-I).
+        simclr_images: two times (B, 3, H, W) (SS-I).
+        masked_token_ids: (B, L) int64, and masked_labels: (B, L) int64, -100 where nothing is predicted (MLM).
+    """
+
+    image: Tensor
+    token_ids: Tensor
+    second_image: Tensor | None = None
+    simclr_images: tuple[Tensor, Tensor] | None = None
+    masked_token_ids: Tensor | None = None
+    masked_labels: Tensor | None = None
+
+
+@dataclass
+class Features:
+    """All that the losses need; no feature is L2-normalised.
+
+    Attributes:
+        image, text: (B, D).
+        scale: 0-dim, exp of the temperature parameter, at most 100.
+        second_image: (B, D) (MVS-I).
+        simclr: two times (B, D), behind the projector (SS-I).
+        masked_logits: (M, vocabulary) (MLM).
+        identity_logits: image's and text's (B, identities) (ID).
+    """
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    second_image: Tensor | None = None
+    simclr: tuple[Tensor, Tensor] | None = None
+    masked_logits: Tensor | None = None
+    identity_logits: tuple[Tensor, Tensor] | None = None
+
+
+class TBPSCLIP(nn.Module):
+    """The dual encoder with the heads of the losses that are on.
+
+    Args:
+        resolution: (height, width) in pixels.
+        patch_size, vision_width, vision_layers, vision_heads: the image encoder (ViT-B/16: 16, 768, 12, 12).
+        text_length, vocab_size, text_width, text_layers, text_heads: the text encoder (77, 49408, 512, 12, 8).
+        embed_dim: width of the shared space.
+        dropout: of the attention weights in the text encoder.
+        lock_bottom: freezes the patch-embedding convolution (paper's trick "locked bottom layer").
+        simclr_widths: layer widths of the SimCLR projector, or None without SS-I.
+        masked_language_depth: layers of the masked-language head, or None without MLM.
+        identities: classes of the identity classifier, or None without ID.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolution: tuple[int, int],
+        patch_size: int,
+        vision_width: int,
+        vision_layers: int,
+        vision_heads: int,
+        text_length: int,
+        vocab_size: int,
+        text_width: int,
+        text_layers: int,
+        text_heads: int,
+        embed_dim: int,
+        dropout: float = 0.0,
+        lock_bottom: bool = True,
+        simclr_widths: list[int] | None = None,
+        masked_language_depth: int | None = None,
+        identities: int | None = None,
+    ):
+        super().__init__()
+        self.image_encoder = VisionTransformer(
+            resolution=resolution,
+            patch_size=patch_size,
+            width=vision_width,
+            layers=vision_layers,
+            heads=vision_heads,
+            embed_dim=embed_dim,
+        )
+        self.text_encoder = TextTransformer(
+            vocab_size=vocab_size,
+            text_length=text_length,
+            width=text_width,
+            layers=text_layers,
+            heads=text_heads,
+            embed_dim=embed_dim,
+            dropout=dropout,
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.simclr_projector = simclr_projector(simclr_widths) if simclr_widths else None
+        self.masked_language_head = (
+            MaskedLanguageHead(width=embed_dim, depth=masked_language_depth, vocab_size=vocab_size)
+            if masked_language_depth
+            else None
+        )
+        self.identity_classifier = identity_classifier(embed_dim, identities) if identities else None
+        self.image_encoder.conv1.requires_grad_(not lock_bottom)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels → (B, D), not L2-normalised."""
+        return self.image_encoder(images)
+
+    def encode_text(self, token_ids: Tensor) -> Tensor:
+        """(B, L) int64, zero-padded → (B, D), not L2-normalised."""
+        return self.text_encoder(token_ids)
+
+    def scale(self) -> Tensor:
+        """exp of the temperature parameter, never above 100. The gradient passes through the bound, so that the
+        parameter can come back from beyond it."""
+        scale = self.logit_scale.exp()
+        return scale - (scale - MAXIMUM_SCALE).clamp(min=0).detach()
+
+    def forward(self, views: Views) -> Features:
+        """Encodes all views of a batch: one pass over the images, one over the captions."""
+        batch = len(views.image)
+        masked = views.masked_token_ids is not None
+        simclr_images = views.simclr_images or ()
+        image_views = [v for v in (views.image, views.second_image, *simclr_images) if v is not None]
+        encoded = self.image_encoder(torch.cat(image_views), all_tokens=masked)
+        image_features = list((encoded[:, 0] if masked else encoded).split(batch))
+
+        features = Features(
+            image=image_features.pop(0), text=self.text_encoder(views.token_ids), scale=self.scale()
+        )
+        if views.second_image is not None:
+            features.second_image = image_features.pop(0)
+        if views.simclr_images is not None:
+            features.simclr = tuple(self.simclr_projector(torch.cat(image_features)).split(batch))
+        if masked:
+            features.masked_logits = self.masked_language_head(
+                self.text_encoder(views.masked_token_ids, all_tokens=True),
+                encoded[:batch],
+                valid=valid_tokens(views.masked_token_ids),
+                picked=views.masked_labels != IGNORED_LABEL,
+            )
+        if self.identity_classifier is not None:
+            features.identity_logits = (
+                self.identity_classifier(features.image),
+                self.identity_classifier(features.text),
+            )
+        return features
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Number of parameters that train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

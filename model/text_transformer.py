@@ -1,0 +1,68 @@
+"""CLIP's text encoder: a causal transformer over byte-pair tokens (SPEC: width 512, 12 layers, 8 heads, 77 tokens)."""
+
+import torch
+from torch import Tensor, nn
+
+from model.transformer import Transformer
+
+
+class TextTransformer(nn.Module):
+    """Token ids to features in the shared space.
+
+    Args:
+        vocab_size: number of token ids; the end-of-text token has the highest.
+        text_length: longest caption in tokens, start and end included.
+        width: D of the transformer.
+        layers, heads: number of residual blocks, and of attention heads in each.
+        embed_dim: width of the shared image-text space.
+        dropout: probability with which an attention weight is dropped in training (paper: 0.05).
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        text_length: int,
+        width: int,
+        layers: int,
+        heads: int,
+        embed_dim: int,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(text_length, width))
+        self.transformer = Transformer(width, layers, heads, dropout=dropout)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        self.transformer.initialise()
+
+    def forward(self, token_ids: Tensor, *, all_tokens: bool = False) -> Tensor:
+        """Encodes captions. What stands behind the end-of-text token has no influence, since attention is causal.
+
+        Args:
+            token_ids: (B, L) int64, zero-padded, L at most `text_length`.
+            all_tokens: every token's output instead of the end-of-text token's alone.
+
+        Returns: (B, embed_dim), or (B, L, embed_dim); not L2-normalised.
+        """
+        x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
+        x = self.transformer(x, causal=True)
+        if not all_tokens:
+            x = x[torch.arange(len(x), device=x.device), end_positions(token_ids)]
+        return self.ln_final(x) @ self.text_projection
+
+
+def end_positions(token_ids: Tensor) -> Tensor:
+    """Position of the end-of-text token, the highest id of a caption: (B, L) int64 → (B,) int64."""
+    return token_ids.argmax(dim=-1)
+
+
+def valid_tokens(token_ids: Tensor) -> Tensor:
+    """(B, L) int64 → (B, L) bool, False for the padding behind the end-of-text token (id 0 alone would not tell: it is
+    also the byte "!")."""
+    positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+    return positions <= end_positions(token_ids)[:, None]

@@ -1,0 +1,110 @@
+"""The transformer that both towers and the masked-language head share: pre-norm blocks with QuickGELU, as in CLIP.
+
+Shapes: N sequences, L tokens, D width, H heads. Parameter names are OpenAI's, so that CLIP's weights fit unchanged.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), the activation of OpenAI's weights (not the GELU of torch)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; the three input projections are one matrix, as in CLIP's weights.
+
+    Args:
+        width: D, a multiple of `heads`.
+        heads: H.
+        dropout: probability with which an attention weight is dropped in training.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
+        """Self-attention.
+
+        Args:
+            x: (N, L, D).
+            causal: a token attends to itself and to those before it.
+            valid: (N, L) bool, False where a token is padding and must not be attended to.
+
+        Returns: (N, L, D).
+        """
+        query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self._attend(query, key, value, causal=causal, valid=valid)
+
+    def cross(self, x: Tensor, context: Tensor) -> Tensor:
+        """Cross-attention: x (N, L, D) queries context (N, P, D). Returns: (N, L, D)."""
+        width = x.shape[-1]
+        query = F.linear(x, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        key, value = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
+        return self._attend(query, key, value, causal=False, valid=None)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, valid: Tensor | None) -> Tensor:
+        query, key, value = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)
+        )  # (N, H, L, D/H)
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if valid is None else valid[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )
+        return self.out_proj(attended.transpose(1, 2).flatten(2))  # (N, L, D)
+
+
+class ResidualBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); the MLP is four times as wide."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, dropout)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal=causal, valid=valid)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of `layers` residual blocks over (N, L, D)."""
+
+    def __init__(self, width: int, layers: int, heads: int, *, dropout: float = 0.0):
+        super().__init__()
+        self.width = width
+        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, causal=causal, valid=valid)
+        return x
+
+    def initialise(self) -> None:
+        """Draws the weights as CLIP draws those of its text transformer: normal, residual branches scaled by depth."""
+        projection_deviation = self.width**-0.5 * (2 * len(self.resblocks)) ** -0.5
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=projection_deviation)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=projection_deviation)

@@ -1,0 +1,50 @@
+"""CLIP's image encoder: a vision transformer (SPEC: ViT-B/16 is width 768, 12 layers, 12 heads, patch 16)."""
+
+import torch
+from torch import Tensor, nn
+
+from model.transformer import Transformer
+
+
+class VisionTransformer(nn.Module):
+    """Images to features in the shared space.
+
+    Args:
+        resolution: (height, width) in pixels, multiples of `patch_size`.
+        patch_size: side of a square patch in pixels.
+        width: D of the transformer.
+        layers, heads: number of residual blocks, and of attention heads in each.
+        embed_dim: width of the shared image-text space.
+    """
+
+    def __init__(
+        self, *, resolution: tuple[int, int], patch_size: int, width: int, layers: int, heads: int, embed_dim: int
+    ):
+        super().__init__()
+        self.grid = (resolution[0] // patch_size, resolution[1] // patch_size)
+        patches = self.grid[0] * self.grid[1]
+        deviation = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(deviation * torch.randn(width))
+        self.positional_embedding = nn.Parameter(deviation * torch.randn(patches + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(deviation * torch.randn(width, embed_dim))
+
+    def forward(self, images: Tensor, *, all_tokens: bool = False) -> Tensor:
+        """Encodes images.
+
+        Args:
+            images: (B, 3, H, W) float, normalised.
+            all_tokens: every token's output instead of the class token's alone (masked language modelling needs it).
+
+        Returns: (B, embed_dim), or (B, P + 1, embed_dim) with the class token first; not L2-normalised.
+        """
+        patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, P, D)
+        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        x = torch.cat([class_token, patches], dim=1) + self.positional_embedding
+        x = self.transformer(self.ln_pre(x))
+        if not all_tokens:
+            x = x[:, 0]
+        return self.ln_post(x) @ self.proj
