@@ -35,6 +35,11 @@ class Processes:
         return self.rank == 0
 
 
+def local_rank() -> int:
+    """Number of this process on its machine; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 @contextmanager
 def processes(device: str | int, backend: str, url: str):
     """Starts this process as one of torchrun's, or alone, and stops it in the end.
@@ -48,14 +53,13 @@ def processes(device: str | int, backend: str, url: str):
     Raises UserError when there are more processes than GPUs on this machine, or `cuda` without one.
     """
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not distributed:
         chosen, note = _single_device(device)
         _select(chosen)
         yield Processes(0, 1, chosen, note)
         return
 
-    chosen = _device_of_local_rank(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    chosen = _device_of_local_rank(device, local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     _select(chosen)
     dist.init_process_group(
         backend if chosen.type == "cuda" else "gloo",
@@ -88,7 +92,7 @@ def _single_device(device: str | int) -> tuple[torch.device, str | None]:
     return torch.device("cuda", device if isinstance(device, int) else 0), None
 
 
-def _device_of_local_rank(device: str | int, local_rank: int, local_world_size: int) -> torch.device:
+def _device_of_local_rank(device: str | int, rank: int, local_world_size: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if device == "cpu" or (gpus == 0 and device != "cuda"):
         return torch.device("cpu")
@@ -97,7 +101,7 @@ def _device_of_local_rank(device: str | int, local_rank: int, local_world_size: 
             f"{local_world_size} processes on a machine with {gpus} GPUs: start torchrun with "
             f"--nproc_per_node={gpus or 1}, or set device=cpu"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", rank)
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -116,7 +120,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
 def gather(rows: Tensor) -> Tensor:
     """(B, …) of this rank → (G, …) of all ranks, in rank order, with gradient to every rank; B is equal on all."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several():
         return rows
     return _GatherWithGradient.apply(rows)
 
@@ -130,7 +134,7 @@ def gather_strided(rows: Tensor, total: int) -> Tensor:
 
     Returns: (total, …) in the original order, without gradient.
     """
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several():
         return rows
     world_size = dist.get_world_size()
     longest = -(-total // world_size)
@@ -143,3 +147,16 @@ def _all_gather(rows: Tensor) -> Tensor:
     gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
     dist.all_gather_into_tensor(gathered, rows.contiguous())
     return gathered
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise mean of a tensor over all ranks, without gradient."""
+    if not _several():
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1

@@ -24,9 +24,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, head_ratio: float
             continue
         decay = weight_decay if parameter.ndim >= 2 else 0.0
         ratio = head_ratio if _is_fast(name) else 1.0
-        group = groups.setdefault(
-            (decay, ratio), {"params": [], "names": [], "weight_decay": decay, "lr_ratio": ratio}
-        )
+        group = groups.setdefault((decay, ratio), {"params": [], "names": [], "weight_decay": decay, "lr_ratio": ratio})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

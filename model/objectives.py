@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import losses
-from model.tbps_clip import IGNORED_LABEL, Features
+from model.tbps_clip import Features
+from text_utils.masking import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

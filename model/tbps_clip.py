@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from model.heads import MaskedLanguageHead, identity_classifier, simclr_projector
 from model.text_transformer import TextTransformer, valid_tokens
 from model.vision_transformer import VisionTransformer
+from text_utils.masking import IGNORED_LABEL
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAXIMUM_SCALE = 100.0
-IGNORED_LABEL = -100
-"""Label of a token that masked language modelling does not predict."""
 
 
 @dataclass
@@ -97,6 +96,7 @@ class TBPSCLIP(nn.Module):
         identities: int | None = None,
     ):
         super().__init__()
+        self.embed_dim = embed_dim
         self.image_encoder = VisionTransformer(
             resolution=resolution,
             patch_size=patch_size,
@@ -147,9 +147,7 @@ class TBPSCLIP(nn.Module):
         encoded = self.image_encoder(torch.cat(image_views), all_tokens=masked)
         image_features = list((encoded[:, 0] if masked else encoded).split(batch))
 
-        features = Features(
-            image=image_features.pop(0), text=self.text_encoder(views.token_ids), scale=self.scale()
-        )
+        features = Features(image=image_features.pop(0), text=self.text_encoder(views.token_ids), scale=self.scale())
         if views.second_image is not None:
             features.second_image = image_features.pop(0)
         if views.simclr_images is not None:

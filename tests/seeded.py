@@ -3,6 +3,7 @@
 `numpy.random.RandomState` is used because its stream is frozen: the same name gives the same array on every
 machine and every numpy version.
 """
+
 import math
 import zlib
 
@@ -30,15 +31,31 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return noise / np.float32(math.sqrt(fan_in))
 
 
-def clip_shapes(*, embed=512, resolution=(224, 224), patch=16, vision_width=768, vision_layers=12,
-                text_width=512, text_layers=12, context=77, vocab=49408) -> dict[str, tuple[int, ...]]:
+def clip_shapes(
+    *,
+    embed=512,
+    resolution=(224, 224),
+    patch=16,
+    vision_width=768,
+    vision_layers=12,
+    text_width=512,
+    text_layers=12,
+    context=77,
+    vocab=49408,
+) -> dict[str, tuple[int, ...]]:
     """Shapes of a CLIP ViT under OpenAI's key names, ViT-B/16 by default."""
     patches = (resolution[0] // patch) * (resolution[1] // patch)
     shapes = {
-        "logit_scale": (), "positional_embedding": (context, text_width), "text_projection": (text_width, embed),
-        "token_embedding.weight": (vocab, text_width), "ln_final.weight": (text_width,), "ln_final.bias": (text_width,),
-        "visual.class_embedding": (vision_width,), "visual.positional_embedding": (patches + 1, vision_width),
-        "visual.proj": (vision_width, embed), "visual.conv1.weight": (vision_width, 3, patch, patch),
+        "logit_scale": (),
+        "positional_embedding": (context, text_width),
+        "text_projection": (text_width, embed),
+        "token_embedding.weight": (vocab, text_width),
+        "ln_final.weight": (text_width,),
+        "ln_final.bias": (text_width,),
+        "visual.class_embedding": (vision_width,),
+        "visual.positional_embedding": (patches + 1, vision_width),
+        "visual.proj": (vision_width, embed),
+        "visual.conv1.weight": (vision_width, 3, patch, patch),
     }
     for ln in ("ln_pre", "ln_post"):
         shapes |= {f"visual.{ln}.weight": (vision_width,), f"visual.{ln}.bias": (vision_width,)}
@@ -46,12 +63,18 @@ def clip_shapes(*, embed=512, resolution=(224, 224), patch=16, vision_width=768,
         for i in range(layers):
             block = f"{prefix}transformer.resblocks.{i}."
             shapes |= {
-                block + "attn.in_proj_weight": (3 * width, width), block + "attn.in_proj_bias": (3 * width,),
-                block + "attn.out_proj.weight": (width, width), block + "attn.out_proj.bias": (width,),
-                block + "ln_1.weight": (width,), block + "ln_1.bias": (width,),
-                block + "mlp.c_fc.weight": (4 * width, width), block + "mlp.c_fc.bias": (4 * width,),
-                block + "mlp.c_proj.weight": (width, 4 * width), block + "mlp.c_proj.bias": (width,),
-                block + "ln_2.weight": (width,), block + "ln_2.bias": (width,),
+                block + "attn.in_proj_weight": (3 * width, width),
+                block + "attn.in_proj_bias": (3 * width,),
+                block + "attn.out_proj.weight": (width, width),
+                block + "attn.out_proj.bias": (width,),
+                block + "ln_1.weight": (width,),
+                block + "ln_1.bias": (width,),
+                block + "mlp.c_fc.weight": (4 * width, width),
+                block + "mlp.c_fc.bias": (4 * width,),
+                block + "mlp.c_proj.weight": (width, 4 * width),
+                block + "mlp.c_proj.bias": (width,),
+                block + "ln_2.weight": (width,),
+                block + "ln_2.bias": (width,),
             }
     return shapes
 

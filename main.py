@@ -1,0 +1,162 @@
+"""Trains and evaluates TBPS-CLIP: the run, from top to bottom.
+
+python main.py [--config FILE] [--simplified] [key=value ...]
+torchrun --standalone --nproc_per_node=4 main.py ...
+... main.py --evaluate CHECKPOINT
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from misc import build
+from misc.checkpoint import save_checkpoint
+from misc.config import DEFAULT_CONFIG, load_config, plain, save_config
+from misc.datasets import check_images, read_annotations, statistics_table
+from misc.distributed import Processes, local_rank, processes
+from misc.errors import UserError
+from misc.evaluation import Retrieval
+from misc.precision import Precision
+from misc.retrieval_sheet import draw_retrieval_sheet
+from misc.run_log import RunLog, check_run_folder, wandb_project
+from model.tbps_clip import count_trainable
+from text_utils.tokenizer import Tokenizer
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, simplified=arguments.simplified, overrides=tuple(arguments.overrides))
+        with processes(config.device, config.distributed.backend, config.distributed.url) as here:
+            if arguments.evaluate:
+                evaluate(config, here, arguments.evaluate)
+            else:
+                train(config, here, overwrite=arguments.overwrite)
+    except UserError as error:
+        return refuse(error)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains and evaluates TBPS-CLIP for text-based person search.",
+        epilog="Any key of the configuration can be set, as in: main.py data.batch_size=40 experiment.ss=false",
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: config/config.yaml")
+    parser.add_argument("--simplified", action="store_true", help="N-ITC and R-ITC alone (config/s.config.yaml)")
+    parser.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate a checkpoint; no training")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that model.saved_path already holds")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in schedule.epoch=10")
+    return parser.parse_intermixed_args()  # options may stand between overrides
+
+
+def train(config, here: Processes, *, overwrite: bool) -> None:
+    """Everything that can be wrong is checked before the run's folder is touched and before anything is trained."""
+    folder = build.run_folder(config)
+    check_run_folder(folder, overwrite=overwrite)
+    precision = Precision.choose(config.misc.precision, here.device)
+    tokenizer = Tokenizer()
+    splits, statistics = read_dataset(config)
+    objectives = build.build_objectives(config, here)
+    evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
+    loader, sampler = build.build_loader(config, splits["train"], objectives, tokenizer, here)
+    model, weight_notes = build.build_model(config, objectives, splits["train"].counts.identities)
+    trainer = build.build_trainer(config, model, objectives, len(loader), precision, here)
+
+    with RunLog(
+        folder,
+        is_main=here.is_main,
+        tensorboard=config.log.tensorboard,
+        wandb_project=wandb_project(config.log.wandb),
+        config=plain(config),
+    ) as log:
+        if here.is_main:
+            save_config(config, folder / "config.yaml")
+        for line in [*run_notes(here, precision), *weight_notes, *statistics]:
+            log.line(line)
+        log.line(f"{count_trainable(model) / 1e6:.1f} M parameters train; the run is written to {folder}")
+
+        best = -1.0
+        for epoch in range(config.schedule.epoch):
+            sampler.epoch = epoch
+            record = {"epoch": epoch + 1, **trainer.epoch(loader, epoch, log, config.log.print_period)}
+            retrieval, seconds = timed_evaluation(evaluator, model)
+            record |= {**retrieval.metrics, "evaluation_seconds": seconds}
+            report(log, f"epoch {epoch + 1}, {config.data.evaluate_on}", retrieval, seconds)
+            log.epoch(record, (epoch + 1) * len(loader))
+            if here.is_main:
+                save_checkpoint(folder / "checkpoint_last.pth", model, config, epoch + 1, retrieval.metrics)
+                if retrieval.metrics["r1"] > best:
+                    save_checkpoint(folder / "checkpoint_best.pth", model, config, epoch + 1, retrieval.metrics)
+            best = max(best, retrieval.metrics["r1"])
+
+        log.line(f"best R@1 {best:.2f}")
+        log.curve()
+        if here.is_main and config.log.sheet:
+            draw_retrieval_sheet(
+                folder / "retrieval.png",
+                retrieval,
+                evaluator.split,
+                evaluator.image_dir,
+                queries=config.log.sheet,
+                seed=config.misc.seed,
+            )
+
+
+def evaluate(config, here: Processes, path: Path) -> None:
+    """Evaluates a checkpoint on the configured dataset; the architecture is the checkpoint's."""
+    precision = Precision.choose(config.misc.precision, here.device)
+    tokenizer = Tokenizer()
+    model, config, weight_note = build.build_saved_model(path, config)
+    splits, statistics = read_dataset(config)
+    evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
+    with RunLog(None, is_main=here.is_main) as log:
+        for line in [*run_notes(here, precision), weight_note, *statistics]:
+            log.line(line)
+        report(log, f"{path}, {config.data.evaluate_on}", *timed_evaluation(evaluator, model.to(here.device)))
+
+
+def read_dataset(config):
+    """The splits, and lines for the log: their statistics and how they differ from the published ones."""
+    splits = read_annotations(
+        config.anno_dir, config.image_dir, back_translation_file=config.data.back_translation_file
+    )
+    check_images(splits, config.image_dir)
+    table, warnings = statistics_table(splits, config.data.dataset)
+    return splits, [table, *(f"warning: {warning}" for warning in warnings)]
+
+
+def run_notes(here: Processes, precision: Precision) -> list[str]:
+    notes = [f"{here.world_size} process(es), this one on {here.device}, encoders in {precision.name}"]
+    return [*notes, f"warning: {here.note}"] if here.note else notes
+
+
+def timed_evaluation(evaluator, model) -> tuple[Retrieval, float]:
+    started = time.perf_counter()
+    retrieval = evaluator(model)
+    return retrieval, time.perf_counter() - started
+
+
+def report(log: RunLog, title: str, retrieval: Retrieval, seconds: float) -> None:
+    """The table of results that a reader looks for."""
+    log.line(f"{title}: {len(retrieval.queries)} queries, {len(retrieval.gallery)} images, {seconds:.1f} s")
+    log.line("    R@1    R@5   R@10    mAP   mINP")
+    log.line("".join(f"{value:7.2f}" for value in retrieval.metrics.values()))
+    if retrieval.without_match:
+        log.line(f"warning: {retrieval.without_match} queries ask for a person whom the gallery does not show")
+
+
+def refuse(error: UserError) -> int:
+    """One line, once: the ranks of a machine meet the same mistake, and the first of them tells it.
+
+    The others wait for the launcher to end them. If it does not, the mistake is theirs alone, and they tell it.
+    """
+    if local_rank() > 0:
+        time.sleep(5)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""YAML + base + `key.sub=value` → one checked EasyDict.
+
+`config/config.yaml` holds a value for every key that exists; a file need only hold what differs. A file written for the
+published code loads unchanged. Every problem found is told in one `UserError`.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from easydict import EasyDict
+
+from misc.errors import UserError
+
+CONFIG_FOLDER = Path(__file__).parent.parent / "config"
+DEFAULT_CONFIG = CONFIG_FOLDER / "config.yaml"
+SIMPLIFIED_CONFIG = CONFIG_FOLDER / "s.config.yaml"
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a key may hold: `says` in words, `accepts` as a test on the value (after numbers in strings were read)."""
+
+    says: str
+    accepts: Callable[[Any], bool]
+    number: bool = False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Rule:
+    bounds = f"above {low:g}" if open_low else f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+    return Rule(
+        f"a number, {bounds}",
+        lambda value: _is_number(value) and low <= value <= high and not (open_low and value == low),
+        number=True,
+    )
+
+
+def _integer(low: int, high: float = math.inf) -> Rule:
+    bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
+    return Rule(f"an integer, {bounds}", lambda value: _is_integer(value) and low <= value <= high)
+
+
+def _choice(*values: Any) -> Rule:
+    return Rule("one of " + ", ".join("null" if v is None else str(v) for v in values), lambda value: value in values)
+
+
+def _list_of(length: int, item: Rule) -> Rule:
+    return Rule(
+        f"a list of {length}, each {item.says}",
+        lambda value: isinstance(value, list) and len(value) == length and all(map(item.accepts, value)),
+        number=item.number,
+    )
+
+
+SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
+TEXT = Rule("a text", lambda value: isinstance(value, str) and value != "")
+TEXT_OR_NULL = Rule("a text or null", lambda value: value is None or TEXT.accepts(value))
+RATIO = _number(0)
+PROBABILITY = _number(0, 1)
+POSITIVE = _number(0, open_low=True)
+COUNT = _integer(1)
+RESOLUTION = Rule(
+    "[height, width] in pixels, or one integer",
+    lambda value: COUNT.accepts(value) or _list_of(2, COUNT).accepts(value),
+)
+DEVICE = Rule(
+    "auto, cpu, cuda, or the index of a GPU",
+    lambda value: value in ("auto", "cpu", "cuda") or _integer(0).accepts(value),
+)
+
+RULES: dict[str, Rule] = {
+    "device": DEVICE,
+    "anno_dir": TEXT,
+    "image_dir": TEXT,
+    "misc.seed": _integer(0),
+    "misc.precision": _choice("auto", "bf16", "fp16", "fp32"),
+    "experiment.input_resolution": RESOLUTION,
+    "experiment.text_length": _integer(3, 1024),
+    "experiment.dropout": PROBABILITY,
+    "experiment.eda_alpha": PROBABILITY,
+    "experiment.back_trans": SWITCH,
+    "experiment.backtrans_p": PROBABILITY,
+    "experiment.mixgen": SWITCH,
+    "experiment.mixgen_type": _choice("cat", "ori"),
+    "experiment.mixgen_p": PROBABILITY,
+    "experiment.mixgen_ratio": _number(0, 0.5),
+    "experiment.nitc_ratio": RATIO,
+    "experiment.mvs_image": SWITCH,
+    "experiment.ss": SWITCH,
+    "experiment.ss_ratio": RATIO,
+    "experiment.simclr_mlp": _list_of(3, COUNT),
+    "experiment.simclr_temperature": POSITIVE,
+    "experiment.ritc": SWITCH,
+    "experiment.ritc_eps": POSITIVE,
+    "experiment.ritc_ratio": RATIO,
+    "experiment.citc": SWITCH,
+    "experiment.citc_lambda1": RATIO,
+    "experiment.citc_lambda2": RATIO,
+    "experiment.citc_ratio": RATIO,
+    "experiment.mlm": SWITCH,
+    "experiment.mlm_ratio": RATIO,
+    "experiment.cmt_depth": COUNT,
+    "experiment.id": SWITCH,
+    "experiment.id_ratio": RATIO,
+    "schedule.epoch": COUNT,
+    "schedule.epoch_warmup": _integer(0),
+    "schedule.lr": POSITIVE,
+    "schedule.lr_start": RATIO,
+    "schedule.lr_end": RATIO,
+    "schedule.ratio_factor": POSITIVE,
+    "schedule.weight_decay": RATIO,
+    "schedule.betas": _list_of(2, PROBABILITY),
+    "schedule.eps": POSITIVE,
+    "model.ckpt_type": _choice("original_clip", "saved"),
+    "model.checkpoint": TEXT_OR_NULL,
+    "model.saved_path": TEXT,
+    "model.use_gather": SWITCH,
+    "model.lock_bottom": SWITCH,
+    "model.softlabel_ratio": PROBABILITY,
+    "model.embed_dim": COUNT,
+    "model.vocab_size": _choice(49408),
+    "model.patch_size": COUNT,
+    "model.vision_width": COUNT,
+    "model.vision_layers": COUNT,
+    "model.vision_heads": COUNT,
+    "model.text_width": COUNT,
+    "model.text_layers": COUNT,
+    "model.text_heads": COUNT,
+    "log.print_period": COUNT,
+    "log.tensorboard": SWITCH,
+    "log.wandb": SWITCH,
+    "log.sheet": _integer(0),
+    "data.dataset": _choice("CUHK-PEDES", "ICFG-PEDES", "RSTPReid", None),
+    "data.back_translation_file": TEXT_OR_NULL,
+    "data.evaluate_on": _choice("test", "val"),
+    "data.batch_size": COUNT,
+    "data.test_batch_size": COUNT,
+    "data.num_workers": _integer(0),
+    "distributed.backend": _choice("nccl", "gloo"),
+    "distributed.url": TEXT,
+}
+"""Every key that exists; `config/config.yaml` has the same keys and tells what they mean."""
+
+
+def load_config(path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, overrides: tuple[str, ...] = ()):
+    """Reads a configuration file with what it is based on, and checks it.
+
+    Args:
+        path: a YAML file; a relative `base:` in it is looked for beside it.
+        simplified: lays the values of `config/s.config.yaml` over the file.
+        overrides: `key=value` or `section.key=value`, the value in YAML; they count last.
+
+    Returns: an EasyDict with every key of `RULES`.
+
+    Raises UserError, naming every unknown or misspelt key, wrong type and value out of range.
+    """
+    layers = [("config/config.yaml", _flatten(_read_yaml(DEFAULT_CONFIG), DEFAULT_CONFIG))]
+    layers += _read_with_base(Path(path), seen=())
+    if simplified:
+        layers.append((str(SIMPLIFIED_CONFIG), _flatten(_read_yaml(SIMPLIFIED_CONFIG), SIMPLIFIED_CONFIG)))
+    layers += [("command line", dict([_parse_override(override)])) for override in overrides]
+
+    problems, merged = [], {}
+    for source, values in layers:
+        for key, value in values.items():
+            rule = RULES.get(key)
+            if rule is None:
+                problems.append(f"unknown key {key!r} in {source}{_nearest(key)}")
+                continue
+            value = _read_numbers(value) if rule.number else value
+            if not rule.accepts(value):
+                problems.append(f"{key}: {_as_yaml(value)} in {source} should be {rule.says}")
+            merged[key] = value
+    problems += [f"{key} is missing from config/config.yaml" for key in RULES.keys() - merged.keys()]
+    if not problems:
+        problems = list(_contradictions(merged))
+    if problems:
+        raise UserError("configuration: " + "; ".join(problems))
+    return _nest(merged)
+
+
+def save_config(config: EasyDict, path: Path) -> None:
+    """Writes the merged configuration as YAML that `load_config` reads again."""
+    path.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """EasyDicts and tuples as the plain dicts and lists that YAML and checkpoints hold."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def resolution(config: EasyDict) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    value = config.experiment.input_resolution
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _contradictions(values: dict[str, Any]) -> Iterator[str]:
+    """Values that are right one by one and wrong together."""
+    size = values["experiment.input_resolution"]
+    patch = values["model.patch_size"]
+    if any(side % patch for side in ([size] if isinstance(size, int) else size)):
+        yield f"experiment.input_resolution: {size} should be multiples of model.patch_size: {patch}"
+    for tower in ("vision", "text"):
+        width, heads = values[f"model.{tower}_width"], values[f"model.{tower}_heads"]
+        if width % heads:
+            yield f"model.{tower}_heads: {heads} should divide model.{tower}_width: {width}"
+    if values["schedule.epoch_warmup"] > values["schedule.epoch"]:
+        yield f"schedule.epoch_warmup: {values['schedule.epoch_warmup']} should be at most schedule.epoch: " + str(
+            values["schedule.epoch"]
+        )
+    if values["experiment.ss"] and values["experiment.simclr_mlp"][0] != values["model.embed_dim"]:
+        yield (
+            f"experiment.simclr_mlp: {values['experiment.simclr_mlp']} should begin with model.embed_dim: "
+            f"{values['model.embed_dim']}"
+        )
+    reversed_off = not values["experiment.ritc"] or values["experiment.ritc_ratio"] == 0
+    if values["experiment.nitc_ratio"] == 0 and reversed_off:
+        yield "experiment.nitc_ratio: 0 without experiment.ritc gives the temperature no loss: turn one on"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys silently; this one refuses them."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                raise UserError(
+                    f"{node.start_mark.name}: key {key!r} stands twice, in lines {seen[key]} and {line}: delete one"
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"configuration file {path} does not exist: give an existing YAML file to --config")
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold keys and values, not {_as_yaml(content)}")
+    return content
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """The file's layers, its base's first."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its base leads back to itself: remove one `base:`")
+    content = _read_yaml(path)
+    base = content.get(BASE)
+    layers = []
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base: {_as_yaml(base)} should be the name of a YAML file")
+        layers = _read_with_base(path.parent / base, (*seen, path.resolve()))
+    return [*layers, (str(path), _flatten(content, path))]
+
+
+def _flatten(content: dict, path: Path) -> dict[str, Any]:
+    """{"section": {"key": value}} → {"section.key": value}; `base` is left out."""
+    sections = {key.split(".")[0] for key in RULES if "." in key}
+    flat = {}
+    for key, value in content.items():
+        if key == BASE:
+            continue
+        if isinstance(value, dict):
+            flat |= {f"{key}.{sub}": item for sub, item in value.items()}
+        elif key in sections and value is not None:
+            raise UserError(f"{path}: {key}: {_as_yaml(value)} should be a section with keys below it")
+        elif key not in sections:
+            flat[str(key)] = value
+    return flat
+
+
+def _nest(flat: dict[str, Any]) -> EasyDict:
+    nested: dict[str, Any] = {}
+    for key in RULES:
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = flat[key]
+    return EasyDict(nested)
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"argument {override!r} should be key=value, as in data.batch_size=40, or an option of --help")
+    try:
+        return key, yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"argument {override!r}: its value is not valid YAML") from error
+
+
+def _read_numbers(value: Any) -> Any:
+    """YAML reads 1e-4 as a text (only 1.0e-4 is a number to it); people mean the number."""
+    if isinstance(value, list):
+        return [_read_numbers(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _nearest(key: str) -> str:
+    """ ", did you mean …?" for a misspelt key; a right key in the wrong section counts as near."""
+    same_name = [known for known in RULES if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same_name or difflib.get_close_matches(key, RULES, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else f" (keys: see {DEFAULT_CONFIG.name})"
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

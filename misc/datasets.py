@@ -1,0 +1,293 @@
+"""Annotation files of CUHK-PEDES, ICFG-PEDES and RSTPReid, raw or as `{train,val,test}_reid.json`, to samples.
+
+One entry of a file describes one image: its path, the person's id and the captions. The raw files hold all splits at
+once and name the split in each entry; of the `*_reid.json` files there is one per split (no `split` is read in them).
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import NamedTuple
+
+from misc.errors import UserError
+from text_utils.cleaning import clean_caption
+
+SPLITS = ("train", "val", "test")
+RAW_FILES = ("reid_raw.json", "ICFG-PEDES.json", "ICFG_PEDES.json", "data_captions.json")
+IMAGE_SUBFOLDER = "imgs"
+
+
+class Counts(NamedTuple):
+    """Size of a split."""
+
+    identities: int
+    images: int
+    captions: int
+
+
+PUBLISHED_COUNTS = {
+    "CUHK-PEDES": {
+        "train": Counts(11_003, 34_054, 68_126),
+        "val": Counts(1_000, 3_078, 6_158),
+        "test": Counts(1_000, 3_074, 6_156),
+    },
+    "ICFG-PEDES": {
+        "train": Counts(3_102, 34_674, 34_674),
+        "test": Counts(1_000, 19_848, 19_848),
+    },
+    "RSTPReid": {
+        "train": Counts(3_701, 18_505, 37_010),
+        "val": Counts(200, 1_000, 2_000),
+        "test": Counts(200, 1_000, 2_000),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split. A training sample is one (image, caption) pair, so its length is the number of captions.
+
+    Captions and back-translations are cleaned; those of all images stand one after another.
+    """
+
+    image_paths: list[str]
+    """Per image, relative to the image folder."""
+    image_identities: list[int]
+    """Per image. Training identities are renumbered 0..n-1 in order of first appearance, others are as annotated."""
+    captions: list[str]
+    back_translations: list[str | None]
+    """Per caption; None where there is none."""
+    caption_images: list[int]
+    """Per caption, the index of its image."""
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @cached_property
+    def caption_identities(self) -> list[int]:
+        """Per caption, the identity of its image."""
+        return [self.image_identities[image] for image in self.caption_images]
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Numbers of identities, images and captions."""
+        return Counts(len(set(self.image_identities)), len(self.image_paths), len(self.captions))
+
+
+class _Entry(NamedTuple):
+    """One checked entry of an annotation file, captions as annotated."""
+
+    split: str
+    image_path: str
+    identity: int
+    captions: list[str]
+    back_translations: list[str | None]
+
+
+def read_annotations(
+    anno_dir: str | Path, image_dir: str | Path, *, back_translation_file: str | Path | None = None, max_words: int = 77
+) -> dict[str, Split]:
+    """Reads a dataset: `train`, `test` and, where the dataset has one, `val`.
+
+    `anno_dir` holds `train_reid.json` and `test_reid.json`, perhaps `val_reid.json` (an empty list counts as none); or,
+    without a `train_reid.json`, one raw file: `reid_raw.json` (CUHK-PEDES), `ICFG-PEDES.json` or `ICFG_PEDES.json`,
+    `data_captions.json` (RSTPReid).
+    `image_dir` is the folder that the annotated paths start from, or its parent with that folder named `imgs`.
+    `back_translation_file` is a JSON list of `{file_path, captions_bt}`, joined by path, and comes before the
+    `captions_bt` of the annotation itself; a path that is listed several times is joined in the order of the lists.
+    Captions are cut to `max_words`.
+
+    Raises UserError for missing folders and files and for anything that is wrong in them.
+    """
+    anno_dir, image_dir = _existing_folder("anno_dir", anno_dir), _existing_folder("image_dir", image_dir)
+    entries = [
+        _parse_entry(entry, where, split)
+        for path, split in _annotation_files(anno_dir)
+        for where, entry in _read_json_list(path)
+    ]
+    for name in ("train", "test"):
+        if not any(entry.split == name for entry in entries):
+            raise UserError(f"the annotation in {anno_dir} has no {name} entries: get the complete file")
+    if back_translation_file is not None:
+        entries = _join_back_translations(entries, Path(back_translation_file))
+    folder = _image_folder(entries, image_dir)
+    by_split = {name: [entry for entry in entries if entry.split == name] for name in SPLITS}
+    return {
+        name: _build_split(of_split, folder, max_words, renumber=name == "train")
+        for name, of_split in by_split.items()
+        if of_split
+    }
+
+
+def check_images(splits: dict[str, Split], image_dir: str | Path) -> None:
+    """Raises UserError where annotated images are missing: how many, and the first five."""
+    paths = dict.fromkeys(path for split in splits.values() for path in split.image_paths)
+    missing = [path for path in paths if not (Path(image_dir) / path).is_file()]
+    if missing:
+        examples = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise UserError(
+            f"{len(missing):,} of {len(paths):,} annotated images are missing under {image_dir}: "
+            f"{examples}; set `image_dir` to the folder that these paths start from, or unpack them again"
+        )
+
+
+def statistics_table(splits: dict[str, Split], dataset: str | None) -> tuple[str, list[str]]:
+    """A table of identities, images and captions per split, and warnings.
+
+    There is one warning for each number that differs from the published one of `dataset` (a key of `PUBLISHED_COUNTS`,
+    or None for data of one's own). Raises UserError for any other name.
+    """
+    if dataset is not None and dataset not in PUBLISHED_COUNTS:
+        raise UserError(f"unknown dataset {dataset!r}: expected one of {', '.join(PUBLISHED_COUNTS)}, or none")
+    lines = [f"{'split':<6}" + "".join(f"{field:>12}" for field in Counts._fields)]
+    lines += [f"{name:<6}" + "".join(f"{count:>12,}" for count in split.counts) for name, split in splits.items()]
+    return "\n".join(lines), _differences(splits, dataset) if dataset else []
+
+
+def _differences(splits: dict[str, Split], dataset: str) -> list[str]:
+    """One line for each number that differs from the published one; a split that does not exist counts zero."""
+    ours = {name: split.counts for name, split in splits.items()}
+    nothing = Counts(0, 0, 0)
+    return [
+        f"{dataset} {name}: {found:,} {field} here, {published:,} published"
+        for name in SPLITS
+        for field, found, published in zip(
+            Counts._fields, ours.get(name, nothing), PUBLISHED_COUNTS[dataset].get(name, nothing), strict=True
+        )
+        if found != published
+    ]
+
+
+def _existing_folder(key: str, folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise UserError(f"`{key}: {folder}` is not a folder: set it to an existing one")
+    return Path(folder)
+
+
+def _annotation_files(anno_dir: Path) -> list[tuple[Path, str | None]]:
+    """The files to read, each with its split, or None where its entries name theirs."""
+    of_splits = {split: anno_dir / f"{split}_reid.json" for split in SPLITS}
+    if of_splits["train"].is_file():
+        if not of_splits["test"].is_file():
+            raise UserError(f"{anno_dir} holds train_reid.json but no test_reid.json: both are needed")
+        return [(path, split) for split, path in of_splits.items() if path.is_file()]
+
+    raw = [anno_dir / name for name in RAW_FILES if (anno_dir / name).is_file()]
+    if len(raw) == 1:
+        return [(raw[0], None)]
+    if raw:
+        names = ", ".join(path.name for path in raw)
+        raise UserError(f"{anno_dir} holds several annotation files ({names}): keep the one to use")
+    if (anno_dir / "caption_all.json").is_file():
+        raise UserError(
+            f"{anno_dir} holds caption_all.json, which has no `split` and cannot be used: "
+            "get reid_raw.json of CUHK-PEDES"
+        )
+    present = ", ".join(sorted(path.name for path in anno_dir.glob("*.json"))) or "none"
+    raise UserError(
+        f"no annotation in {anno_dir}: expected train_reid.json and test_reid.json, or one of "
+        f"{', '.join(RAW_FILES)}; JSON files there: {present}"
+    )
+
+
+def _read_json_list(path: Path) -> list[tuple[str, dict]]:
+    """Entries of a file, each with the words that name it in an error."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: correct the path")
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not text
+        raise UserError(f"{path} cannot be read as JSON ({error}): get the file again") from error
+    if not isinstance(entries, list):
+        raise UserError(f"{path} holds {shortened(entries)}, expected a JSON list with one entry per image")
+    named = [(f"{path} entry {number} (counted from 1)", entry) for number, entry in enumerate(entries, start=1)]
+    for where, entry in named:
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} is {shortened(entry)}, expected an object with `file_path`: mend or remove it")
+    return named
+
+
+def _parse_entry(entry: dict, where: str, split: str | None) -> _Entry:
+    """Checks an entry; `split` is None where the entry names its own."""
+    if split is None:
+        split = entry.get("split")
+        if split not in SPLITS:
+            raise _wrong(entry, where, "split", f"one of {', '.join(SPLITS)}")
+    if type(entry.get("id")) is not int:  # to isinstance, true and false are integers
+        raise _wrong(entry, where, "id", "an integer")
+    captions = entry.get("captions")
+    if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
+        raise _wrong(entry, where, "captions", "a list of at least one text")
+    back_translations = _back_translations(entry, where)
+    return _Entry(split, _image_path(entry, where), entry["id"], captions, back_translations)
+
+
+def _image_path(entry: dict, where: str) -> str:
+    field = "img_path" if "img_path" in entry and "file_path" not in entry else "file_path"
+    path = entry.get(field)
+    if not (isinstance(path, str) and path):
+        raise _wrong(entry, where, field, "the path of an image")
+    location = Path(path)
+    if location.is_absolute() or ".." in location.parts:
+        raise _wrong(entry, where, field, "a path inside the image folder, without `..`")
+    return path
+
+
+def _back_translations(entry: dict, where: str) -> list[str | None]:
+    """`captions_bt` of an entry, an empty list where it has none."""
+    texts = entry.get("captions_bt")
+    if texts is None:
+        return []
+    if not (isinstance(texts, list) and all(text is None or isinstance(text, str) for text in texts)):
+        raise _wrong(entry, where, "captions_bt", "a list of texts and nulls")
+    return texts
+
+
+def _wrong(entry: dict, where: str, field: str, expected: str) -> UserError:
+    found = f"`{field}: {shortened(entry[field])}`" if field in entry else f"no `{field}`"
+    return UserError(f"{where} has {found}, expected {expected}: mend or remove the entry")
+
+
+def _join_back_translations(entries: list[_Entry], path: Path) -> list[_Entry]:
+    """The entries with the back-translations that `path` holds for them; the others as they are."""
+    available: dict[str, list[list[str | None]]] = defaultdict(list)
+    for where, entry in _read_json_list(path):
+        if texts := _back_translations(entry, where):
+            available[_image_path(entry, where)].append(texts)
+    if not any(entry.image_path in available for entry in entries):
+        raise UserError(
+            f"{path} has no back-translation of any annotated image, such as {entries[0].image_path!r}: "
+            "use the file of this dataset, whose paths are those of the annotation"
+        )
+    joined = []
+    for entry in entries:
+        of_path = available[entry.image_path]
+        joined.append(entry._replace(back_translations=of_path.pop(0)) if of_path else entry)
+    return joined
+
+
+def _image_folder(entries: list[_Entry], image_dir: Path) -> str:
+    """What leads from `image_dir` to the annotated paths: nothing, or `imgs/` where only that holds one of them."""
+    for entry in entries:
+        for folder in ("", f"{IMAGE_SUBFOLDER}/"):
+            if (image_dir / f"{folder}{entry.image_path}").is_file():
+                return folder
+    return ""
+
+
+def _build_split(entries: list[_Entry], folder: str, max_words: int, *, renumber: bool) -> Split:
+    numbers: dict[int, int] = {}
+    split = Split([], [], [], [], [])
+    for image, entry in enumerate(entries):
+        identity = numbers.setdefault(entry.identity, len(numbers)) if renumber else entry.identity
+        split.image_paths.append(folder + entry.image_path)
+        split.image_identities.append(identity)
+        for i, caption in enumerate(entry.captions):
+            back_translation = entry.back_translations[i] if i < len(entry.back_translations) else None
+            split.captions.append(clean_caption(caption, max_words))
+            split.back_translations.append(clean_caption(back_translation or "", max_words) or None)
+            split.caption_images.append(image)
+    return split

@@ -1,0 +1,161 @@
+"""What a run leaves behind: log lines, JSON lines, the curve, TensorBoard and wandb. Rank 0 alone writes."""
+
+import importlib.util
+import json
+import os
+import resource
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from misc.errors import UserError
+
+RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "train.log",
+    "curve.png",
+    "retrieval.png",
+    "checkpoint_last.pth",
+    "checkpoint_best.pth",
+)
+"""All that a run writes into its folder, besides TensorBoard's event files."""
+
+
+def check_run_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raises UserError when the folder already holds a run, unless it may be overwritten, or cannot be a folder."""
+    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    if not existing.is_dir():
+        raise UserError(f"model.saved_path: {folder} cannot be made, since {existing} is a file: choose another folder")
+    held = [name for name in RUN_FILES if (folder / name).exists()]
+    if held and not overwrite:
+        raise UserError(
+            f"model.saved_path: {folder} already holds a run ({', '.join(held)}): choose another model.saved_path, or "
+            "give --overwrite to replace it"
+        )
+
+
+class RunLog:
+    """The run's log; on other ranks than 0, and without a folder, it writes no files.
+
+    Args:
+        folder: of the run, made where it is missing; a run that it holds is replaced. None writes to the screen alone.
+        is_main: whether this process writes at all.
+        tensorboard, wandb_project: further places to log to.
+        config: the merged configuration as plain values, for wandb.
+
+    Raises UserError when TensorBoard or wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        is_main: bool = True,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+        config: dict | None = None,
+    ):
+        for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb_project)):
+            if wanted and importlib.util.find_spec(name) is None:
+                raise UserError(f"log.{name}: the package {name} is not installed: pip install {name}, or turn it off")
+        self.is_main = is_main
+        self.folder = folder if is_main else None
+        self.text = self.writer = self.wandb_run = None
+        self.bar: tqdm | None = None
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        self.text = (self.folder / "train.log").open("w", encoding="utf-8", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+            self.writer = SummaryWriter(str(self.folder))
+        if wandb_project:
+            import wandb  # an optional package
+
+            self.wandb_run = wandb.init(project=wandb_project, dir=str(self.folder), config=config)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.text:
+            self.text.close()
+        if self.writer:
+            self.writer.close()
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+    def line(self, text: str) -> None:
+        """Shows a line, above the progress bar if there is one, and keeps it in train.log."""
+        if not self.is_main:
+            return
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        if self.text:
+            self.text.write(text + "\n")
+
+    @contextmanager
+    def progress(self, total: int, title: str):
+        """A progress bar with speed and remaining time, where a terminal shows it."""
+        hidden = None if self.is_main else True  # None: tqdm asks whether stderr is a terminal
+        with tqdm(total=total, desc=title, disable=hidden, leave=False, dynamic_ncols=True) as bar:
+            yield bar
+
+    def scalars(self, values: dict[str, float], iteration: int) -> None:
+        """Numbers of one iteration, for TensorBoard and wandb."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, iteration)
+        if self.wandb_run:
+            self.wandb_run.log(values, step=iteration)
+
+    def epoch(self, record: dict[str, float], iteration: int) -> None:
+        """One line of metrics.jsonl."""
+        self.scalars(record, iteration)
+        if self.folder:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def curve(self) -> None:
+        """Draws loss and retrieval over the epochs of metrics.jsonl as curve.png."""
+        if not self.folder:
+            return
+        from matplotlib.figure import Figure  # takes half a second, and rank 0 alone draws
+
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        epochs = [record["epoch"] for record in records]
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        loss, retrieval = figure.subplots(1, 2)
+        for name in records[0]:
+            if name.startswith("loss"):
+                label = name.removeprefix("loss_") if name != "loss" else "sum"
+                loss.plot(epochs, [record[name] for record in records], marker="o", label=label)
+        for name, label in (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"), ("mAP", "mAP"), ("mINP", "mINP")):
+            retrieval.plot(epochs, [record[name] for record in records], marker="o", label=label)
+        for axes, title in ((loss, "training loss (weighted)"), (retrieval, "retrieval (%)")):
+            axes.set(title=title, xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+        figure.savefig(self.folder / "curve.png", dpi=120)
+
+
+def wandb_project(wanted: bool) -> str | None:
+    """The wandb project to log to: the environment's WANDB_PROJECT, else `tbps-clip` where wandb is wanted."""
+    return os.environ.get("WANDB_PROJECT") or ("tbps-clip" if wanted else None)
+
+
+def peak_memory_gigabytes(device: torch.device) -> float:
+    """Largest memory so far, in 10⁹ bytes: of the GPU, or resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

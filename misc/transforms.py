@@ -1,0 +1,135 @@
+"""Images to normalised tensors: augmentation pool, SimCLR view, evaluation view, MixGen (SPEC sections 2 and 3).
+
+Tensors are (3, H, W) float32; before normalisation their values are in [0, 1]. All draws come from torch's default CPU
+generator, which the caller seeds for each sample (`seeded`).
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_DEVIATION = [0.229, 0.224, 0.225]
+OPERATIONS_PER_VIEW = 2
+"""Operations drawn from the pool for one view (paper: augmentation pool)."""
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed that depends on all parts of the key: (1, 0) and (0, 1) give unrelated ones."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """Within it, torch's default CPU generator is seeded by the key; afterwards it goes on as before."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(derive_seed(*key))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image → (3, H, W) float32 in [0, 1]."""
+    return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
+
+
+def normalise(image: Tensor) -> Tensor:
+    """Subtracts the ImageNet mean and divides by its standard deviation (not CLIP's)."""
+    return F.normalize(image, IMAGENET_MEAN, IMAGENET_DEVIATION)
+
+
+class EvaluationView:
+    """Resize (bicubic, antialiased), normalise. `resolution` is (height, width) in pixels."""
+
+    def __init__(self, resolution: tuple[int, int]):
+        self.resolution = list(resolution)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return normalise(to_tensor(F.resize(image, self.resolution, InterpolationMode.BICUBIC)))
+
+
+class PoolView:
+    """The paper's augmentation pool: two operations, drawn independently and with replacement, in the order drawn.
+
+    Resizing is apart (`resize`), so that two views of an image share it.
+    """
+
+    def __init__(self, resolution: tuple[int, int]):
+        self.resolution = list(resolution)
+        self.pool = [
+            v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0),
+            v2.RandomRotation(15),
+            v2.RandomResizedCrop(self.resolution, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)),
+            v2.RandomGrayscale(p=0.1),
+            v2.RandomHorizontalFlip(p=0.5),
+            v2.RandomErasing(p=0.5, scale=(0.10, 0.20), ratio=(0.3, 3.3), value=0),
+        ]
+
+    def resize(self, image: Image.Image) -> Tensor:
+        """RGB image → (3, H, W) in [0, 1], bilinear and antialiased."""
+        return to_tensor(F.resize(image, self.resolution, InterpolationMode.BILINEAR))
+
+    def __call__(self, resized: Tensor) -> Tensor:
+        """(3, H, W) of `resize` → an augmented, normalised view of the same shape."""
+        for index in torch.randint(len(self.pool), (OPERATIONS_PER_VIEW,)).tolist():
+            resized = self.pool[index](resized)
+        return normalise(resized)
+
+
+class SimCLRView:
+    """SimCLR's strong augmentation of the decoded image, for SS-I."""
+
+    def __init__(self, resolution: tuple[int, int]):
+        self.transforms = v2.Compose(
+            [
+                v2.RandomResizedCrop(list(resolution), scale=(0.2, 1.0)),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                v2.RandomGrayscale(p=0.2),
+                v2.RandomApply([GaussianBlur(0.1, 2.0)], p=0.5),
+                v2.RandomHorizontalFlip(p=0.5),
+            ]
+        )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(3, H', W') in [0, 1] of any size → (3, H, W), normalised."""
+        return normalise(self.transforms(image))
+
+
+class GaussianBlur(torch.nn.Module):
+    """Gaussian blur, sigma in pixels drawn uniformly; the kernel reaches as far as three sigma."""
+
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, image: Tensor) -> Tensor:
+        sigma = torch.empty(1).uniform_(self.low, self.high).item()
+        size = 2 * math.ceil(3 * sigma) + 1
+        return F.gaussian_blur(image, [size, size], [sigma, sigma])
+
+
+def mix_images(image: Tensor, partner: Tensor, kind: str) -> Tensor:
+    """MixGen of two views (3, H, W): their mean (`ori`), or side by side at half the width each (`cat`).
+
+    `cat` takes normalised images and leaves them so: the published code normalises its result a second time.
+    """
+    if kind == "ori":
+        return 0.5 * image + 0.5 * partner
+    height, width = image.shape[-2:]
+    left, right = (F.resize(half, [height, w]) for half, w in ((image, width // 2), (partner, width - width // 2)))
+    return torch.cat([left, right], dim=-1)
+
+
+def mix_captions(caption: str, partner: str) -> str:
+    """MixGen of two captions."""
+    return f"{caption} {partner}"

@@ -1,0 +1,1 @@
+"""What is done to a caption before and after it becomes token ids."""

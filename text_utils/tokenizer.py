@@ -1,0 +1,118 @@
+"""Captions to token ids and back: CLIP's byte-pair encoding (Radford et al., 2021), with a mask token."""
+
+import functools
+import gzip
+import html
+import importlib.util
+import itertools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import ftfy
+import regex
+
+from misc.errors import UserError
+
+MASK = 49405
+START = 49406
+END = 49407
+VOCABULARY_SIZE = 49408
+
+_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_WORD_END = "</w>"
+_SPECIAL_SYMBOLS = ["<|mask|>", "<|startoftext|>", "<|endoftext|>"]
+
+# CLIP's words: English contractions, runs of letters, single digits, runs of other marks. CLIP also looks for literal
+# special tokens here; we do not, so a caption that spells `<|endoftext|>` is text like any other.
+_WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+
+def _byte_symbols() -> dict[int, str]:
+    """One visible character per byte, in the order of CLIP's vocabulary: printable bytes first, as themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+_SYMBOL_OF_BYTE = _byte_symbols()
+_BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in _SYMBOL_OF_BYTE.items()}
+
+
+def _read_merges(count: int) -> list[tuple[str, ...]]:
+    """First `count` merges, best first, from the file that open_clip_torch ships.
+
+    Looks the package up without importing it: the import takes seconds, the file a few hundredths.
+    """
+    package = importlib.util.find_spec("open_clip")
+    folders = (package.submodule_search_locations if package else None) or []
+    path = next((path for folder in folders if (path := Path(folder) / _MERGES_FILE).is_file()), None)
+    if path is None:
+        raise UserError(
+            f"CLIP's vocabulary {_MERGES_FILE} was not found in the package open_clip_torch: "
+            "run `pip install open_clip_torch`"
+        )
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        next(file)  # a version line
+        return [tuple(line.split()) for line in itertools.islice(file, count)]
+
+
+class Tokenizer:
+    """CLIP's tokenizer. Ids: 0..49404 ordinary tokens, then `MASK`, `START`, `END`.
+
+    The mask token takes the place of CLIP's last merge, so that the vocabulary keeps its size, as in TBPS-CLIP. That
+    merge is left out as well: a caption never turns into `MASK`, and the word it stood for is spelled by two tokens.
+    """
+
+    def __init__(self) -> None:
+        """Raises UserError where open_clip_torch, which holds the vocabulary, is not installed."""
+        byte_symbols = list(_SYMBOL_OF_BYTE.values())
+        symbols = byte_symbols + [symbol + _WORD_END for symbol in byte_symbols]
+        merges = _read_merges(MASK - len(symbols))
+        symbols += ["".join(merge) for merge in merges]
+        self._merge_ranks = {merge: rank for rank, merge in enumerate(merges)}
+        self._id_of_symbol = {symbol: i for i, symbol in enumerate(symbols)}
+        self._symbols = symbols + _SPECIAL_SYMBOLS
+        # Captions use few different words; the bound is for a process that answers queries for months.
+        self._word_ids = functools.lru_cache(maxsize=100_000)(self._encode_word)
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[()]]:
+        """Pickles as "build it again", so that handing the tokenizer to a loader worker costs next to nothing."""
+        return Tokenizer, ()
+
+    def encode(self, caption: str, length: int = 77) -> list[int]:
+        """Ids of a caption: `START`, its tokens, `END`, without padding.
+
+        A caption that needs more than `length` (>= 2) ids is cut and keeps `END`. No text is an error: control
+        characters are dropped, broken encodings and HTML entities mended, and an empty caption gives two ids.
+        """
+        text = html.unescape(html.unescape(ftfy.fix_text(caption))).lower()
+        ids = [i for word in _WORD.findall(text) for i in self._word_ids(word)]
+        return [START, *ids][: length - 1] + [END]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, a space after each word; special tokens are spelled out (`<|startoftext|>`)."""
+        symbols = "".join(self._symbols[i] for i in ids)
+        return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in symbols).decode(errors="replace").replace(_WORD_END, " ")
+
+    def _encode_word(self, word: str) -> list[int]:
+        """Ids of one word: from its UTF-8 bytes, the best known pair is merged until no known pair is left."""
+        symbols = [_SYMBOL_OF_BYTE[byte] for byte in word.encode()]
+        symbols[-1] += _WORD_END
+        while len(symbols) > 1:
+            best = min(itertools.pairwise(symbols), key=lambda pair: self._merge_ranks.get(pair, math.inf))
+            if best not in self._merge_ranks:
+                break
+            symbols = _merge(symbols, best)
+        return [self._id_of_symbol[symbol] for symbol in symbols]
+
+
+def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Joins every occurrence of `pair`, from left to right."""
+    merged: list[str] = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
