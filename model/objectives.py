@@ -18,7 +18,7 @@ class Objectives:
 
     Attributes:
         gather: (B, …) tensor of this rank → (G, …) of all ranks, in rank order, with gradient to every rank.
-        row_offset: row of the gathered tensors at which this rank's rows begin, divided by B (its rank).
+        rank: of this process among those that `gather` joins; its rows begin at rank · B of the gathered ones.
         nitc, ritc, citc, ss, mlm, identity: weights of N-ITC, R-ITC, C-ITC, SS-I, MLM and ID.
         multi_view: N-ITC is the mean over two pool views (MVS-I).
         ritc_epsilon: ε of R-ITC.
