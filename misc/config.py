@@ -15,6 +15,7 @@ import yaml
 from easydict import EasyDict
 
 from misc.errors import UserError
+from model.heads import attention_heads
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "config"
 DEFAULT_CONFIG = CONFIG_FOLDER / "config.yaml"
@@ -54,7 +55,10 @@ def _integer(low: int, high: float = math.inf) -> Rule:
 
 
 def _choice(*values: Any) -> Rule:
-    return Rule("one of " + ", ".join("null" if v is None else str(v) for v in values), lambda value: value in values)
+    return Rule(
+        "one of " + ", ".join("null" if value is None else str(value) for value in values),
+        lambda value: any(type(value) is type(choice) and value == choice for choice in values),  # 1 is not 1.0 or true
+    )
 
 
 def _list_of(length: int, item: Rule) -> Rule:
@@ -71,6 +75,9 @@ TEXT_OR_NULL = Rule("a text or null", lambda value: value is None or TEXT.accept
 RATIO = _number(0)
 PROBABILITY = _number(0, 1)
 POSITIVE = _number(0, open_low=True)
+BELOW_ONE = Rule(
+    "a number, at least 0 and below 1", lambda value: PROBABILITY.accepts(value) and value < 1, number=True
+)
 COUNT = _integer(1)
 RESOLUTION = Rule(
     "[height, width] in pixels, or one integer",
@@ -85,7 +92,7 @@ RULES: dict[str, Rule] = {
     "device": DEVICE,
     "anno_dir": TEXT,
     "image_dir": TEXT,
-    "misc.seed": _integer(0),
+    "misc.seed": _integer(0, 2**32 - 1),
     "misc.precision": _choice("auto", "bf16", "fp16", "fp32"),
     "experiment.input_resolution": RESOLUTION,
     "experiment.text_length": _integer(3, 1024),
@@ -122,7 +129,7 @@ RULES: dict[str, Rule] = {
     "schedule.lr_end": RATIO,
     "schedule.ratio_factor": POSITIVE,
     "schedule.weight_decay": RATIO,
-    "schedule.betas": _list_of(2, PROBABILITY),
+    "schedule.betas": _list_of(2, BELOW_ONE),
     "schedule.eps": POSITIVE,
     "model.ckpt_type": _choice("original_clip", "saved"),
     "model.checkpoint": TEXT_OR_NULL,
@@ -229,6 +236,9 @@ def _contradictions(values: dict[str, Any]) -> Iterator[str]:
             f"experiment.simclr_mlp: {values['experiment.simclr_mlp']} should begin with model.embed_dim: "
             f"{values['model.embed_dim']}"
         )
+    width = values["model.embed_dim"]
+    if values["experiment.mlm"] and width % attention_heads(width):
+        yield f"model.embed_dim: {width} should be a multiple of 64 for experiment.mlm, whose heads have 64 channels"
     reversed_off = not values["experiment.ritc"] or values["experiment.ritc_ratio"] == 0
     if values["experiment.nitc_ratio"] == 0 and reversed_off:
         yield "experiment.nitc_ratio: 0 without experiment.ritc gives the temperature no loss: turn one on"
@@ -238,8 +248,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys silently; this one refuses them."""
 
     def construct_mapping(self, node, deep=False):
+        written = list(node.value)  # the call below takes what a merge key `<<` refers to into the node
+        mapping = super().construct_mapping(node, deep)
         seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
+        for key_node, _ in written:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if key in seen:
@@ -247,7 +261,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                     f"{node.start_mark.name}: key {key!r} stands twice, in lines {seen[key]} and {line}: delete one"
                 )
             seen[key] = line
-        return super().construct_mapping(node, deep)
+        return mapping
 
 
 def _read_yaml(path: Path) -> dict:
@@ -256,7 +270,9 @@ def _read_yaml(path: Path) -> dict:
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
@@ -275,6 +291,8 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"{path}: base: {_as_yaml(base)} should be the name of a YAML file")
+        if not (path.parent / base).is_file():
+            raise UserError(f"{path}: base: {base} does not exist beside it: correct the name")
         layers = _read_with_base(path.parent / base, (*seen, path.resolve()))
     return [*layers, (str(path), _flatten(content, path))]
 
@@ -309,7 +327,9 @@ def _parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f"argument {override!r} should be key=value, as in data.batch_size=40, or an option of --help")
     try:
         return key, yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"argument {override!r}: its value is not valid YAML") from error
 
 
@@ -333,4 +353,5 @@ def _nearest(key: str) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n")
+    return " ".join(text.split())

@@ -4,6 +4,7 @@ B rows of this rank, W ranks, G = B · W rows of all ranks.
 """
 
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,6 +71,10 @@ def processes(device: str | int, backend: str, url: str):
     )
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+    except RuntimeError:
+        # Often a collective that lost its peer. The peer tells why, and the launcher ends this process meanwhile.
+        time.sleep(10)
+        raise
     finally:
         dist.destroy_process_group()
 

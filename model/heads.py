@@ -7,9 +7,6 @@ from torch import Tensor, nn
 
 from model.transformer import Attention, QuickGELU, Transformer
 
-HEAD_WIDTH = 64
-"""Channels of one attention head in the masked-language head, as in CLIP."""
-
 
 def simclr_projector(widths: list[int]) -> nn.Sequential:
     """Linear – ReLU – Linear on the projected image feature (paper: 512, 128, 512)."""
@@ -25,6 +22,11 @@ def identity_classifier(width: int, identities: int) -> nn.Linear:
     return classifier
 
 
+def attention_heads(width: int) -> int:
+    """Of the masked-language head: one for each 64 channels, as in CLIP, and at least one."""
+    return max(1, width // 64)
+
+
 class MaskedLanguageHead(nn.Module):
     """Predicts masked tokens from the caption and the image: text queries the image, then `depth` transformer layers.
 
@@ -33,7 +35,7 @@ class MaskedLanguageHead(nn.Module):
 
     def __init__(self, *, width: int, depth: int, vocab_size: int):
         super().__init__()
-        heads = max(1, width // HEAD_WIDTH)
+        heads = attention_heads(width)
         self.cross_attn = Attention(width, heads)
         self.cross_modal_transformer = Transformer(width, depth, heads)
         self.ln_pre_t = nn.LayerNorm(width)

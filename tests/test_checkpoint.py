@@ -1,0 +1,243 @@
+"""Checkpoints: written whole or not at all, read without running code, and loaded only where they fit."""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from easydict import EasyDict
+from torch import nn
+
+from misc.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from misc.errors import UserError
+from model.tbps_clip import TBPSCLIP
+from tests.golden_models import TINY_MODEL
+
+CONFIG = EasyDict(experiment={"input_resolution": (64, 32)}, model={"saved_path": "runs/x", "checkpoint": None})
+METRICS = {"r1": 12.5, "mAP": 7.25}
+
+
+def tiny_model(seed: int = 0, **changes) -> TBPSCLIP:
+    torch.manual_seed(seed)
+    return TBPSCLIP(**TINY_MODEL | {"vocab_size": 60, "simclr_widths": [32, 8, 32], "identities": 5} | changes)
+
+
+def copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    path = tmp_path / "checkpoint_last.pth"
+    save_checkpoint(path, nn.Linear(20, 30), CONFIG, 3, METRICS)
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and str(path) in message, message
+    return message
+
+
+# ---- saving and reading -------------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_is_read(tmp_path):
+    model = tiny_model()
+    save_checkpoint(tmp_path / "checkpoint.pth", model, CONFIG, 3, METRICS)
+    content = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert same(content["model"], model.state_dict())
+    assert content["config"] == {
+        "experiment": {"input_resolution": [64, 32]},
+        "model": {"saved_path": "runs/x", "checkpoint": None},
+    }
+    assert (content["epoch"], content["metrics"]) == (3, METRICS)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_a_failure_in_the_middle_leaves_the_old_file(checkpoint, monkeypatch):
+    old = checkpoint.read_bytes()
+
+    def fail_half_way(content, file):
+        file.write(old[: len(old) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail_half_way)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(checkpoint, nn.Linear(20, 30), CONFIG, 4, METRICS)
+    monkeypatch.undo()
+    assert checkpoint.read_bytes() == old
+    save_checkpoint(checkpoint, nn.Linear(20, 30), CONFIG, 5, METRICS)  # what the failure left is in nobody's way
+    assert read_checkpoint(checkpoint)["epoch"] == 5
+
+
+def test_the_file_is_complete_before_it_takes_the_name(checkpoint, monkeypatch):
+    """A power cut must not leave a name whose content was never written: the content is on the disk first."""
+    order = []
+    replace, fsync = Path.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("content"), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda path, target: (order.append("name"), replace(path, target))[1])
+    save_checkpoint(checkpoint, nn.Linear(2, 3), CONFIG, 4, METRICS)
+    assert order[:2] == ["content", "name"]
+
+
+# ---- what is not read ---------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "none.pth")
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10, 100, 0.5, 0.9, -30, -1])
+def test_a_file_that_is_cut_off_is_refused(checkpoint, kept):
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    refusal(checkpoint)
+
+
+class Intruder:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_code_in_a_file_is_not_run(tmp_path, save):
+    made = tmp_path / "made by the file"
+    content = {"model": {}, "config": Intruder(made), "epoch": 1, "metrics": {}}
+    save(content, tmp_path / "intruder.pth")
+    refusal(tmp_path / "intruder.pth")
+    assert not made.exists()
+    torch.load(tmp_path / "intruder.pth", weights_only=False) if save is torch.save else pickle.loads(
+        (tmp_path / "intruder.pth").read_bytes()
+    )
+    assert made.exists(), "the file was harmless, so this test has shown nothing"
+
+
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("readme.txt", "not a checkpoint")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<!DOCTYPE html><html></html>\n",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1\n",
+        b"some text\nof two lines\n",
+        bytes(range(256)) * 4,
+        b"\x80\x02",
+        b"\x80\x02}",
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        zipped(),
+    ],
+    ids=["web page", "Git LFS", "text", "bytes", "pickle header", "unfinished pickle", "picture", "archive"],
+)
+def test_something_else_is_refused(tmp_path, content):
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(content)
+    refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        torch.zeros(3),
+        {"weight": torch.zeros(3)},
+        {"model": {}, "optimizer": {}, "config": {}},
+        {"model": {}, "optimizer": {}, "config": EasyDict(model={})},
+    ],
+    ids=["list", "tensor", "state dict", "no epoch", "published"],
+)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    refusal(tmp_path / "other.pth")
+
+
+# ---- into a model -------------------------------------------------------------------------------------------------
+
+
+def load_refusal(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
+    """The message with which weights are refused; the model is as before."""
+    before = copied(model)
+    with pytest.raises(UserError) as caught:
+        load_weights(model, state, Path("runs/x/checkpoint_best.pth"))
+    message = str(caught.value)
+    assert same(model.state_dict(), before)
+    assert len(message.splitlines()) == 1 and "runs/x/checkpoint_best.pth" in message
+    return message
+
+
+def test_all_weights_are_loaded():
+    source, target = tiny_model(1), tiny_model(2)
+    assert not same(source.state_dict(), target.state_dict())
+    assert load_weights(target, copied(source), Path("x.pth")) == []
+    assert same(source.state_dict(), target.state_dict())
+
+
+def test_a_missing_tensor_is_named():
+    state = copied(tiny_model())
+    del state["text_encoder.ln_final.weight"]
+    assert "text_encoder.ln_final.weight is missing" in load_refusal(tiny_model(1), state)
+
+
+def test_the_temperature_must_be_there():
+    state = copied(tiny_model())
+    del state["logit_scale"]
+    assert "logit_scale is missing" in load_refusal(tiny_model(1), state)
+
+
+def test_an_unknown_tensor_is_named():
+    state = copied(tiny_model()) | {"image_encoder.extra": torch.zeros(1)}
+    assert "image_encoder.extra is unknown" in load_refusal(tiny_model(1), state)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes():
+    state = copied(tiny_model())
+    state["image_encoder.ln_post.weight"] = torch.zeros(7)
+    wanted = list(tiny_model().image_encoder.ln_post.weight.shape)
+    assert f"image_encoder.ln_post.weight is [7], not {wanted}" in load_refusal(tiny_model(1), state)
+
+
+def test_of_many_problems_some_are_named_and_all_are_counted():
+    state = copied(tiny_model()) | {f"image_encoder.extra{number}": torch.zeros(1) for number in range(10)}
+    message = load_refusal(tiny_model(1), state)
+    named = message.count("is unknown")
+    assert 0 < named < 10 and f"and {10 - named} more" in message
+
+
+def test_heads_that_the_model_does_not_have_are_left_out():
+    source = tiny_model(1)
+    towers = tiny_model(2, simclr_widths=None, identities=None)
+    assert load_weights(towers, copied(source), Path("x.pth")) == []
+    assert same(copied(towers), {name: copied(source)[name] for name in copied(towers)})
+
+
+@pytest.mark.parametrize("changes", [{"identities": None}, {"identities": 9}], ids=["no head", "of other size"])
+def test_a_head_that_does_not_fit_starts_afresh(changes):
+    source, target = tiny_model(1, **changes), tiny_model(2)
+    fresh = copied(target)
+    (note,) = load_weights(target, copied(source), Path("x.pth"))
+    assert "identity_classifier" in note and "x.pth" in note
+    for name, tensor in copied(target).items():
+        expected = fresh if name.startswith("identity_classifier.") else copied(source)
+        assert torch.equal(tensor, expected[name]), name
+    assert not torch.equal(copied(target)["simclr_projector.0.weight"], fresh["simclr_projector.0.weight"])

@@ -1,0 +1,559 @@
+"""Whole runs on a tiny dataset: what they leave, what they print, and one line for each mistake of the user."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import main as program
+from misc.checkpoint import read_checkpoint
+from misc.run_log import RUN_FILES
+from tests.seeded import TINY, clip_weights
+from tests.tiny_dataset import TinyDataset, write_tiny_dataset
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(program.__file__).parent
+ARCHITECTURE = (
+    "experiment.input_resolution=[32, 16]",
+    "experiment.simclr_mlp=[32, 16, 32]",
+    "model.embed_dim=32",
+    "model.vision_width=32",
+    "model.vision_layers=1",
+    "model.vision_heads=2",
+    "model.text_width=32",
+    "model.text_layers=1",
+    "model.text_heads=2",
+)
+QUICK = (
+    "device=cpu",
+    "misc.precision=fp32",
+    "data.dataset=null",
+    "data.batch_size=4",
+    "data.test_batch_size=7",
+    "data.num_workers=0",
+)
+METRICS = ("r1", "r5", "r10", "mAP", "mINP")
+KEYS = {"epoch", *METRICS, "loss", "seconds", "samples_per_second", "data_wait", "peak_memory_gigabytes"}
+STATISTICS = {"train": ["12", "24", "48"], "val": ["4", "8", "16"], "test": ["5", "10", "20"]}
+"""Identities, images and captions of the tiny dataset: two images per identity, two captions per image."""
+
+
+class Outcome(NamedTuple):
+    """Exit status, and what was written to the screen."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Run(NamedTuple):
+    """A finished run: its folder, and how it ended."""
+
+    folder: Path
+    outcome: Outcome
+
+    @property
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "train.log").read_text(encoding="utf-8")
+
+
+def of_dataset(dataset: TinyDataset) -> list[str]:
+    return [f"anno_dir={dataset.anno_dir}", f"image_dir={dataset.image_dir}"]
+
+
+def start(*arguments: str, ranks: int = 1) -> Outcome:
+    """`main.py` in a process of its own, under torchrun where there are several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_PROJECT"}
+    finished = subprocess.run(
+        [sys.executable, *torchrun, "main.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Outcome(finished.returncode, finished.stdout, finished.stderr)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd) -> Iterator[Callable[..., Outcome]]:
+    """`main.py` in this process: importing torch again would take most of the time."""
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+        capfd.readouterr()
+        return Outcome(program.main(), *capfd.readouterr())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would only wait for each other on so little work
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(run, data, tmp_path) -> Callable[..., Run]:
+    """One epoch on the tiny dataset, in this process."""
+
+    def call(*arguments: str) -> Run:
+        folder = tmp_path / "run"
+        fixed = (*ARCHITECTURE, *QUICK, *of_dataset(data), f"model.saved_path={folder}", "log.sheet=0")
+        outcome = run(*fixed, "schedule.epoch=1", *arguments)
+        assert outcome.status == 0, outcome
+        return Run(folder, outcome)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> TinyDataset:
+    """The tiny dataset for tests that leave it as it is."""
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def full(data, tmp_path_factory) -> Run:
+    """Two epochs of the full recipe by `python main.py`, with loading in a worker process."""
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    own = (f"model.saved_path={folder}", "schedule.epoch=2", "data.num_workers=1", "log.sheet=3", "log.print_period=5")
+    return Run(folder, start(*ARCHITECTURE, *QUICK, *of_dataset(data), *own))
+
+
+def printed_metrics(out: str) -> list[list[float]]:
+    """The numbers below each line `R@1 R@5 R@10 mAP mINP`."""
+    rows = re.findall(r"R@1 +R@5 +R@10 +mAP +mINP\n(.+)", out)
+    return [[float(number) for number in row.split()] for row in rows]
+
+
+def rounded(record: dict[str, float]) -> list[float]:
+    return [float(f"{record[name]:.2f}") for name in METRICS]
+
+
+def printed_statistics(out: str) -> dict[str, list[str]]:
+    return {name: numbers.split() for name, numbers in re.findall(r"^(train|val|test) +([\d, ]+)$", out, re.MULTILINE)}
+
+
+def only_error(outcome: Outcome) -> str:
+    """The one line of a refusal."""
+    assert outcome.status == 2, outcome
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: ") and "Traceback" not in outcome.out
+    return line
+
+
+# ---- a run of the full recipe -------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_well_and_writes_its_files(full):
+    assert full.outcome.status == 0, full.outcome.err
+    assert sorted(path.name for path in full.folder.iterdir()) == sorted(RUN_FILES)
+    assert full.log == full.outcome.out
+
+
+def test_a_run_shows_the_statistics_of_its_data(full):
+    assert printed_statistics(full.outcome.out) == STATISTICS
+
+
+def test_metrics_jsonl_holds_each_epoch(full):
+    assert [record["epoch"] for record in full.records] == [1, 2]
+    for record in full.records:
+        assert record.keys() >= KEYS
+        assert 0 <= record["r1"] <= record["r5"] <= record["r10"] == 100  # there are ten images
+        assert 0 <= record["mINP"] <= 100 and 0 < record["mAP"] <= 100
+        assert record["seconds"] > 0 and 0 <= record["data_wait"] <= 1 and record["peak_memory_gigabytes"] > 0
+        assert record["samples_per_second"] == pytest.approx(48 / record["seconds"], rel=0.01)  # 12 batches of 4
+        parts = {name: value for name, value in record.items() if name.startswith("loss_")}
+        assert parts.keys() == {"loss_nitc", "loss_ritc", "loss_citc", "loss_ss"}
+        assert record["loss"] == pytest.approx(sum(parts.values()))
+    assert full.records[1]["loss"] < full.records[0]["loss"]
+
+
+def test_the_printed_table_is_that_of_metrics_jsonl(full):
+    assert printed_metrics(full.outcome.out) == [rounded(record) for record in full.records]
+
+
+def test_the_pictures_of_a_run_open(full):
+    for name in ("curve.png", "retrieval.png"):
+        with Image.open(full.folder / name) as image:
+            image.load()
+            assert image.format == "PNG" and min(image.size) > 100
+
+
+def test_the_saved_configuration_is_the_merged_one(full):
+    saved = yaml.safe_load((full.folder / "config.yaml").read_text())
+    assert saved["experiment"]["input_resolution"] == [32, 16] and saved["experiment"]["ss"] is True
+    assert (saved["model"]["saved_path"], saved["schedule"]["epoch"]) == (str(full.folder), 2)
+
+
+def test_the_checkpoints_are_of_the_last_and_of_the_best_epoch(full):
+    last = read_checkpoint(full.folder / "checkpoint_last.pth")
+    best = read_checkpoint(full.folder / "checkpoint_best.pth")
+    first_best = max(full.records, key=lambda record: record["r1"])
+    for content, record in ((last, full.records[-1]), (best, first_best)):
+        assert content["epoch"] == record["epoch"]
+        assert content["metrics"] == {name: record[name] for name in METRICS}
+    assert last["config"] == yaml.safe_load((full.folder / "config.yaml").read_text())
+
+
+def test_evaluation_of_the_last_checkpoint_repeats_its_metrics(full, data, run, monkeypatch, tmp_path):
+    """The architecture is the checkpoint's: the configuration here is that of ViT-B/16."""
+    seen = []
+    report = program.report
+    monkeypatch.setattr(program, "report", lambda *arguments: (seen.append(arguments[2].metrics), report(*arguments)))
+    monkeypatch.chdir(tmp_path)
+    outcome = run("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data))
+    assert outcome.status == 0
+    assert seen == [{name: pytest.approx(full.records[-1][name], abs=1e-6) for name in METRICS}]
+    assert printed_metrics(outcome.out) == [rounded(full.records[-1])]
+    assert printed_statistics(outcome.out) == STATISTICS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_ranks_evaluate_a_checkpoint_as_one_does(full, data):
+    outcome = start("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data), ranks=2)
+    assert outcome.status == 0, outcome.err
+    assert "2 process(es)" in outcome.out
+    assert printed_metrics(outcome.out) == [rounded(full.records[-1])]
+
+
+def test_two_ranks_train_without_gathering(data, tmp_path):
+    own = ("schedule.epoch=1", "model.use_gather=false", f"model.saved_path={tmp_path / 'run'}", "log.sheet=1")
+    outcome = start(*ARCHITECTURE, *QUICK, *of_dataset(data), *own, ranks=2)
+    assert outcome.status == 0, outcome.err
+    two = Run(tmp_path / "run", outcome)
+    assert sorted(path.name for path in two.folder.iterdir()) == sorted(RUN_FILES)
+    assert two.log == outcome.out and "2 process(es)" in two.log
+    (record,) = two.records
+    assert record["samples_per_second"] == pytest.approx(48 / record["seconds"], rel=0.01)  # of both ranks: 6 · 2 · 4
+
+
+# ---- other ways to run --------------------------------------------------------------------------------------------
+
+
+def test_simplified_trains_with_two_losses(train):
+    simplified = train("--simplified")
+    assert {name for name in simplified.records[0] if name.startswith("loss_")} == {"loss_nitc", "loss_ritc"}
+    assert yaml.safe_load((simplified.folder / "config.yaml").read_text())["misc"]["seed"] == 0
+    assert "retrieval.png" not in {path.name for path in simplified.folder.iterdir()}  # log.sheet=0
+
+
+@pytest.mark.parametrize("mixgen_type", ["ori", "cat"])
+def test_mlm_id_and_mixgen_train(train, mixgen_type):
+    mixed = train(
+        "experiment.mlm=true",
+        "experiment.cmt_depth=1",
+        "experiment.id=true",
+        "experiment.mixgen=true",
+        f"experiment.mixgen_type={mixgen_type}",
+        "experiment.mixgen_p=1",
+        "experiment.mixgen_ratio=0.5",
+    )
+    assert {"loss_mlm", "loss_id"} <= mixed.records[0].keys()
+    assert mixed.records[0]["loss_id"] > 0 and mixed.records[0]["loss_mlm"] > 0
+
+
+def test_the_val_split_can_be_evaluated(train):
+    out = train("data.evaluate_on=val").outcome.out
+    assert "epoch 1, val: 16 queries, 8 images" in out
+
+
+def test_bf16_trains_on_a_cpu(train):
+    assert "encoders in bf16" in train("misc.precision=bf16").log
+
+
+def test_clip_weights_are_the_start(train, tmp_path):
+    sizes = {"embed": 32, "resolution": (32, 16), "patch": 16, "vision_width": 64, "vision_layers": 1, "vocab": 49408}
+    sizes |= {"context": 77, "text_width": 32, "text_layers": 1}
+    weights = {name: torch.as_tensor(value) for name, value in clip_weights(**sizes).items()}
+    torch.save(weights, tmp_path / "clip.pt")
+    own = ("model.vision_width=64", f"model.checkpoint={tmp_path / 'clip.pt'}", "model.lock_bottom=true")
+    trained = train(*own)
+    state = read_checkpoint(trained.folder / "checkpoint_last.pth")["model"]
+    assert torch.equal(state["image_encoder.conv1.weight"], weights["visual.conv1.weight"])  # it is locked
+    assert not torch.equal(state["image_encoder.proj"], weights["visual.proj"])
+    assert str(tmp_path / "clip.pt") in trained.log
+
+
+def test_a_saved_checkpoint_is_the_start_and_its_run_goes_beside_it(train, full, tmp_path):
+    start_file = tmp_path / "start.pth"
+    shutil.copy(full.folder / "checkpoint_best.pth", start_file)
+    frozen = ("schedule.lr=1e-30", "schedule.lr_start=0", "schedule.lr_end=0")  # so the run must end where it started
+    train("model.ckpt_type=saved", f"model.saved_path={start_file}", *frozen)
+    own = Run(tmp_path / "start", Outcome(0, "", ""))
+    assert start_file.read_bytes() == (full.folder / "checkpoint_best.pth").read_bytes()
+    assert {"checkpoint_last.pth", "checkpoint_best.pth", "metrics.jsonl"} <= {p.name for p in own.folder.iterdir()}
+    began = read_checkpoint(start_file)
+    assert [own.records[0][name] for name in METRICS] == pytest.approx([began["metrics"][name] for name in METRICS])
+    ended = read_checkpoint(own.folder / "checkpoint_last.pth")["model"]
+    for name, tensor in began["model"].items():
+        torch.testing.assert_close(ended[name], tensor)
+
+
+def test_a_gpu_that_is_not_there_is_replaced_with_a_warning(full, data, run, monkeypatch):
+    """Published configurations say `device: 5`."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    outcome = run("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data), "device=5")
+    assert outcome.status == 0 and re.search(r"^warning: device: 5 .* cpu", outcome.out, re.MULTILINE)
+
+
+def test_counts_that_are_not_the_published_ones_are_warned_of(full, data, run):
+    own = ("data.dataset=CUHK-PEDES", "data.evaluate_on=test")
+    outcome = run("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data), *own)
+    assert outcome.status == 0
+    assert "warning: CUHK-PEDES train: 12 identities here, 11,003 published" in outcome.out
+
+
+def test_a_folder_that_holds_a_run_is_kept_until_overwrite_is_given(train, run, data, tmp_path):
+    old = train()
+    before = {path.name: path.read_bytes() for path in old.folder.iterdir()}
+    again = (*ARCHITECTURE, *QUICK, *of_dataset(data), f"model.saved_path={old.folder}", "schedule.epoch=1")
+    message = only_error(run(*again))
+    assert str(old.folder) in message and "--overwrite" in message
+    assert {path.name: path.read_bytes() for path in old.folder.iterdir()} == before
+
+    new = train("--overwrite", "experiment.citc=false")
+    assert len(new.records) == 1 and "loss_citc" not in new.records[0]
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------------
+
+
+class Mistake(NamedTuple):
+    """Arguments with something wrong, and words that its message must hold."""
+
+    arguments: list[str]
+    words: list[str]
+
+
+def annotation(dataset: TinyDataset) -> list[dict]:
+    return json.loads((dataset.anno_dir / "reid_raw.json").read_text())
+
+
+def annotate(dataset: TinyDataset, entries: list[dict]) -> None:
+    (dataset.anno_dir / "reid_raw.json").write_text(json.dumps(entries))
+
+
+def unknown_key(dataset, folder):
+    return Mistake(["data.batchsize=4"], ["'data.batchsize'", "'data.batch_size'"])
+
+
+def missing_annotation_folder(dataset, folder):
+    return Mistake([f"anno_dir={folder / 'nowhere'}"], ["anno_dir", str(folder / "nowhere")])
+
+
+def missing_images(dataset, folder):
+    paths = [entry["file_path"] for entry in annotation(dataset)][:7]
+    for path in paths:
+        (dataset.image_dir / path).unlink()
+    return Mistake([], ["7 of 42", *paths[:5], "image_dir"])
+
+
+def annotation_without_split(dataset, folder):
+    entries = [{key: value for key, value in entry.items() if key != "split"} for entry in annotation(dataset)]
+    (dataset.anno_dir / "reid_raw.json").unlink()
+    (dataset.anno_dir / "caption_all.json").write_text(json.dumps(entries))
+    return Mistake([], ["caption_all.json", "split", "reid_raw.json"])
+
+
+def annotation_with_other_fields(dataset, folder):
+    annotate(dataset, [{"split": "train", "person": 1, "image": "a.jpg", "text": "A person."}])
+    return Mistake([], ["reid_raw.json", "entry 1", "`id`"])
+
+
+def image_without_caption(dataset, folder):
+    entries = annotation(dataset)
+    entries[2]["captions"] = []
+    annotate(dataset, entries)
+    return Mistake([], ["reid_raw.json", "entry 3", "captions"])
+
+
+def clip_file(folder: Path, content: bytes, *words: str) -> Mistake:
+    (folder / "clip.pt").write_bytes(content)
+    return Mistake([f"model.checkpoint={folder / 'clip.pt'}"], [str(folder / "clip.pt"), *words])
+
+
+def clip_weights_that_are_a_web_page(dataset, folder):
+    return clip_file(folder, b"<!DOCTYPE html>\n<html>Log in</html>\n", "web page")
+
+
+def clip_weights_that_are_a_pointer(dataset, folder):
+    return clip_file(folder, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull")
+
+
+def clip_weights_that_are_cut_off(dataset, folder):
+    torch.save({"visual.proj": torch.zeros(300, 300)}, folder / "whole.pt")
+    assert zipfile.is_zipfile(folder / "whole.pt")
+    return clip_file(folder, (folder / "whole.pt").read_bytes()[:-1000], "incomplete")
+
+
+def clip_weights_of_another_architecture(dataset, folder):
+    weights = clip_weights(**TINY | {"vision_width": 128, "vocab": 60})
+    torch.save({name: torch.as_tensor(value) for name, value in weights.items()}, folder / "clip.pt")
+    return Mistake([f"model.checkpoint={folder / 'clip.pt'}"], ["do not fit", "visual.", "model.vision_width=128"])
+
+
+def missing_clip_weights(dataset, folder):
+    return Mistake([f"model.checkpoint={folder / 'nowhere.pt'}"], [str(folder / "nowhere.pt"), "model.checkpoint"])
+
+
+def batch_larger_than_the_training_set(dataset, folder):
+    return Mistake(["data.batch_size=49"], ["data.batch_size", "49", "48"])
+
+
+def no_val_split(dataset, folder):
+    annotate(dataset, [entry for entry in annotation(dataset) if entry["split"] != "val"])
+    return Mistake(["data.evaluate_on=val"], ["data.evaluate_on", "val", "test"])
+
+
+def fp16_on_a_cpu(dataset, folder):
+    return Mistake(["misc.precision=fp16"], ["misc.precision", "fp16", "CPU"])
+
+
+def broken_checkpoint(dataset, folder):
+    (folder / "broken.pth").write_bytes(b"PK\x03\x04" + bytes(100))
+    return Mistake(["--evaluate", str(folder / "broken.pth")], [str(folder / "broken.pth")])
+
+
+def text_for_a_checkpoint(dataset, folder):
+    (folder / "train.log").write_text("1 process(es), this one on cpu\n")
+    return Mistake(["--evaluate", str(folder / "train.log")], [str(folder / "train.log")])
+
+
+def missing_checkpoint(dataset, folder):
+    return Mistake(["--evaluate", str(folder / "nowhere.pth")], [str(folder / "nowhere.pth"), "does not exist"])
+
+
+def missing_start(dataset, folder):
+    path = folder / "run.pth"  # its run would go into the folder `run`
+    return Mistake(["model.ckpt_type=saved", f"model.saved_path={path}"], [str(path), "does not exist"])
+
+
+def tensorboard_that_is_not_installed(dataset, folder):
+    return Mistake(["log.tensorboard=true"], ["log.tensorboard", "pip install tensorboard"])
+
+
+def wandb_that_is_not_installed(dataset, folder):
+    return Mistake(["log.wandb=true"], ["log.wandb", "pip install wandb"])
+
+
+MISTAKES = [
+    unknown_key,
+    missing_annotation_folder,
+    missing_images,
+    annotation_without_split,
+    annotation_with_other_fields,
+    image_without_caption,
+    clip_weights_that_are_a_web_page,
+    clip_weights_that_are_a_pointer,
+    clip_weights_that_are_cut_off,
+    clip_weights_of_another_architecture,
+    missing_clip_weights,
+    batch_larger_than_the_training_set,
+    no_val_split,
+    fp16_on_a_cpu,
+    broken_checkpoint,
+    text_for_a_checkpoint,
+    missing_checkpoint,
+    missing_start,
+    tensorboard_that_is_not_installed,
+    wandb_that_is_not_installed,
+]
+
+
+@pytest.fixture
+def without_loggers(monkeypatch):
+    """TensorBoard and wandb are not installed, wherever the tests run."""
+    from importlib import util
+
+    find_spec = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name in ("tensorboard", "wandb") else find_spec(name))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda function: function.__name__)
+def test_a_mistake_ends_with_one_line_before_anything_is_written(run, tiny_dataset, tmp_path, without_loggers, mistake):
+    arguments, words = mistake(tiny_dataset, tmp_path)
+    fixed = (*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), f"model.saved_path={tmp_path / 'run'}")
+    message = only_error(run(*fixed, *arguments))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_missing_images_the_first_five_are_named(run, tiny_dataset, tmp_path):
+    sixth = annotation(tiny_dataset)[5]["file_path"]
+    missing_images(tiny_dataset, tmp_path)
+    assert sixth not in only_error(run(*QUICK, *of_dataset(tiny_dataset), f"model.saved_path={tmp_path / 'run'}"))
+
+
+@pytest.mark.parametrize("mistake", [unknown_key, missing_images], ids=lambda function: function.__name__)
+def test_a_process_tells_a_mistake_in_one_line(tiny_dataset, tmp_path, mistake):
+    arguments, words = mistake(tiny_dataset, tmp_path)
+    saved_path = f"model.saved_path={tmp_path / 'run'}"
+    message = only_error(start(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), saved_path, *arguments))
+    assert all(word in message for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_named(run, tiny_dataset, tmp_path, workers, split):
+    path = next(entry["file_path"] for entry in annotation(tiny_dataset) if entry["split"] == split)
+    whole = (tiny_dataset.image_dir / path).read_bytes()
+    (tiny_dataset.image_dir / path).write_bytes(whole[: len(whole) // 2] if split == "train" else b"not an image")
+    own = (f"model.saved_path={tmp_path / 'run'}", f"data.num_workers={workers}", "schedule.epoch=1")
+    assert path in only_error(run(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), *own))
+
+
+# ---- mistakes under torchrun --------------------------------------------------------------------------------------
+
+
+def only_error_of_ranks(outcome: Outcome) -> str:
+    """The one line, among what torchrun itself reports; every rank ended by it or was ended by torchrun."""
+    assert outcome.status == 1  # torchrun's own
+    output = outcome.out + outcome.err
+    (line,) = [line for line in output.splitlines() if "error: " in line and not line.lstrip().startswith("error_file")]
+    statuses = {int(status) for status in re.findall(r"exitcode *: (-?\d+)", output)}
+    assert 2 in statuses and statuses <= {2, -15}, output
+    assert "[rank" not in output, f"a rank told its traceback: {output}"
+    assert line.startswith("error: ")
+    return line
+
+
+def test_ranks_tell_the_same_mistake_once(data, tmp_path):
+    own = ("data.batch_size=25", f"model.saved_path={tmp_path / 'run'}")
+    line = only_error_of_ranks(start(*ARCHITECTURE, *QUICK, *of_dataset(data), *own, ranks=2))
+    assert all(word in line for word in ("25 on 2 processes", "48", "24"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_that_one_rank_meets_is_told_once(tiny_dataset, tmp_path):
+    """The other rank loses its partner in the middle of a step; that is no news of its own."""
+    path = annotation(tiny_dataset)[0]["file_path"]  # seed 1 deals both its samples to rank 1
+    (tiny_dataset.image_dir / path).write_bytes(b"not an image")
+    own = (f"model.saved_path={tmp_path / 'run'}", "schedule.epoch=1")
+    outcome = start(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), *own, ranks=2)
+    assert path in only_error_of_ranks(outcome)
+
+
+def test_ranks_beyond_the_first_wait_for_the_launcher(run, monkeypatch):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    assert only_error(run("nonsense=1")) and waited == []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "'nonsense'" in only_error(run("nonsense=1")) and len(waited) == 1
