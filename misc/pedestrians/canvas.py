@@ -1,0 +1,73 @@
+"""Painting shapes that are given in centimetres onto an image in pixels."""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from misc.pedestrians.colours import Colour
+from misc.pedestrians.shapes import Point, Shape
+
+CHEST = (0, 115)  # where patterns are anchored, so that they move with the figure
+
+# How much black to lay over a pixel, by how much of its neighbourhood towards the light belongs to the same shape.
+DARKNESS = [round(0.36 * max(0, 255 - level * 1.3)) for level in range(256)]
+
+
+class Canvas:
+    """An image that is painted in the centimetres of a figure.
+
+    Args:
+        image: RGB, painted in place.
+        scale: pixels per centimetre.
+        origin: the pixel of (0, 0), which lies between the feet.
+        tilt: radians.
+        mirrored: whether x points to the left.
+    """
+
+    def __init__(self, image: Image.Image, scale: float, origin: Point, tilt: float, mirrored: bool) -> None:
+        self.image, self.scale, self.origin = image, scale, np.array(origin)
+        right = -scale if mirrored else scale
+        cosine, sine = math.cos(tilt), math.sin(tilt)
+        self.matrix = np.array([[right * cosine, right * sine], [scale * sine, -scale * cosine]])
+
+    def paint(self, shape: Shape, colour: Colour, pattern: str = "plain", second: Colour = (0, 0, 0)) -> None:
+        """Fills a shape, darker towards its edges and away from the light."""
+        outlines = [np.array(outline) @ self.matrix + self.origin for outline in shape]
+        corners = np.concatenate(outlines)
+        margin = round(3 * self.scale) + 2
+        corner = np.floor(corners.min(0)).astype(int) - margin
+        size = tuple((np.ceil(corners.max(0)).astype(int) + margin - corner).tolist())
+        mask = Image.new("L", size)
+        draw = ImageDraw.Draw(mask)
+        for outline in outlines:
+            draw.polygon((outline - corner).ravel().tolist(), fill=255)
+        surface = Image.new("RGB", size, colour)
+        chest = np.array(CHEST) @ self.matrix + self.origin - corner
+        _print_pattern(surface, pattern, second, self.scale, chest)
+        towards_light = -max(1, round(self.scale))
+        lit = ImageChops.offset(mask.filter(ImageFilter.BoxBlur(2.6 * self.scale)), towards_light, towards_light)
+        surface.paste((0, 0, 0), (0, 0), lit.point(DARKNESS))
+        self.image.paste(surface, tuple(corner.tolist()), mask)
+
+
+def _print_pattern(surface: Image.Image, pattern: str, colour: Colour, scale: float, anchor: np.ndarray) -> None:
+    """Prints stripes, checks or dots all over a surface, in the place that the anchor (pixels) fixes."""
+    draw = ImageDraw.Draw(surface)
+    width, height = surface.size
+    period = (13 if pattern == "dotted" else 15) * scale
+    columns, rows = (
+        np.arange(start % period - period, end, period) for start, end in zip(anchor, surface.size, strict=True)
+    )
+    if pattern == "striped":
+        for y in rows:
+            draw.rectangle((0, y, width, y + period * 0.5), fill=colour)
+    elif pattern == "checked":
+        for x in columns:
+            draw.rectangle((x, 0, x + period * 0.32, height), fill=colour)
+        for y in rows:
+            draw.rectangle((0, y, width, y + period * 0.32), fill=colour)
+    elif pattern == "dotted":
+        radius = 3.1 * scale
+        for x, y in [(x + shift, y + shift) for x in columns for y in rows for shift in (0, period / 2)]:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)

@@ -1,0 +1,155 @@
+"""The dataset on disk: images and annotations in the raw form of CUHK-PEDES."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+
+from tqdm import tqdm
+
+from misc.errors import UserError
+from misc.pedestrians.captions import describe
+from misc.pedestrians.people import Person, Shot, imagine_person, see, take_shot
+from misc.pedestrians.scene import CAMERAS, draw_pedestrian
+
+VERSION = 1  # of the drawings: raise it when the same arguments give other files
+CAPTIONS_PER_IMAGE = 2
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """One image of the dataset, before it is drawn, with all that is written about it."""
+
+    file_path: str
+    shot: Shot
+    captions: list[str]
+    paraphrases: list[str]
+
+
+def imagine_identity(identity: int, images: int, seed: int) -> tuple[Person, list[Portrait]]:
+    """Returns a person and their pictures, from a random generator of their own."""
+    rng = Random(f"{seed}/{identity}")
+    person = imagine_person(rng)
+    cameras = rng.sample(list(CAMERAS), len(CAMERAS))
+    portraits = []
+    for index in range(images):
+        shot = take_shot(rng, cameras[index % len(cameras)])
+        sight = see(person, shot)
+        texts: dict[str, str] = {}
+        while len(texts) < CAPTIONS_PER_IMAGE:
+            caption, paraphrase = describe(sight, rng)
+            texts[caption] = paraphrase
+        file_path = f"{shot.camera}/{identity:04d}_{index}.jpg"
+        portraits.append(Portrait(file_path, shot, list(texts), list(texts.values())))
+    return person, portraits
+
+
+def draw_dataset(
+    folder: Path,
+    *,
+    train_identities: int = 1500,
+    val_identities: int = 100,
+    test_identities: int = 250,
+    images_per_identity: int = 4,
+    height: int = 128,
+    width: int = 64,
+    seed: int = 0,
+    workers: int | None = None,
+) -> None:
+    """Draws a dataset into `folder`: `reid_raw.json`, `back_translation.json` and the JPEG files under `imgs/`.
+
+    The same arguments give the same bytes, whatever the number of `workers` (default: one per core). The folder
+    appears when it is complete; one that already holds this dataset is left as it is.
+
+    Raises:
+        UserError: a size is not positive, or the folder holds something else.
+    """
+    identities = {"train": train_identities, "val": val_identities, "test": test_identities}
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    arguments = {f"{split}_identities": count for split, count in identities.items()}
+    arguments |= {"images_per_identity": images_per_identity, "height": height, "width": width}
+    for name, value in {**arguments, "workers": workers}.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}, but at least 1 is needed; give a larger number")
+    drawn_with = json.dumps({**arguments, "seed": seed, "version": VERSION})
+    folder = Path(folder).absolute()
+    if _is_drawn(folder, drawn_with):
+        print(f"{folder} already holds these pedestrians")
+        return
+
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    try:
+        for camera in CAMERAS:
+            (unfinished / "imgs" / camera).mkdir(parents=True)
+        draw = partial(_draw_identity, unfinished, images_per_identity, (height, width), seed)
+        portraits = _draw_identities(draw, sum(identities.values()), workers)
+        splits = [split for split, count in identities.items() for _ in range(count)]
+        _write_annotations(unfinished, splits, portraits)
+        (unfinished / "drawn_with.json").write_text(drawn_with)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_drawn(folder: Path, drawn_with: str) -> bool:
+    """True for this dataset, False for nothing. Anything else belongs to the user and is an error."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    memory = folder / "drawn_with.json"
+    if not memory.is_file():
+        raise UserError(f"{folder} holds something other than generated pedestrians; give a new folder, or remove it")
+    if memory.read_text() != drawn_with:
+        raise UserError(
+            f"{folder} was drawn with {memory.read_text()}, not with {drawn_with}; give a new folder, or remove it"
+        )
+    return True
+
+
+def _draw_identities(draw: Callable[[int], list[Portrait]], count: int, workers: int) -> list[list[Portrait]]:
+    """Draws identities 1 to `count`, in order, and shows the progress."""
+    with ExitStack() as stack:
+        drawn = map(draw, range(1, count + 1))
+        if workers > 1:
+            # Fresh processes: a fork would copy the threads' locks of a parent that has loaded torch.
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            drawn = pool.map(draw, range(1, count + 1), chunksize=8)
+        return list(tqdm(drawn, total=count, desc="drawing pedestrians", unit="person"))
+
+
+def _draw_identity(folder: Path, images: int, size: tuple[int, int], seed: int, identity: int) -> list[Portrait]:
+    person, portraits = imagine_identity(identity, images, seed)
+    for portrait in portraits:
+        image = draw_pedestrian(person, portrait.shot, *size)
+        image.save(folder / "imgs" / portrait.file_path, quality=90)
+    return portraits
+
+
+def _write_annotations(folder: Path, splits: list[str], drawn: list[list[Portrait]]) -> None:
+    """Writes the two JSON files; `splits` and `drawn` list the identities in order."""
+    raw, translated = [], []
+    for identity, (split, portraits) in enumerate(zip(splits, drawn, strict=True), start=1):
+        for portrait in portraits:
+            raw.append(
+                {
+                    "split": split,
+                    "id": identity,
+                    "file_path": portrait.file_path,
+                    "captions": portrait.captions,
+                    "processed_tokens": [_tokens(caption) for caption in portrait.captions],
+                }
+            )
+            translated.append({"file_path": portrait.file_path, "captions_bt": portrait.paraphrases})
+    for name, entries in (("reid_raw.json", raw), ("back_translation.json", translated)):
+        (folder / name).write_text(json.dumps(entries, indent=1))
+
+
+def _tokens(caption: str) -> list[str]:
+    """The lower-case words of a caption, as CUHK-PEDES lists them."""
+    return caption.lower().replace(",", " ").replace(".", " ").split()
