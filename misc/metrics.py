@@ -38,11 +38,9 @@ def rank_queries(
     """
     rows = max(1, MAXIMUM_BLOCK // max(1, len(gallery)))
     blocks = [
-        rank_similarities(queries[start : start + rows] @ gallery.T, identities, gallery_identities)
-        for start, identities in zip(range(0, len(queries), rows), query_identities.split(rows), strict=True)
+        rank_similarities(block @ gallery.T, identities, gallery_identities)
+        for block, identities in zip(queries.split(rows), query_identities.split(rows), strict=True)
     ]
-    if not blocks:
-        return rank_similarities(queries @ gallery.T, query_identities, gallery_identities)
     return QueryResults(
         torch.cat([block.first_match for block in blocks]),
         torch.cat([block.average_precision for block in blocks]),

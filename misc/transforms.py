@@ -66,10 +66,13 @@ class PoolView:
 
     def __init__(self, resolution: tuple[int, int]):
         self.resolution = list(resolution)
+        # The paper's aspect ratios are for its square input. Taken literally, no such crop of a tall input exists, and
+        # torchvision would always cut the same square out of its middle, without head and legs.
+        aspect = resolution[1] / resolution[0]
         self.pool = [
             v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0),
             v2.RandomRotation(15),
-            v2.RandomResizedCrop(self.resolution, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)),
+            v2.RandomResizedCrop(self.resolution, scale=(0.9, 1.0), ratio=(3 / 4 * aspect, 4 / 3 * aspect)),
             v2.RandomGrayscale(p=0.1),
             v2.RandomHorizontalFlip(p=0.5),
             v2.RandomErasing(p=0.5, scale=(0.10, 0.20), ratio=(0.3, 3.3), value=0),

@@ -136,7 +136,7 @@ def test_operations_are_applied_in_the_order_drawn():
 
 
 def test_the_pool_holds_the_six_operations_with_the_parameters_of_the_paper():
-    view = PoolView(TALL)
+    view = PoolView((224, 224))
     assert len(view.pool) == 6
     jitter = operation(view, v2.ColorJitter)
     for strength in (jitter.brightness, jitter.contrast, jitter.saturation):
@@ -146,9 +146,18 @@ def test_the_pool_holds_the_six_operations_with_the_parameters_of_the_paper():
     assert tuple(rotation.degrees) == (-15, 15)
     assert rotation.interpolation in ("nearest", InterpolationMode.NEAREST)
     crop = operation(view, v2.RandomResizedCrop)
-    assert (*crop.scale, *crop.ratio) == pytest.approx((0.9, 1.0, 3 / 4, 4 / 3)) and tuple(crop.size) == TALL
+    assert (*crop.scale, *crop.ratio) == pytest.approx((0.9, 1.0, 3 / 4, 4 / 3)) and tuple(crop.size) == (224, 224)
     erasing = operation(view, v2.RandomErasing)
     assert (*erasing.scale, *erasing.ratio) == pytest.approx((0.10, 0.20, 0.3, 3.3))
+
+
+def test_crops_of_a_tall_input_keep_nine_tenths_of_it():
+    """The paper's aspect ratios, meant for a square input, would leave no crop of a tall one but its middle."""
+    crop = operation(PoolView(TALL), v2.RandomResizedCrop)
+    with seeded("crop"):
+        boxes = [crop.make_params([torch.zeros(3, *TALL)]) for _ in range(200)]
+    areas = [box["height"] * box["width"] / (TALL[0] * TALL[1]) for box in boxes]
+    assert min(areas) > 0.87 and len({tuple(box.values()) for box in boxes}) > 50  # sides are rounded to whole pixels
 
 
 @pytest.mark.parametrize(
