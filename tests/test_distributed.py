@@ -1,0 +1,59 @@
+"""Which device a process takes, and when that is refused. The collectives are tested in test_ranks.py."""
+
+import pytest
+import torch
+
+from misc.distributed import processes
+from misc.errors import UserError
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretends that the machine has so many GPUs; none of them is touched."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+    return pretend
+
+
+def device_alone(device: str | int) -> tuple[str, str | None]:
+    with processes(device, "nccl", "env://") as here:
+        assert (here.rank, here.world_size, here.is_main) == (0, 1, True)
+        return str(here.device), here.note
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "taken"),
+    [("auto", 0, "cpu"), ("auto", 2, "cuda:0"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda:0"), (1, 2, "cuda:1")],
+)
+def test_device_without_torchrun(gpus, device, count, taken):
+    gpus(count)
+    assert device_alone(device) == (taken, None)
+
+
+@pytest.mark.parametrize(("count", "taken"), [(0, "cpu"), (2, "cuda:0")])
+def test_an_index_of_another_machine_falls_back_with_a_note(gpus, count, taken):
+    gpus(count)
+    device, note = device_alone(5)
+    assert device == taken
+    assert "5" in note and taken in note
+
+
+def test_cuda_without_a_gpu_is_refused(gpus):
+    gpus(0)
+    with pytest.raises(UserError, match="device: cuda.*device=cpu"):
+        device_alone("cuda")
+
+
+@pytest.mark.parametrize(("device", "count"), [("auto", 2), (0, 3), ("cuda", 0)])
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch, device, count):
+    gpus(count)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match=f"4 processes.*{count} GPUs.*--nproc_per_node"),
+        processes(device, "nccl", "env://"),
+    ):
+        pass
