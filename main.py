@@ -60,7 +60,7 @@ def train(config, here: Processes, *, overwrite: bool) -> None:
     splits, statistics = read_dataset(config)
     objectives = build.build_objectives(config, here)
     evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
-    loader, sampler = build.build_loader(config, splits["train"], objectives, tokenizer, here)
+    loader = build.build_loader(config, splits["train"], objectives, tokenizer, here)
     model, weight_notes = build.build_model(config, objectives, splits["train"].counts.identities)
     trainer = build.build_trainer(config, model, objectives, len(loader), precision, here)
 
@@ -79,7 +79,7 @@ def train(config, here: Processes, *, overwrite: bool) -> None:
 
         best = -1.0
         for epoch in range(config.schedule.epoch):
-            sampler.epoch = epoch
+            loader.batch_sampler.epoch = epoch
             record = {"epoch": epoch + 1, **trainer.epoch(loader, epoch, log, config.log.print_period)}
             retrieval, seconds = timed_evaluation(evaluator, model)
             record |= {**retrieval.metrics, "evaluation_seconds": seconds}

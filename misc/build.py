@@ -6,6 +6,7 @@ import torch
 from easydict import EasyDict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from misc import config as configuration
 from misc.checkpoint import load_weights, read_checkpoint
@@ -93,7 +94,9 @@ def build_model(config: EasyDict, objectives: Objectives, identities: int) -> tu
         content = read_checkpoint(path)
         return model, [f"weights of {path}, epoch {content['epoch']}", *load_weights(model, content["model"], path)]
     if config.model.checkpoint is None:
-        return model, ["model.checkpoint: null, so the weights are drawn at random as CLIP's were before its training"]
+        return model, [
+            "warning: model.checkpoint is null, so all weights are drawn at random, as CLIP's were before its training"
+        ]
     return model, load_clip(
         model, config.model.checkpoint, grid=model.image_encoder.grid, text_length=config.experiment.text_length
     )
@@ -108,11 +111,15 @@ def build_saved_model(path: Path, config: EasyDict) -> tuple[TBPSCLIP, EasyDict,
     config.experiment.update({key: saved.experiment[key] for key in ("input_resolution", "text_length")})
     model = build_towers(config)
     load_weights(model, content["model"], path)
-    return model, config, f"weights of {path}, epoch {content['epoch']}, and its architecture"
+    height, width = configuration.resolution(config)
+    size = f"{height} × {width} pixels, {config.experiment.text_length} tokens"
+    return model, config, f"weights of {path}, epoch {content['epoch']}, and its architecture ({size})"
 
 
-def build_loader(config: EasyDict, split: Split, objectives: Objectives, tokenizer: Tokenizer, processes: Processes):
-    """The training batches of this rank, and their sampler (whose `epoch` is to be set)."""
+def build_loader(
+    config: EasyDict, split: Split, objectives: Objectives, tokenizer: Tokenizer, processes: Processes
+) -> DataLoader:
+    """The training batches of this rank; the `epoch` of its batch sampler is to be set before each epoch."""
     experiment = config.experiment
     sampler = GlobalBatchSampler(
         len(split),
@@ -139,10 +146,9 @@ def build_loader(config: EasyDict, split: Split, objectives: Objectives, tokeniz
         mixgen=experiment.mixgen_type if experiment.mixgen else None,
     )
     dataset = TrainingSet(split, Path(config.image_dir), tokenizer, augmentation, config.misc.seed)
-    loader = training_loader(
+    return training_loader(
         dataset, sampler, workers=config.data.num_workers, pin_memory=processes.device.type == "cuda"
     )
-    return loader, sampler
 
 
 def build_trainer(

@@ -9,6 +9,7 @@ from torch import nn
 
 from misc.config import plain
 from misc.errors import UserError
+from model.pretrained import first_of, misfits
 
 HEADS = ("simclr_projector.", "masked_language_head.", "identity_classifier.")
 
@@ -62,18 +63,11 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -
         elif own:
             notes.append(f"{head.removesuffix('.')} starts afresh: {path} holds none of its shape")
             loaded |= {name: wanted[name] for name in own}
-    problems = [f"{name} is missing" for name in wanted.keys() - loaded.keys()]
-    problems += [f"{name} is unknown" for name in loaded.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {list(tensor.shape)}, not {list(wanted[name].shape)}"
-        for name, tensor in loaded.items()
-        if name in wanted and tensor.shape != wanted[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (loaded, wanted))
+    if problems := misfits(*shapes):
         raise UserError(
-            f"checkpoint {path} does not fit the configured model: {', '.join(sorted(problems)[:3])}{more}; give the "
-            "config.yaml of its run to --config"
+            f"checkpoint {path} does not fit the configured model: {first_of(problems)}; give its run's "
+            "config.yaml to --config"
         )
     model.load_state_dict(loaded, strict=True)
     return notes

@@ -16,6 +16,7 @@ from easydict import EasyDict
 
 from misc.errors import UserError
 from model.heads import attention_heads
+from text_utils.tokenizer import VOCABULARY_SIZE
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "config"
 DEFAULT_CONFIG = CONFIG_FOLDER / "config.yaml"
@@ -138,7 +139,7 @@ RULES: dict[str, Rule] = {
     "model.lock_bottom": SWITCH,
     "model.softlabel_ratio": PROBABILITY,
     "model.embed_dim": COUNT,
-    "model.vocab_size": _choice(49408),
+    "model.vocab_size": _choice(VOCABULARY_SIZE),
     "model.patch_size": COUNT,
     "model.vision_width": COUNT,
     "model.vision_layers": COUNT,
@@ -167,7 +168,7 @@ def load_config(path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, 
 
     Args:
         path: a YAML file; a relative `base:` in it is looked for beside it.
-        simplified: lays the values of `config/s.config.yaml` over the file.
+        simplified: takes the losses of `config/s.config.yaml`, and its other values where the file keeps the default.
         overrides: `key=value` or `section.key=value`, the value in YAML; they count last.
 
     Returns: an EasyDict with every key of `RULES`.
@@ -177,7 +178,7 @@ def load_config(path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, 
     layers = [("config/config.yaml", _flatten(_read_yaml(DEFAULT_CONFIG), DEFAULT_CONFIG))]
     layers += _read_with_base(Path(path), seen=())
     if simplified:
-        layers.append((str(SIMPLIFIED_CONFIG), _flatten(_read_yaml(SIMPLIFIED_CONFIG), SIMPLIFIED_CONFIG)))
+        layers.append((str(SIMPLIFIED_CONFIG), _simplified(layers)))
     layers += [("command line", dict([_parse_override(override)])) for override in overrides]
 
     problems, merged = [], {}
@@ -295,6 +296,17 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[
             raise UserError(f"{path}: base: {base} does not exist beside it: correct the name")
         layers = _read_with_base(path.parent / base, (*seen, path.resolve()))
     return [*layers, (str(path), _flatten(content, path))]
+
+
+def _simplified(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The simplified recipe's losses; its seed and folder only where the user's file has none of its own."""
+    default, file = layers[0][1], {key: value for _, values in layers for key, value in values.items()}
+    simplified = _flatten(_read_yaml(SIMPLIFIED_CONFIG), SIMPLIFIED_CONFIG)
+    return {
+        key: value
+        for key, value in simplified.items()
+        if key.startswith("experiment.") or file.get(key) == default.get(key)
+    }
 
 
 def _flatten(content: dict, path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from misc.errors import UserError
 
+NO_GPU = "device: cuda, but torch sees no GPU here: set device=cpu, or install torch for your GPU"
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -75,8 +77,8 @@ def processes(device: str | int, backend: str, url: str):
         # Often a collective that lost its peer. The peer tells why, and the launcher ends this process meanwhile.
         time.sleep(10)
         raise
-    finally:
-        dist.destroy_process_group()
+    # After success alone: with nccl this waits for all ranks, and after an error the others are in another collective.
+    dist.destroy_process_group()
 
 
 def _select(device: torch.device) -> None:
@@ -89,7 +91,7 @@ def _single_device(device: str | int) -> tuple[torch.device, str | None]:
     if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu"), None
     if device == "cuda" and gpus == 0:
-        raise UserError("device: cuda, but torch sees no GPU here: set device=cpu, or install torch for your GPU")
+        raise UserError(NO_GPU)
     if isinstance(device, int) and device >= gpus:
         # Published configurations name a GPU of their authors' machine; they shall run unchanged on any other.
         fallback = torch.device("cuda", 0) if gpus else torch.device("cpu")
@@ -101,10 +103,12 @@ def _device_of_local_rank(device: str | int, rank: int, local_world_size: int) -
     gpus = torch.cuda.device_count()
     if device == "cpu" or (gpus == 0 and device != "cuda"):
         return torch.device("cpu")
+    if gpus == 0:
+        raise UserError(NO_GPU)
     if local_world_size > gpus:
         raise UserError(
             f"{local_world_size} processes on a machine with {gpus} GPUs: start torchrun with "
-            f"--nproc_per_node={gpus or 1}, or set device=cpu"
+            f"--nproc_per_node={gpus}, or set device=cpu"
         )
     return torch.device("cuda", rank)
 

@@ -121,18 +121,20 @@ class TrainingSet(Dataset):
     def __getitem__(self, draw: Draw) -> "Sample | UserError":
         """The sample, or the UserError that names an image that cannot be decoded (`batches` raises it)."""
         try:
-            images = self._images(draw.epoch, draw.index)
-            caption = self._caption(draw.epoch, draw.index)
-            if draw.partner is not None:
-                partner_images = self._images(draw.epoch, draw.partner)
-                images |= {
-                    name: mix_images(images[name], partner_images[name], self.augmentation.mixgen)
-                    for name in ("image", "second_image")
-                    if name in images
-                }
-                caption = mix_captions(caption, self._caption(draw.epoch, draw.partner))
+            return self._sample(draw)
         except UserError as error:
             return error
+
+    def _sample(self, draw: Draw) -> Sample:
+        decoded = self._decode(draw.index)
+        images = self._pool_views(draw.epoch, draw.index, decoded)
+        caption = self._caption(draw.epoch, draw.index)
+        if draw.partner is not None:
+            partners = self._pool_views(draw.epoch, draw.partner, self._decode(draw.partner))
+            images = {name: mix_images(view, partners[name], self.augmentation.mixgen) for name, view in images.items()}
+            caption = mix_captions(caption, self._caption(draw.epoch, draw.partner))
+        if self.augmentation.simclr_views:
+            images |= self._simclr_views(draw.epoch, draw.index, decoded)
         token_ids = self.tokenizer.encode(caption, self.augmentation.text_length)
         masked_ids = masked_labels = None
         if self.augmentation.masked_captions:
@@ -147,20 +149,25 @@ class TrainingSet(Dataset):
             path=self.split.image_paths[image],
         )
 
-    def _images(self, epoch: int, index: int) -> dict[str, Tensor]:
-        """The views that the enabled losses need; the file is decoded, and resized for the pool, once."""
-        decoded = read_image(self.image_dir / self.split.image_paths[self.split.caption_images[index]])
+    def _decode(self, index: int) -> Image.Image:
+        return read_image(self.image_dir / self.split.image_paths[self.split.caption_images[index]])
+
+    def _pool_views(self, epoch: int, index: int, decoded: Image.Image) -> dict[str, Tensor]:
+        """One view, or two where a loss needs them; they share the resized image."""
         resized = self.pool_view.resize(decoded)
-        names = ["image", "second_image"] if self.augmentation.second_view else ["image"]
+        names = ("image", "second_image") if self.augmentation.second_view else ("image",)
+        return self._views(names, epoch, index, resized, self.pool_view)
+
+    def _simclr_views(self, epoch: int, index: int, decoded: Image.Image) -> dict[str, Tensor]:
+        return self._views(("first_simclr", "second_simclr"), epoch, index, to_tensor(decoded), self.simclr_view)
+
+    def _views(
+        self, names: tuple[str, ...], epoch: int, index: int, image: Tensor, view: PoolView | SimCLRView
+    ) -> dict[str, Tensor]:
         views = {}
         for name in names:
             with seeded(self.seed, epoch, index, name):
-                views[name] = self.pool_view(resized)
-        if self.augmentation.simclr_views:
-            full_size = to_tensor(decoded)
-            for name in ("first_simclr", "second_simclr"):
-                with seeded(self.seed, epoch, index, name):
-                    views[name] = self.simclr_view(full_size)
+                views[name] = view(image)
         return views
 
     def _caption(self, epoch: int, index: int) -> str:

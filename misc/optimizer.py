@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-HEADS = ("masked_language_head.", "identity_classifier.")
+FAST_HEADS = ("masked_language_head.", "identity_classifier.")
 NORMS_AROUND_CROSS_ATTENTION = ("ln_pre_t.", "ln_pre_i.", "ln_post.")
 
 
@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, head_ratio: float
 
 
 def _is_fast(name: str) -> bool:
-    head = next((head for head in HEADS if name.startswith(head)), None)
+    head = next((head for head in FAST_HEADS if name.startswith(head)), None)
     return head is not None and not name.removeprefix(head).startswith(NORMS_AROUND_CROSS_ATTENTION)
 
 

@@ -27,7 +27,7 @@ def draw_retrieval_sheet(
     for row, query in zip(grid, chosen, strict=True):
         identity = split.caption_identities[query]
         caption = textwrap.fill(split.captions[query], 38)
-        row[0].text(0, 0.5, f"{caption}\n(person {identity})", va="center", fontsize=9)
+        row[0].text(0, 0.5, f"{caption}\n(person {identity})", va="center", fontsize=9, parse_math=False)
         row[0].set_xlim(0, 1)
         scores, numbers = (values.tolist() for values in retrieval.first_images(query, images))
         for axes, score, number in zip(row[1:], scores, numbers, strict=False):  # a gallery may have fewer images

@@ -30,6 +30,8 @@ def check_run_folder(folder: Path, *, overwrite: bool) -> None:
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
     if not existing.is_dir():
         raise UserError(f"model.saved_path: {folder} cannot be made, since {existing} is a file: choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"model.saved_path: {existing} may not be written to: choose another folder")
     held = [name for name in RUN_FILES if (folder / name).exists()]
     if held and not overwrite:
         raise UserError(
@@ -69,8 +71,8 @@ class RunLog:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (self.folder / name).unlink(missing_ok=True)
+        for replaced in (*map(self.folder.joinpath, RUN_FILES), *self.folder.glob("events.out.tfevents.*")):
+            replaced.unlink(missing_ok=True)
         self.text = (self.folder / "train.log").open("w", encoding="utf-8", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an optional package
@@ -90,7 +92,7 @@ class RunLog:
         if self.writer:
             self.writer.close()
         if self.wandb_run:
-            self.wandb_run.finish()
+            self.wandb_run.finish(exit_code=int(exception[0] is not None))
 
     def line(self, text: str) -> None:
         """Shows a line, above the progress bar if there is one, and keeps it in train.log."""
@@ -118,7 +120,7 @@ class RunLog:
 
     def epoch(self, record: dict[str, float], iteration: int) -> None:
         """One line of metrics.jsonl."""
-        self.scalars(record, iteration)
+        self.scalars({f"epoch/{name}": value for name, value in record.items()}, iteration)
         if self.folder:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

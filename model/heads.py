@@ -65,5 +65,6 @@ class MaskedLanguageHead(nn.Module):
         Returns: (M, vocab_size), in the order of the picked tokens, row by row.
         """
         x = self.cross_attn.cross(self.ln_pre_t(text_tokens), self.ln_pre_i(image_tokens))
+        x = x.float()  # in mixed precision the residual stream stays in float32, as in the towers
         x = self.cross_modal_transformer(x, valid=valid)
         return self.mlm_head(self.ln_post(x)[picked])

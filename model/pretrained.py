@@ -3,7 +3,7 @@
 Two steps, so that a new kind of file touches only the first:
 
 1. `read_clip` recognises a file by its content and reads it without running code that may be in it.
-2. `load_clip` renames, checks every name and shape, resizes the position embeddings and copies. All or nothing.
+2. `load_clip` checks every name and shape, resizes the position embeddings and copies. All or nothing.
 """
 
 import io
@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from misc.errors import UserError
 
-# OpenAI's prefix and ours; the first that fits counts, so the text encoder, which has no prefix there, comes last.
+# OpenAI's prefix and ours.
 RENAMES = (("visual.", "image_encoder."), ("logit_scale", "logit_scale"), ("", "text_encoder."))
 
 # Entries of OpenAI's archive that are settings (int64 scalars), not weights.
@@ -50,19 +50,16 @@ EXPECTED = "expected OpenAI's ViT-B-16.pt, or a state dict saved with torch.save
 # ---- step 1: a file becomes a state dict under OpenAI's names -------------------------------------------------------
 
 
-def read_clip(path: str | Path) -> dict[str, Tensor]:
+def read_clip(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     """Reads CLIP weights from OpenAI's TorchScript archive or from a state dict with the same keys.
 
     A state dict may lie under `state_dict` and carry a `module.` prefix. No code in the file is run.
 
-    Returns: tensors under OpenAI's key names, float32, on the CPU, all finite; OpenAI's three settings are dropped.
+    Returns: the form of the file in words, and its tensors under OpenAI's key names, float32, on the CPU, all finite;
+        OpenAI's three settings are dropped.
     Raises: UserError for a file that cannot be read, is damaged, is something else, or holds more than tensors.
     """
-    return _read(Path(path))[1]
-
-
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The form of the file, for the log, and its weights."""
+    path = Path(path)
     with _naming(path):
         _check_beginning(path)
         try:
@@ -175,39 +172,31 @@ def _weights(content: Any) -> dict[str, Tensor]:
         if not (isinstance(value, Tensor) and value.is_floating_point())
     ]
     if strange:
-        raise UserError(f"{_first(strange)}, where floating point tensors must be; {EXPECTED}")
+        raise UserError(f"{first_of(strange)}, where floating point tensors must be; {EXPECTED}")
     # Copied, so that nothing depends on the file any more.
     state = {name: value.detach().to(torch.float32, copy=True) for name, value in content.items()}
     broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken:
-        raise UserError(f"NaN or infinity in {_first(broken)}; use weights from before the training broke down")
+        raise UserError(f"NaN or infinity in {first_of(broken)}; use weights from before the training broke down")
     return state
 
 
-def _first(items: list[str], shown: int = 3) -> str:
+def first_of(items: list[str], shown: int = 3) -> str:
+    """The first few of a list, and how many more there are."""
     return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")
 
 
 # ---- step 2: the state dict goes into the model ---------------------------------------------------------------------
 
 
-def to_model_names(openai_state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the names of `TBPSCLIP`."""
-    return _rename(openai_state, RENAMES)
-
-
 def to_openai_names(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `to_model_names`; training heads, which OpenAI's CLIP does not have, are left out."""
-    return _rename(model_state, [(ours, openai) for openai, ours in RENAMES])
-
-
-def _rename(state: dict[str, Tensor], renames: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    """The towers and the temperature of `TBPSCLIP` under OpenAI's names; training heads, which CLIP does not have, are
+    left out."""
     renamed = {}
-    for name, value in state.items():
-        for old, new in renames:
-            if name.startswith(old):
-                renamed[new + name.removeprefix(old)] = value
-                break
+    for name, value in model_state.items():
+        for openai, ours in RENAMES:
+            if name.startswith(ours):
+                renamed[openai + name.removeprefix(ours)] = value
     return renamed
 
 
@@ -275,7 +264,7 @@ def load_clip(model: nn.Module, path: str | Path, *, grid: tuple[int, int], text
         tensor.
     """
     path = Path(path)
-    form, state = _read(path)
+    form, state = read_clip(path)
     targets = to_openai_names(model.state_dict())  # these share the memory of the model's parameters
     lines = [f"CLIP weights from {path} ({form})"]
     with _naming(path):
@@ -298,28 +287,35 @@ def _check_fit(state: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
     """Refuses a missing, unknown or misshapen tensor; position embeddings may have any length."""
     found = {name: tuple(value.shape) for name, value in state.items()}
     wanted = {name: tuple(value.shape) for name, value in targets.items()}
-    misshapen = [
-        f"{name} is {found[name]}, the model's is {shape}"
-        for name, shape in wanted.items()
-        if name in found and _fixed(name, found[name]) != _fixed(name, shape)
-    ]
-    missing = [name for name in wanted if name not in found]
-    unknown = [name for name in found if name not in wanted]
-    problems = misshapen + [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown]
+    resizable = {name: found[name] for name in found.keys() & wanted.keys() if _differs_in_length(name, found, wanted)}
+    problems = misfits(found, wanted | resizable)
     if not problems:
         return
     remedy = "use the weights of a CLIP vision transformer of the configured size, under OpenAI's names"
-    if all("resblocks" in name for name in missing + unknown):  # else it is another kind of model, not another size
+    if all(
+        "resblocks" in name for name in found.keys() ^ wanted.keys()
+    ):  # else it is another kind of model, not another size
         own = _sizes(wanted)
         changes = [f"{key}={size}" for key, size in _sizes(found).items() if size != own.get(key)]
         remedy = f"set {' '.join(changes)}" if changes else remedy
     count = f"{len(problems)} tensor{'s do' if len(problems) > 1 else ' does'}"
-    raise UserError(f"{count} not fit the model: {_first(problems)}; {remedy}")
+    raise UserError(f"{count} not fit the model: {first_of(problems)}; {remedy}")
 
 
-def _fixed(name: str, shape: tuple[int, ...]) -> tuple[int | None, ...]:
-    """The part of a shape that must agree: position embeddings are resized along their first dimension."""
-    return (None, *shape[1:]) if name.endswith("positional_embedding") else shape
+def misfits(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with the shapes found, by name: misshapen, missing and unknown tensors, in words."""
+    misshapen = [
+        f"{name} is {found[name]}, the model's is {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    missing = [f"{name} is missing" for name in wanted if name not in found]
+    return misshapen + missing + [f"{name} is unknown" for name in found if name not in wanted]
+
+
+def _differs_in_length(name: str, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> bool:
+    """Whether resizing makes it fit: position embeddings are resized along their first dimension."""
+    return name.endswith("positional_embedding") and found[name][1:] == wanted[name][1:]
 
 
 def _sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.transformer import Transformer
+from model.transformer import Transformer, project
 
 
 class TextTransformer(nn.Module):
@@ -53,7 +53,7 @@ class TextTransformer(nn.Module):
         x = self.transformer(x, causal=True)
         if not all_tokens:
             x = x[torch.arange(len(x), device=x.device), end_positions(token_ids)]
-        return self.ln_final(x) @ self.text_projection
+        return project(x, self.ln_final, self.text_projection)
 
 
 def end_positions(token_ids: Tensor) -> Tensor:

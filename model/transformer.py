@@ -15,6 +15,15 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+def project(x: Tensor, norm: nn.LayerNorm, projection: Tensor) -> Tensor:
+    """The end of a tower: final norm, then the projection (D, embed_dim) into the shared space.
+
+    In float32 also under autocast: rounded to bf16, features would be off by more than what tells near ties apart.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return norm(x.float()) @ projection
+
+
 class Attention(nn.Module):
     """Multi-head attention; the three input projections are one matrix, as in CLIP's weights.
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.transformer import Transformer
+from model.transformer import Transformer, project
 
 
 class VisionTransformer(nn.Module):
@@ -47,4 +47,4 @@ class VisionTransformer(nn.Module):
         x = self.transformer(self.ln_pre(x))
         if not all_tokens:
             x = x[:, 0]
-        return self.ln_post(x) @ self.proj
+        return project(x, self.ln_post, self.proj)

@@ -213,8 +213,8 @@ def test_an_unknown_tensor_is_named():
 def test_a_misshapen_tensor_is_named_with_both_shapes():
     state = copied(tiny_model())
     state["image_encoder.ln_post.weight"] = torch.zeros(7)
-    wanted = list(tiny_model().image_encoder.ln_post.weight.shape)
-    assert f"image_encoder.ln_post.weight is [7], not {wanted}" in load_refusal(tiny_model(1), state)
+    wanted = tuple(tiny_model().image_encoder.ln_post.weight.shape)
+    assert f"image_encoder.ln_post.weight is (7,), the model's is {wanted}" in load_refusal(tiny_model(1), state)
 
 
 def test_of_many_problems_some_are_named_and_all_are_counted():

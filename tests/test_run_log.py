@@ -174,7 +174,7 @@ def test_wandb_gets_the_configuration_and_every_number_on_rank_0(tmp_path, monke
         with RunLog(tmp_path, is_main=is_main, wandb_project="mine", config={"device": "cpu"}) as log:
             log.epoch({"r1": 50.0}, 9)
     assert started == [{"project": "mine", "dir": str(tmp_path), "config": {"device": "cpu"}}]
-    assert run.calls == [("log", {"r1": 50.0}, 9), ("finish",)]
+    assert run.calls == [("log", {"epoch/r1": 50.0}, 9), ("finish", 0)]
 
 
 @pytest.mark.parametrize("wanted", [{"tensorboard": True}, {"wandb_project": "mine"}], ids=["tensorboard", "wandb"])
