@@ -154,6 +154,13 @@ def test_simplified_is_laid_over_another_file(tmp_path):
     path = write(tmp_path / "mine.yaml", "experiment: {ss: true, dropout: 0.5}\ndata: {batch_size: 7}\n")
     config = load_config(path, simplified=True)
     assert (config.experiment.ss, config.experiment.dropout, config.data.batch_size) == (False, 0.5, 7)
+    assert config.misc.seed == 0
+
+
+def test_simplified_keeps_the_seed_and_the_folder_of_a_file(tmp_path):
+    path = write(tmp_path / "mine.yaml", "misc: {seed: 3}\nmodel: {saved_path: runs/mine}\nexperiment: {citc: true}\n")
+    config = load_config(path, simplified=True)
+    assert (config.misc.seed, config.model.saved_path, config.experiment.citc) == (3, "runs/mine", False)
 
 
 def test_a_file_is_laid_over_its_base_which_is_found_beside_it(tmp_path, monkeypatch):

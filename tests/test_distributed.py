@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from misc import distributed
 from misc.distributed import processes
 from misc.errors import UserError
 
@@ -47,13 +48,34 @@ def test_cuda_without_a_gpu_is_refused(gpus):
         device_alone("cuda")
 
 
-@pytest.mark.parametrize(("device", "count"), [("auto", 2), (0, 3), ("cuda", 0)])
-def test_more_processes_than_gpus_are_refused(gpus, monkeypatch, device, count):
+@pytest.mark.parametrize(
+    ("device", "count", "message"),
+    [
+        ("auto", 2, "4 processes.*2 GPUs.*--nproc_per_node=2"),
+        (0, 3, "4 processes.*3 GPUs.*--nproc_per_node=3"),
+        ("cuda", 0, "device: cuda.*device=cpu"),
+    ],
+)
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch, device, count, message):
     gpus(count)
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    with (
-        pytest.raises(UserError, match=f"4 processes.*{count} GPUs.*--nproc_per_node"),
-        processes(device, "nccl", "env://"),
-    ):
+    with pytest.raises(UserError, match=message), processes(device, "nccl", "env://"):
         pass
+
+
+def test_after_an_error_no_rank_waits_for_the_others(monkeypatch):
+    """With nccl, destroying the group waits for all ranks, which are in another collective by then."""
+    destroyed = []
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: destroyed.append(True))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="mine alone"), processes("cpu", "gloo", "env://"):
+        raise UserError("mine alone")
+    assert not destroyed
+    with processes("cpu", "gloo", "env://"):
+        pass
+    assert destroyed

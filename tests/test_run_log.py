@@ -38,6 +38,12 @@ def test_a_new_or_empty_folder_or_one_with_other_files_is_free(tmp_path):
     assert content(tmp_path) == ["notes.txt"]
 
 
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # tests may run as root
+    with pytest.raises(UserError, match="saved_path.*may not be written to"):
+        check_run_folder(tmp_path / "new", overwrite=False)
+
+
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_a_folder_that_holds_a_file_of_a_run_is_refused(tmp_path, name):
     (tmp_path / name).touch()
