@@ -28,6 +28,7 @@ ROOT = Path(program.__file__).parent
 ARCHITECTURE = (
     "experiment.input_resolution=[32, 16]",
     "experiment.simclr_mlp=[32, 16, 32]",
+    "model.checkpoint=null",
     "model.embed_dim=32",
     "model.vision_width=32",
     "model.vision_layers=1",
