@@ -16,8 +16,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	@echo "The demo trains simplified TBPS-CLIP (N-ITC and R-ITC) in tiny towers: the full recipe takes three times as long."
 	$(BIN)/python -m misc.pedestrians data/pedestrians
-	$(BIN)/torchrun --standalone --nproc_per_node=2 main.py --config config/demo.config.yaml --simplified \
-		--overwrite model.saved_path=runs/demo
+	$(BIN)/torchrun --standalone --nproc_per_node=2 main.py --config config/demo.config.yaml --simplified --overwrite
 	@echo "Queries with their first ten results: runs/demo/retrieval.png; the curve: runs/demo/curve.png"
 
 test: .venv/installed
