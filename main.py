@@ -2,24 +2,28 @@
 
 python main.py [--config FILE] [--simplified] [key=value ...]
 torchrun --standalone --nproc_per_node=4 main.py ...
+... main.py --resume
 ... main.py --evaluate CHECKPOINT
 """
 
 import argparse
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from misc import build
-from misc.checkpoint import save_checkpoint
 from misc.config import DEFAULT_CONFIG, load_config, plain, save_config
 from misc.datasets import check_images, read_annotations, statistics_table
-from misc.distributed import Processes, local_rank, processes
+from misc.distributed import Launch, Processes, local_rank, processes
 from misc.errors import UserError
 from misc.evaluation import Retrieval
+from misc.interruption import Interrupted, Interruption
 from misc.precision import Precision
+from misc.progress import Progress
+from misc.resume import LAST, Course, Keeper, find_start
 from misc.retrieval_sheet import draw_retrieval_sheet
-from misc.run_log import RunLog, check_run_folder, wandb_project
+from misc.run_log import RunLog, wandb_project
 from model.tbps_clip import count_trainable
 from text_utils.tokenizer import Tokenizer
 
@@ -28,13 +32,20 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         config = load_config(arguments.config, simplified=arguments.simplified, overrides=tuple(arguments.overrides))
-        with processes(config.device, config.distributed.backend, config.distributed.url) as here:
+        with (
+            Interruption() as interruption,
+            processes(config.device, config.distributed.backend, config.distributed.url) as here,
+        ):
             if arguments.evaluate:
                 evaluate(config, here, arguments.evaluate)
             else:
-                train(config, here, overwrite=arguments.overwrite)
+                train(config, here, interruption, overwrite=arguments.overwrite, resume=arguments.resume)
     except UserError as error:
         return refuse(error)
+    except Interrupted as interrupted:
+        if local_rank() == 0:
+            print(f"stopped by {interrupted}", file=sys.stderr, flush=True)
+        return interrupted.status
     return 0
 
 
@@ -45,63 +56,93 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: config/config.yaml")
     parser.add_argument("--simplified", action="store_true", help="N-ITC and R-ITC alone (config/s.config.yaml)")
-    parser.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate a checkpoint; no training")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that model.saved_path already holds")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate a checkpoint; no training")
+    mode.add_argument("--resume", action="store_true", help="go on with the stopped run that model.saved_path holds")
+    mode.add_argument("--overwrite", action="store_true", help="replace a run that model.saved_path already holds")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in schedule.epoch=10")
     return parser.parse_intermixed_args()  # options may stand between overrides
 
 
-def train(config, here: Processes, *, overwrite: bool) -> None:
+def train(config, here: Processes, interruption: Interruption, *, overwrite: bool, resume: bool) -> None:
     """Everything that can be wrong is checked before the run's folder is touched and before anything is trained."""
-    folder = build.run_folder(config)
-    check_run_folder(folder, overwrite=overwrite)
+    folder, launch = build.run_folder(config), Launch.current()
+    saved = here.from_main(lambda: find_start(folder, resume=resume, overwrite=overwrite, launch=launch))
+    resumed = saved is not None
+    progress = Progress.from_state(saved["progress"]) if resumed else Progress()
     precision = Precision.choose(config.misc.precision, here.device)
     tokenizer = Tokenizer()
     splits, statistics = read_dataset(config)
+    course = Course(plain(config), config.data.batch_size * here.world_size, splits["train"].fingerprint)
+    if resumed:
+        course.check(saved, folder / LAST)
     objectives = build.build_objectives(config, here)
     evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
     loader = build.build_loader(config, splits["train"], objectives, tokenizer, here)
-    model, weight_notes = build.build_model(config, objectives, splits["train"].counts.identities)
+    identities = splits["train"].counts.identities
+    model, weight_notes = build.build_model(config, objectives, identities, resumed=resumed)
     trainer = build.build_trainer(config, model, objectives, len(loader), precision, here)
+    run_id = saved["run_id"] if resumed else uuid.uuid4().hex
+    keeper = Keeper(folder, trainer, progress, course, launch, run_id, here)
+    if here.is_main:
+        keeper.check_space()
+    if resumed:
+        trainer.load_state(saved)
+    del saved  # three times the weights
 
     with RunLog(
         folder,
         is_main=here.is_main,
+        overwrite=overwrite,
+        resume=progress if resumed else None,
         tensorboard=config.log.tensorboard,
         wandb_project=wandb_project(config.log.wandb),
+        run_id=run_id,
         config=plain(config),
     ) as log:
+        keeper.save_last()  # from here on torchrun can restart the run, and a full disk is found before the training
         if here.is_main:
             save_config(config, folder / "config.yaml")
         for line in [*run_notes(here, precision), *weight_notes, *statistics]:
             log.line(line)
         log.line(f"{count_trainable(model) / 1e6:.1f} M parameters train; the run is written to {folder}")
+        if resumed:
+            log.line(f"resumed after epoch {progress.epoch} and {progress.step} of {len(loader)} steps of the next")
 
-        best = -1.0
-        for epoch in range(config.schedule.epoch):
-            loader.batch_sampler.epoch = epoch
-            record = {"epoch": epoch + 1, **trainer.epoch(loader, epoch, log, config.log.print_period)}
-            retrieval, seconds = timed_evaluation(evaluator, model)
-            record |= {**retrieval.metrics, "evaluation_seconds": seconds}
-            report(log, f"epoch {epoch + 1}, {config.data.evaluate_on}", retrieval, seconds)
-            log.epoch(record, (epoch + 1) * len(loader))
-            if here.is_main:
-                save_checkpoint(folder / "checkpoint_last.pth", model, config, epoch + 1, retrieval.metrics)
-                if retrieval.metrics["r1"] > best:
-                    save_checkpoint(folder / "checkpoint_best.pth", model, config, epoch + 1, retrieval.metrics)
-            best = max(best, retrieval.metrics["r1"])
+        while progress.epoch < config.schedule.epoch:
+            with interruption.deferred():
+                trainer.epoch(
+                    loader,
+                    progress,
+                    log,
+                    print_period=config.log.print_period,
+                    save_period=config.log.checkpoint_period,
+                    save=keeper.save_last,
+                    stop=lambda: interruption.agreed(here),
+                )
+                keeper.save_last()
+                if interruption.number:
+                    log.line(f"stopped at step {progress.step} of epoch {progress.epoch + 1}: go on with --resume")
+            record = {"epoch": progress.epoch + 1, **trainer.summary(progress)}
+            retrieval, seconds = timed_evaluation(evaluator, trainer.bare_model)
+            report(log, f"epoch {progress.epoch + 1}, {config.data.evaluate_on}", retrieval, seconds)
+            better = progress.evaluated(retrieval.metrics)
+            log.epoch({**record, **retrieval.metrics, "evaluation_seconds": seconds}, progress.epoch * len(loader))
+            log.curve()
+            if here.is_main and config.log.sheet and progress.epoch == config.schedule.epoch:
+                draw_retrieval_sheet(
+                    folder / "retrieval.png",
+                    retrieval,
+                    evaluator.split,
+                    evaluator.image_dir,
+                    queries=config.log.sheet,
+                    seed=config.misc.seed,
+                )
+            if better:
+                keeper.save_best()
+            keeper.save_last()  # the last of all: a run that is ended before this does the evaluation again
 
-        log.line(f"best R@1 {best:.2f}")
-        log.curve()
-        if here.is_main and config.log.sheet:
-            draw_retrieval_sheet(
-                folder / "retrieval.png",
-                retrieval,
-                evaluator.split,
-                evaluator.image_dir,
-                queries=config.log.sheet,
-                seed=config.misc.seed,
-            )
+        log.line(f"best R@1 {progress.best:.2f}")
 
 
 def evaluate(config, here: Processes, path: Path) -> None:

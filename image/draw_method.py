@@ -21,7 +21,8 @@ from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root, for the next two lines
 from misc.pedestrians import draw_pedestrian, imagine_identity
-from misc.transforms import IMAGENET_DEVIATION, IMAGENET_MEAN, PoolView, SimCLRView, seeded, to_tensor
+from misc.randomness import seeded
+from misc.transforms import IMAGENET_DEVIATION, IMAGENET_MEAN, PoolView, SimCLRView, to_tensor
 
 WIDTH, HEIGHT, PIXELS_PER_INCH = 1600, 840, 100
 INK, GREY, LIGHT_GREY = "#27303b", "#66707c", "#eceff2"

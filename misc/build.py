@@ -72,15 +72,18 @@ def build_towers(config: EasyDict, **heads) -> TBPSCLIP:
         text_length=config.experiment.text_length,
         dropout=config.experiment.dropout,
         lock_bottom=config.model.lock_bottom,
+        grad_checkpointing=config.model.grad_checkpointing,
         **{key: config.model[key] for key in ARCHITECTURE_KEYS},
         **heads,
     )
 
 
-def build_model(config: EasyDict, objectives: Objectives, identities: int) -> tuple[TBPSCLIP, list[str]]:
+def build_model(
+    config: EasyDict, objectives: Objectives, identities: int, *, resumed: bool
+) -> tuple[TBPSCLIP, list[str]]:
     """The model with the heads of the losses that are on and its starting weights, and lines for the log.
 
-    Drawn from `misc.seed`, so every rank builds the same.
+    Drawn from `misc.seed`, so every rank builds the same. One that is `resumed` gets its weights later.
     """
     torch.manual_seed(config.misc.seed)
     model = build_towers(
@@ -89,10 +92,12 @@ def build_model(config: EasyDict, objectives: Objectives, identities: int) -> tu
         masked_language_depth=config.experiment.cmt_depth if objectives.mlm > 0 else None,
         identities=identities if objectives.identity > 0 else None,
     )
+    if resumed:
+        return model, []
     if config.model.ckpt_type == "saved":
         path = Path(config.model.saved_path)
         content = read_checkpoint(path)
-        return model, [f"weights of {path}, epoch {content['epoch']}", *load_weights(model, content["model"], path)]
+        return model, [f"weights of {path}{_age(content)}", *load_weights(model, content["model"], path)]
     if config.model.checkpoint is None:
         return model, [
             "warning: model.checkpoint is null, so all weights are drawn at random, as CLIP's were before its training"
@@ -113,7 +118,11 @@ def build_saved_model(path: Path, config: EasyDict) -> tuple[TBPSCLIP, EasyDict,
     load_weights(model, content["model"], path)
     height, width = configuration.resolution(config)
     size = f"{height} × {width} pixels, {config.experiment.text_length} tokens"
-    return model, config, f"weights of {path}, epoch {content['epoch']}, and its architecture ({size})"
+    return model, config, f"weights of {path}{_age(content)}, and its architecture ({size})"
+
+
+def _age(content: dict) -> str:
+    return f", epoch {content['epoch']}" if content["epoch"] is not None else " (published code)"
 
 
 def build_loader(
@@ -156,8 +165,6 @@ def build_trainer(
 ) -> Trainer:
     """The model on its device (in DistributedDataParallel where there are several processes), with its optimizer."""
     model = model.to(processes.device)
-    # After initialisation, ranks shall draw different dropout masks.
-    torch.manual_seed(config.misc.seed + processes.rank)
     schedule = config.schedule
     groups = parameter_groups(model, weight_decay=schedule.weight_decay, head_ratio=schedule.ratio_factor)
     return Trainer(
@@ -179,6 +186,8 @@ def build_trainer(
         precision=precision,
         scaler=precision.scaler(),
         processes=processes,
+        seed=config.misc.seed,
+        chunk_size=config.data.chunk_size,
     )
 
 

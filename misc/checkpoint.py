@@ -1,6 +1,12 @@
-"""Checkpoints: a dict of tensors and plain values, written whole or not at all, read without running code."""
+"""Checkpoints: a dict of tensors and plain values, written whole or not at all, read without running code.
+
+Those of the published TBPS-CLIP code are read too, and come out in the form of ours.
+"""
 
 import os
+import re
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +15,117 @@ from torch import nn
 
 from misc.config import plain
 from misc.errors import UserError
-from model.pretrained import first_of, misfits
+from model.pretrained import architecture, first_of, misfits
 
 HEADS = ("simclr_projector.", "masked_language_head.", "identity_classifier.")
 
+PUBLISHED_NAMES = (
+    ("visual.", "image_encoder."),
+    ("encode_text.", "text_encoder."),
+    ("simclr_mlp.", "simclr_projector."),
+    ("classifier.", "identity_classifier."),
+    *(
+        (module, f"masked_language_head.{module}")
+        for module in ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_i.", "ln_post.", "mlm_head.")
+    ),
+)
+"""How names of the published code begin, and ours; `logit_scale` is the same."""
 
-def save_checkpoint(path: Path, model: nn.Module, config: dict, epoch: int, metrics: dict[str, float]) -> None:
-    """Writes `model`, `config`, `epoch` (from 1) and `metrics`; a crash leaves the file that was there before."""
-    content = {"model": model.state_dict(), "config": plain(config), "epoch": epoch, "metrics": metrics}
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content`; whatever happens meanwhile, `path` is the file that was there before or the whole new one.
+
+    Raises UserError when the disk is full.
+    """
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__  # torch tells its own trouble after a write
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(
+            f"checkpoint {path} cannot be written ({reason.strerror}): free some space, then go on with --resume; "
+            + ("the one that was saved before is whole" if path.exists() else "nothing was saved before")
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings a changed name to the disk, which a power cut could otherwise undo."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint of `save_checkpoint`, tensors on the CPU. Raises UserError where the file is not one."""
+    """Reads a checkpoint of ours or of the published code, tensors on the CPU. No code in the file is run.
+
+    Returns: `model`, `config`, `epoch` (from 1), `metrics`, and whatever else was written. Of a published checkpoint,
+        `config` holds the architecture alone, `epoch` is None and `metrics` is empty.
+    Raises: UserError, naming the file, where it is damaged, incomplete, something else, or would need code to be run.
+    """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: give the path of a checkpoint_*.pth of a run")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_content(path)
+        # The one class in a published checkpoint. A plain dict is put in its place, so that not even its code is run.
+        with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive or pickle can fail in every way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"checkpoint {path} cannot be read ({reason}): it is cut off, or not a checkpoint of this project"
-        ) from error
-    if not (isinstance(content, dict) and {"model", "config", "epoch", "metrics"} <= content.keys()):
-        raise UserError(f"checkpoint {path} is not one of this project: give the path of a checkpoint_*.pth of a run")
-    return content
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it asks to run {wanted[1]}, and code in a checkpoint is never run"
+        else:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = f"{first_line}; it is cut off, damaged, or not a checkpoint of this project"
+        raise UserError(f"checkpoint {path} is refused: {reason}") from error
+    if not isinstance(content, dict):
+        raise _foreign(path)
+    if content.keys() >= {"model", "config", "epoch", "metrics"}:
+        return content
+    if content.keys() >= {"model", "config"} and all(isinstance(content[key], dict) for key in ("model", "config")):
+        return _from_published(path, content)
+    raise _foreign(path)
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"checkpoint {path} is not one of this project: give the path of a checkpoint_*.pth of a run")
+
+
+def _check_content(path: Path) -> None:
+    """Raises ValueError where a record of the archive is not what was written; torch does not look at the checksums."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def _from_published(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the published code, `{model, optimizer, config}`, in the form of ours."""
+    published = content["model"]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in published.values()):
+        raise _foreign(path)
+    sizes = architecture({name.removeprefix("encode_text."): tuple(t.shape) for name, t in published.items()})
+    experiment = content["config"].get("experiment")
+    settings = {key: plain(experiment or {}).get(key) for key in ("input_resolution", "text_length")}
+    if missing := [key for key, value in (sizes | settings).items() if value is None]:
+        raise UserError(f"checkpoint {path} is not one of TBPS-CLIP: it does not tell {first_of(missing)}")
+    model = {_our_name(name): tensor for name, tensor in published.items()}
+    return {"model": model, "config": {"model": sizes, "experiment": settings}, "epoch": None, "metrics": {}}
+
+
+def _our_name(published: str) -> str:
+    for theirs, ours in PUBLISHED_NAMES:
+        if published.startswith(theirs):
+            return ours + published.removeprefix(theirs)
+    return published
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> list[str]:

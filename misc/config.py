@@ -80,6 +80,7 @@ BELOW_ONE = Rule(
     "a number, at least 0 and below 1", lambda value: PROBABILITY.accepts(value) and value < 1, number=True
 )
 COUNT = _integer(1)
+COUNT_OR_NULL = Rule(f"{COUNT.says}, or null", lambda value: value is None or COUNT.accepts(value))
 RESOLUTION = Rule(
     "[height, width] in pixels, or one integer",
     lambda value: COUNT.accepts(value) or _list_of(2, COUNT).accepts(value),
@@ -137,6 +138,7 @@ RULES: dict[str, Rule] = {
     "model.saved_path": TEXT,
     "model.use_gather": SWITCH,
     "model.lock_bottom": SWITCH,
+    "model.grad_checkpointing": SWITCH,
     "model.softlabel_ratio": PROBABILITY,
     "model.embed_dim": COUNT,
     "model.vocab_size": _choice(VOCABULARY_SIZE),
@@ -148,6 +150,7 @@ RULES: dict[str, Rule] = {
     "model.text_layers": COUNT,
     "model.text_heads": COUNT,
     "log.print_period": COUNT,
+    "log.checkpoint_period": _integer(0),
     "log.tensorboard": SWITCH,
     "log.wandb": SWITCH,
     "log.sheet": _integer(0),
@@ -155,6 +158,7 @@ RULES: dict[str, Rule] = {
     "data.back_translation_file": TEXT_OR_NULL,
     "data.evaluate_on": _choice("test", "val"),
     "data.batch_size": COUNT,
+    "data.chunk_size": COUNT_OR_NULL,
     "data.test_batch_size": COUNT,
     "data.num_workers": _integer(0),
     "distributed.backend": _choice("nccl", "gloo"),
@@ -210,6 +214,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """{"section": {"key": value}} → {"section.key": value}."""
+    flat = {}
+    for key, value in config.items():
+        flat |= {f"{key}.{sub}": item for sub, item in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def resolution(config: EasyDict) -> tuple[int, int]:
@@ -310,19 +322,13 @@ def _simplified(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _flatten(content: dict, path: Path) -> dict[str, Any]:
-    """{"section": {"key": value}} → {"section.key": value}; `base` is left out."""
+    """`flatten` of a file's content, without `base` and sections that hold nothing."""
     sections = {key.split(".")[0] for key in RULES if "." in key}
-    flat = {}
-    for key, value in content.items():
-        if key == BASE:
-            continue
-        if isinstance(value, dict):
-            flat |= {f"{key}.{sub}": item for sub, item in value.items()}
-        elif key in sections and value is not None:
-            raise UserError(f"{path}: {key}: {_as_yaml(value)} should be a section with keys below it")
-        elif key not in sections:
-            flat[str(key)] = value
-    return flat
+    for key in content.keys() & sections:
+        if not isinstance(content[key], dict | None):
+            raise UserError(f"{path}: {key}: {_as_yaml(content[key])} should be a section with keys below it")
+    held = {key: value for key, value in content.items() if key != BASE and not (key in sections and value is None)}
+    return {str(key): value for key, value in flatten(held).items()}
 
 
 def _nest(flat: dict[str, Any]) -> EasyDict:

@@ -4,6 +4,7 @@ One entry of a file describes one image: its path, the person's id and the capti
 once and name the split in each entry; of the `*_reid.json` files there is one per split (no `split` is read in them).
 """
 
+import hashlib
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -70,6 +71,12 @@ class Split:
     def caption_identities(self) -> list[int]:
         """Per caption, the identity of its image."""
         return [self.image_identities[image] for image in self.caption_images]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same captions of the same persons in the same order, wherever their images lie."""
+        content = [self.image_identities, self.captions, self.back_translations, self.caption_images]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @cached_property
     def counts(self) -> Counts:

@@ -1,18 +1,24 @@
-"""Processes: start and stop, rank, device, and the gathers. In one process every collective is the identity.
+"""Processes: start and stop, rank, device, and what they tell each other. In one process a collective is the identity.
 
 B rows of this rank, W ranks, G = B · W rows of all ranks.
 """
 
 import os
+import signal
+import socket
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from misc.errors import UserError
+
+Value = TypeVar("Value")
 
 NO_GPU = "device: cuda, but torch sees no GPU here: set device=cpu, or install torch for your GPU"
 
@@ -26,16 +32,62 @@ class Processes:
         world_size: number of processes, each with one device.
         device: what this process computes on.
         note: a line for the log when the device is not the one that was asked for.
+        control: gloo group of all processes for what their CPUs tell each other, so that no GPU is waited for.
     """
 
     rank: int
     world_size: int
     device: torch.device
     note: str | None = None
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def from_main(self, function: Callable[[], Value]) -> Value:
+        """What `function` gives on rank 0, on every rank; the other ranks do not call it and wait."""
+        if self.world_size == 1:
+            return function()
+        box = [function() if self.is_main else None]
+        dist.broadcast_object_list(box, group=self.control)
+        return box[0]
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        if self.world_size == 1:
+            return number
+        shared = torch.tensor(number)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        return int(shared)
+
+    def of_all(self, items: list[str]) -> list[str]:
+        """The lists of all ranks, one after another."""
+        if self.world_size == 1:
+            return items
+        lists: list[list[str] | None] = [None] * self.world_size
+        dist.all_gather_object(lists, items, group=self.control)
+        return [item for part in lists for item in part]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was launched.
+
+    Attributes:
+        name: the same for all attempts of one torchrun, and another one for any other launch.
+        attempt: 0, and one more each time that torchrun started the processes anew.
+    """
+
+    name: str
+    attempt: int
+
+    @classmethod
+    def current(cls) -> "Launch":
+        environment = os.environ
+        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in environment else os.getpid()
+        name = f"{environment.get('TORCHELASTIC_RUN_ID', 'alone')} {socket.gethostname()} {parent}"
+        return cls(name, int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
 def local_rank() -> int:
@@ -64,21 +116,32 @@ def processes(device: str | int, backend: str, url: str):
 
     chosen = _device_of_local_rank(device, local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     _select(chosen)
-    dist.init_process_group(
-        backend if chosen.type == "cuda" else "gloo",
-        init_method=url,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        device_id=chosen if chosen.type == "cuda" and backend == "nccl" else None,
-    )
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+        yield _join(chosen, backend, url)
     except RuntimeError:
         # Often a collective that lost its peer. The peer tells why, and the launcher ends this process meanwhile.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
         raise
     # After success alone: with nccl this waits for all ranks, and after an error the others are in another collective.
     dist.destroy_process_group()
+
+
+def _join(device: torch.device, backend: str, url: str) -> Processes:
+    """Meets the other processes."""
+    with_nccl = device.type == "cuda" and backend == "nccl"
+    store, rank, world_size = next(dist.rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
+    dist.init_process_group(
+        "nccl" if with_nccl else "gloo",
+        # torchrun keeps one store for all its attempts: without a name of its own, an attempt reads the addresses that
+        # the processes of the one before have left there.
+        store=dist.PrefixStore(f"attempt {Launch.current().attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        device_id=device if with_nccl else None,
+    )
+    control = dist.new_group(backend="gloo") if with_nccl else dist.group.WORLD
+    return Processes(rank, world_size, device, control=control)
 
 
 def _select(device: torch.device) -> None:
@@ -123,7 +186,7 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient: Tensor) -> Tensor:
         own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        dist.reduce_scatter_single(own, gradient.contiguous())
         return own
 
 
@@ -154,7 +217,7 @@ def gather_strided(rows: Tensor, total: int) -> Tensor:
 
 def _all_gather(rows: Tensor) -> Tensor:
     gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    dist.all_gather_single(gathered, rows.contiguous())
     return gathered
 
 

@@ -5,6 +5,7 @@ changes it.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from misc.datasets import Split
 from misc.errors import UserError
-from misc.transforms import (
-    EvaluationView,
-    PoolView,
-    SimCLRView,
-    derive_seed,
-    mix_captions,
-    mix_images,
-    seeded,
-    to_tensor,
-)
+from misc.randomness import derive_seed, seeded
+from misc.transforms import EvaluationView, PoolView, SimCLRView, mix_captions, mix_images, to_tensor
 from model.tbps_clip import Views
 from text_utils.augmentation import augment_caption
 from text_utils.masking import IGNORED_LABEL, mask_tokens
@@ -62,6 +55,14 @@ class Batch:
     views: Views
     identities: Tensor
     paths: list[str]
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Some of the samples, sharing the memory of these."""
+        shortened = _map_tensors(self, lambda tensor: tensor[start:stop])
+        return dataclasses.replace(shortened, paths=self.paths[start:stop])
 
     def to(self, device: torch.device) -> "Batch":
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -207,7 +208,9 @@ def read_image(path: Path) -> Image.Image:
 
 
 class GlobalBatchSampler(Sampler[list[Draw]]):
-    """This rank's rows of every global batch of an epoch; the last incomplete global batch is dropped.
+    """This rank's rows of the global batches of an epoch; the last incomplete global batch is dropped.
+
+    It goes through the `epoch` that is set, from batch `first_step` on. Its length is that of a whole epoch.
 
     The order depends on (seed, epoch) alone, and the ranks' rows one after another are the global batch: the same G
     samples meet in a step, however many ranks share them.
@@ -236,6 +239,7 @@ class GlobalBatchSampler(Sampler[list[Draw]]):
         self.rank, self.world_size = rank, world_size
         self.mixgen_probability, self.mixgen_ratio = mixgen_probability, mixgen_ratio
         self.epoch = 0
+        self.first_step = 0
 
     def __len__(self) -> int:
         return self.samples // (self.batch_size * self.world_size)
@@ -244,7 +248,7 @@ class GlobalBatchSampler(Sampler[list[Draw]]):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, "order"))
         order = torch.randperm(self.samples, generator=generator).tolist()
         size = self.batch_size * self.world_size
-        for step in range(len(self)):
+        for step in range(self.first_step, len(self)):
             draws = self._mixed(order[step * size : (step + 1) * size], step)
             yield draws[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
@@ -282,7 +286,7 @@ def pad_tokens(rows: list[list[int]], padding: int = 0) -> Tensor:
 
 
 def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of this rank, in the sampler's order. Go through it with `batches`."""
+    """Batches of this rank, in the sampler's order, on the CPU. Go through it with `batches`."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -290,14 +294,26 @@ def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, worker
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_the_group,
     )
 
 
 def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, pin_memory: bool) -> DataLoader:
     """(B, 3, H, W) in order. Go through it with `batches`."""
     return DataLoader(
-        dataset, batch_size=batch_size, collate_fn=_stack_images, num_workers=workers, pin_memory=pin_memory
+        dataset,
+        batch_size=batch_size,
+        collate_fn=_stack_images,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_the_group,
     )
+
+
+def _leave_the_group(worker: int) -> None:
+    """Ctrl-C and torchrun signal a whole process group; a training process that saves before it stops needs its loader
+    workers until then. They end when it does."""
+    os.setpgrp()
 
 
 def _stack_images(images: "list[Tensor | UserError]") -> "Tensor | UserError":

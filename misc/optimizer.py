@@ -37,7 +37,14 @@ def _is_fast(name: str) -> bool:
 
 def build_optimizer(groups: list[dict], *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; the learning rate is set before each step by `set_learning_rate`."""
-    settings = [{k: group[k] for k in ("params", "weight_decay", "lr_ratio")} for group in groups]
+    settings = [
+        {
+            "params": list(zip(group["names"], group["params"], strict=True)),  # names go into checkpoints
+            "weight_decay": group["weight_decay"],
+            "lr_ratio": group["lr_ratio"],
+        }
+        for group in groups
+    ]
     return torch.optim.AdamW(settings, lr=0.0, betas=tuple(betas), eps=eps, fused=True)
 
 

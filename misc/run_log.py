@@ -1,5 +1,7 @@
 """What a run leaves behind: log lines, JSON lines, the curve, TensorBoard and wandb. Rank 0 alone writes."""
 
+import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -7,16 +9,20 @@ import resource
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
 
 from misc.errors import UserError
+from misc.progress import Progress
 
+LOG = "train.log"
+METRICS = "metrics.jsonl"
 RUN_FILES = (
     "config.yaml",
-    "metrics.jsonl",
-    "train.log",
+    METRICS,
+    LOG,
     "curve.png",
     "retrieval.png",
     "checkpoint_last.pth",
@@ -32,7 +38,7 @@ def check_run_folder(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"model.saved_path: {folder} cannot be made, since {existing} is a file: choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"model.saved_path: {existing} may not be written to: choose another folder")
-    held = [name for name in RUN_FILES if (folder / name).exists()]
+    held = [name for name in RUN_FILES if (folder / name).exists() and not _is_empty_log(folder / name)]
     if held and not overwrite:
         raise UserError(
             f"model.saved_path: {folder} already holds a run ({', '.join(held)}): choose another model.saved_path, or "
@@ -40,16 +46,26 @@ def check_run_folder(folder: Path, *, overwrite: bool) -> None:
         )
 
 
+def _is_empty_log(path: Path) -> bool:
+    """What is left of a run that was ended before it began."""
+    return path.name == LOG and path.stat().st_size == 0
+
+
 class RunLog:
     """The run's log; on other ranks than 0, and without a folder, it writes no files.
 
+    The log file is locked as long as the run lives, so that no other run can write into its folder.
+
     Args:
-        folder: of the run, made where it is missing; a run that it holds is replaced. None writes to the screen alone.
+        folder: of the run, made where it is missing. None writes to the screen alone.
         is_main: whether this process writes at all.
+        overwrite: replace a run that the folder holds.
+        resume: go on with the run that the folder holds.
         tensorboard, wandb_project: further places to log to.
+        run_id: of the run, by which wandb knows one that is resumed.
         config: the merged configuration as plain values, for wandb.
 
-    Raises UserError when TensorBoard or wandb is asked for and not installed.
+    Raises UserError when another run writes into the folder, and when TensorBoard or wandb is wanted and not installed.
     """
 
     def __init__(
@@ -57,8 +73,11 @@ class RunLog:
         folder: Path | None,
         *,
         is_main: bool = True,
+        overwrite: bool = False,
+        resume: Progress | None = None,
         tensorboard: bool = False,
         wandb_project: str | None = None,
+        run_id: str | None = None,
         config: dict | None = None,
     ):
         for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb_project)):
@@ -71,9 +90,14 @@ class RunLog:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for replaced in (*map(self.folder.joinpath, RUN_FILES), *self.folder.glob("events.out.tfevents.*")):
-            replaced.unlink(missing_ok=True)
-        self.text = (self.folder / "train.log").open("w", encoding="utf-8", buffering=1)
+        self.text = _locked(self.folder / LOG)
+        if resume is None:
+            check_run_folder(self.folder, overwrite=overwrite)  # once more: nobody else can change it now
+            self._clear()
+        else:
+            self._keep_epochs(resume.epoch)
+        for unfinished in self.folder.glob("*.part"):
+            unfinished.unlink()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an optional package
 
@@ -81,7 +105,23 @@ class RunLog:
         if wandb_project:
             import wandb  # an optional package
 
-            self.wandb_run = wandb.init(project=wandb_project, dir=str(self.folder), config=config)
+            self.wandb_run = wandb.init(
+                project=wandb_project, dir=str(self.folder), config=config, id=run_id, resume="allow"
+            )
+
+    def _clear(self) -> None:
+        for replaced in (*map(self.folder.joinpath, RUN_FILES), *self.folder.glob("events.out.tfevents.*")):
+            if replaced.name != LOG:
+                replaced.unlink(missing_ok=True)
+        self.text.truncate(0)
+
+    def _keep_epochs(self, count: int) -> None:
+        """Drops what metrics.jsonl holds beyond the checkpoint: an epoch that is done again, or half a line."""
+        path = self.folder / METRICS
+        kept = [json.dumps(record) + "\n" for record in _records(path) if record["epoch"] <= count]
+        shortened = path.with_name(path.name + ".part")
+        shortened.write_text("".join(kept), encoding="utf-8")
+        shortened.replace(path)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -104,10 +144,10 @@ class RunLog:
             self.text.write(text + "\n")
 
     @contextmanager
-    def progress(self, total: int, title: str):
+    def progress(self, total: int, done: int, title: str):
         """A progress bar with speed and remaining time, where a terminal shows it."""
         hidden = None if self.is_main else True  # None: tqdm asks whether stderr is a terminal
-        with tqdm(total=total, desc=title, disable=hidden, leave=False, dynamic_ncols=True) as bar:
+        with tqdm(total=total, initial=done, desc=title, disable=hidden, leave=False, dynamic_ncols=True) as bar:
             yield bar
 
     def scalars(self, values: dict[str, float], iteration: int) -> None:
@@ -122,7 +162,7 @@ class RunLog:
         """One line of metrics.jsonl."""
         self.scalars({f"epoch/{name}": value for name, value in record.items()}, iteration)
         if self.folder:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
     def curve(self) -> None:
@@ -131,8 +171,7 @@ class RunLog:
             return
         from matplotlib.figure import Figure  # takes half a second, and rank 0 alone draws
 
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        records = _records(self.folder / METRICS)
         epochs = [record["epoch"] for record in records]
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         loss, retrieval = figure.subplots(1, 2)
@@ -148,6 +187,32 @@ class RunLog:
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         figure.savefig(self.folder / "curve.png", dpi=120)
+
+
+def _locked(path: Path) -> TextIO:
+    """The file, open to append to, and locked by this process (not by its children) until it ends, however it ends."""
+    file = path.open("a", encoding="utf-8", buffering=1)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        raise UserError(
+            f"model.saved_path: another run is writing into {path.parent}: end it, or choose another folder"
+        ) from error
+    return file
+
+
+def _records(path: Path) -> list[dict[str, float]]:
+    """The epochs of a metrics.jsonl, whose last line may have been cut off."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # the line that was being written when the machine went down
+            break
+    return records
 
 
 def wandb_project(wanted: bool) -> str | None:

@@ -1,13 +1,10 @@
 """Images to normalised tensors: augmentation pool, SimCLR view, evaluation view, MixGen (SPEC sections 2 and 3).
 
 Tensors are (3, H, W) float32; before normalisation their values are in [0, 1]. All draws come from torch's default CPU
-generator, which the caller seeds for each sample (`seeded`).
+generator, which the caller seeds for each sample.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -19,23 +16,6 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_DEVIATION = [0.229, 0.224, 0.225]
 OPERATIONS_PER_VIEW = 2
 """Operations drawn from the pool for one view (paper: augmentation pool)."""
-
-
-def derive_seed(*key: int | str) -> int:
-    """A 63-bit seed that depends on all parts of the key: (1, 0) and (0, 1) give unrelated ones."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-@contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
-    """Within it, torch's default CPU generator is seeded by the key; afterwards it goes on as before."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(derive_seed(*key))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -5,7 +5,7 @@ B captions, L tokens, P image tokens, D width of the shared space, M tokens pick
 
 from torch import Tensor, nn
 
-from model.transformer import Attention, QuickGELU, Transformer
+from model.transformer import Attention, QuickGELU, Transformer, widened
 
 
 def simclr_projector(widths: list[int]) -> nn.Sequential:
@@ -65,6 +65,6 @@ class MaskedLanguageHead(nn.Module):
         Returns: (M, vocab_size), in the order of the picked tokens, row by row.
         """
         x = self.cross_attn.cross(self.ln_pre_t(text_tokens), self.ln_pre_i(image_tokens))
-        x = x.float()  # in mixed precision the residual stream stays in float32, as in the towers
+        x = widened(x)  # the residual stream stays in float32, as in the towers
         x = self.cross_modal_transformer(x, valid=valid)
         return self.mlm_head(self.ln_post(x)[picked])

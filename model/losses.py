@@ -2,6 +2,7 @@
 
 B rows of this rank, G rows of all ranks (the columns), D width, M tokens picked for masked language modelling.
 All inputs are float32. A loss is a mean over this rank's rows; the mean over ranks is the mean over all G samples.
+MLM and ID compare no samples with each other, so they are sums over any part of the rows, divided by their number.
 """
 
 import torch
@@ -9,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def matching_distribution(row_identities: Tensor, column_identities: Tensor) -> Tensor:
+def matching_distribution(
+    row_identities: Tensor, column_identities: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """q̂: which columns show the person of a row, each row summing to one.
 
     Args:
         row_identities: (B,) int64.
         column_identities: (G,) int64; every row's identity is among them.
 
-    Returns: (B, G) float32.
+    Returns: (B, G) of `dtype`.
     """
-    matches = (row_identities[:, None] == column_identities[None, :]).float()
+    matches = (row_identities[:, None] == column_identities[None, :]).to(dtype)
     return matches / matches.sum(dim=1, keepdim=True)
 
 
@@ -86,17 +89,23 @@ def nt_xent(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor
     return (direction(first, all_first, all_second) + direction(second, all_second, all_first)) / 2
 
 
-def masked_language(logits: Tensor, labels: Tensor, count: Tensor) -> Tensor:
-    """MLM: cross-entropy over the picked tokens.
+def masked_language(logits: Tensor, labels: Tensor, picked: Tensor) -> Tensor:
+    """MLM: cross-entropy over the picked tokens of some rows; those of all parts of a batch add up.
 
     Args:
         logits: (M, vocabulary); labels: (M,) int64.
-        count: 0-dim, picked tokens per rank on average over all ranks. Ranks pick different numbers; dividing by their
-            mean keeps the mean over ranks equal to the mean over all picked tokens.
+        picked: 0-dim, picked tokens of a rank's whole batch, on average over all ranks. Ranks pick different numbers;
+            dividing by their mean keeps the mean over ranks equal to the mean over all picked tokens.
     """
-    return F.cross_entropy(logits, labels, reduction="sum") / count.clamp(min=1)
+    return F.cross_entropy(logits, labels, reduction="sum") / picked.clamp(min=1)
 
 
-def identity(image_logits: Tensor, text_logits: Tensor, identities: Tensor) -> Tensor:
-    """ID: mean of the cross-entropies of image and text: two times (B, identities) against (B,) int64."""
-    return (F.cross_entropy(image_logits, identities) + F.cross_entropy(text_logits, identities)) / 2
+def identity(image_logits: Tensor, text_logits: Tensor, identities: Tensor, rows: int) -> Tensor:
+    """ID: mean of the cross-entropies of image and text over some rows; those of all parts of a batch add up.
+
+    Args:
+        image_logits, text_logits: (n, identities), identities: (n,) int64, n of the B rows.
+        rows: B, which the sum over these rows is divided by.
+    """
+    image, text = (F.cross_entropy(logits, identities, reduction="sum") for logits in (image_logits, text_logits))
+    return (image + text) / 2 / rows

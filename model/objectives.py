@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import losses
 from model.tbps_clip import Features
+from model.transformer import widened
 from text_utils.masking import IGNORED_LABEL
 
 
@@ -67,18 +67,24 @@ class Objectives:
             soft_label_ratio: α of N-ITC at this step.
             masked_labels: (B, L) int64, -100 where nothing is predicted (MLM).
         """
+        weighted = self.contrast(features, identities, soft_label_ratio)
+        picked = self.picked_tokens(masked_labels)
+        return weighted | self.classify(features, identities, masked_labels, rows=len(identities), picked=picked)
+
+    def contrast(self, features: Features, identities: Tensor, soft_label_ratio: float) -> dict[str, Tensor]:
+        """N-ITC, R-ITC, C-ITC and SS-I, which compare the samples of a batch and need all B rows at once."""
         weighted = {}
-        image = F.normalize(features.image.float(), dim=1)
-        text = F.normalize(features.text.float(), dim=1)
+        image = F.normalize(widened(features.image), dim=1)
+        text = F.normalize(widened(features.text), dim=1)
         all_images, all_texts = self.gather(image), self.gather(text)
 
         if self.nitc > 0 or self.ritc > 0:
-            targets = losses.matching_distribution(identities, self.gather(identities))
+            targets = losses.matching_distribution(identities, self.gather(identities), image.dtype)
             logits = self._logits(features.scale, image, text, all_images, all_texts)
         if self.nitc > 0:
             loss = self._normalised(logits, targets, soft_label_ratio)
             if self.multi_view:
-                second = F.normalize(features.second_image.float(), dim=1)
+                second = F.normalize(widened(features.second_image), dim=1)
                 second_logits = self._logits(features.scale, second, text, self.gather(second), all_texts)
                 loss = (loss + self._normalised(second_logits, targets, soft_label_ratio)) / 2
             weighted["nitc"] = self.nitc * loss
@@ -92,18 +98,43 @@ class Objectives:
                 all_images, all_texts, self.citc_in_modal, self.citc_cross_modal
             )
         if self.ss > 0:
-            first, second = (F.normalize(view.float(), dim=1) for view in features.simclr)
+            first, second = (F.normalize(widened(view), dim=1) for view in features.simclr)
             weighted["ss"] = self.ss * losses.nt_xent(
                 first, second, self.gather(first), self.gather(second), self.rank * len(first), self.ss_temperature
             )
+        return weighted
+
+    def classify(
+        self,
+        features: Features,
+        identities: Tensor,
+        masked_labels: Tensor | None,
+        *,
+        rows: int,
+        picked: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """MLM and ID, which look at each sample alone: the parts that any rows contribute, whose sum is the loss.
+
+        Args:
+            features, identities, masked_labels: of some of the B rows.
+            rows: B.
+            picked: of `picked_tokens` for all B rows.
+        """
+        weighted = {}
         if self.mlm > 0:
             labels = masked_labels[masked_labels != IGNORED_LABEL]
-            count = self.gather(torch.tensor([float(len(labels))], device=labels.device)).mean()
-            weighted["mlm"] = self.mlm * losses.masked_language(features.masked_logits.float(), labels, count)
+            weighted["mlm"] = self.mlm * losses.masked_language(widened(features.masked_logits), labels, picked)
         if self.identity > 0:
-            image_logits, text_logits = (logits.float() for logits in features.identity_logits)
-            weighted["id"] = self.identity * losses.identity(image_logits, text_logits, identities)
+            image_logits, text_logits = map(widened, features.identity_logits)
+            weighted["id"] = self.identity * losses.identity(image_logits, text_logits, identities, rows)
         return weighted
+
+    def picked_tokens(self, masked_labels: Tensor | None) -> Tensor | None:
+        """Tokens that MLM predicts on a rank, on average over all ranks: 0-dim; None without MLM."""
+        if self.mlm == 0:
+            return None
+        own = (masked_labels != IGNORED_LABEL).sum().float()
+        return self.gather(own[None]).mean()
 
     @staticmethod
     def _logits(scale: Tensor, image: Tensor, text: Tensor, all_images: Tensor, all_texts: Tensor):

@@ -318,11 +318,24 @@ def _differs_in_length(name: str, found: dict[str, tuple[int, ...]], wanted: dic
     return name.endswith("positional_embedding") and found[name][1:] == wanted[name][1:]
 
 
+def architecture(shapes: dict[str, tuple[int, ...]]) -> dict[str, int | None]:
+    """Sizes of the towers, named as in the configuration's section `model`, from tensors under OpenAI's names.
+
+    What the tensors do not tell is None. The number of heads leaves no trace in them; as in CLIP, each has 64 channels.
+    """
+    told = _sizes(shapes)
+    sizes = {key.removeprefix("model."): told.get(key) for key in (*SIZES, *LAYERS)}
+    for tower in ("vision", "text"):
+        width = sizes[f"{tower}_width"]
+        sizes[f"{tower}_heads"] = None if width is None else max(1, width // 64)
+    return sizes
+
+
 def _sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
     """The configuration that a state dict was made with; a key on which its tensors disagree is left out."""
     sizes = {}
     for key, witnesses in SIZES.items():
-        values = {shapes[name][dim] if len(shapes[name]) > dim else None for name, dim in witnesses}
+        values = {shapes[name][dim] if len(shapes.get(name, ())) > dim else None for name, dim in witnesses}
         if len(values) == 1 and None not in values:
             sizes |= {key: values.pop()}
     for key, pattern in LAYERS.items():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.heads import MaskedLanguageHead, identity_classifier, simclr_projector
 from model.text_transformer import TextTransformer, valid_tokens
+from model.transformer import Transformer
 from model.vision_transformer import VisionTransformer
 from text_utils.masking import IGNORED_LABEL
 
@@ -70,6 +71,7 @@ class TBPSCLIP(nn.Module):
         embed_dim: width of the shared space.
         dropout: of the attention weights in the text encoder.
         lock_bottom: freezes the patch-embedding convolution (paper's trick "locked bottom layer").
+        grad_checkpointing: computes every transformer block once more in the backward pass instead of keeping it.
         simclr_widths: layer widths of the SimCLR projector, or None without SS-I.
         masked_language_depth: layers of the masked-language head, or None without MLM.
         identities: classes of the identity classifier, or None without ID.
@@ -91,6 +93,7 @@ class TBPSCLIP(nn.Module):
         embed_dim: int,
         dropout: float = 0.0,
         lock_bottom: bool = True,
+        grad_checkpointing: bool = False,
         simclr_widths: list[int] | None = None,
         masked_language_depth: int | None = None,
         identities: int | None = None,
@@ -123,6 +126,9 @@ class TBPSCLIP(nn.Module):
         )
         self.identity_classifier = identity_classifier(embed_dim, identities) if identities else None
         self.image_encoder.conv1.requires_grad_(not lock_bottom)
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.grad_checkpointing = grad_checkpointing
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels → (B, D), not L2-normalised."""

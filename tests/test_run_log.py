@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -14,7 +15,10 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from misc.errors import UserError
+from misc.progress import Progress
 from misc.run_log import RUN_FILES, RunLog, check_run_folder, peak_memory_gigabytes, wandb_project
+
+ROOT = Path(__file__).parent.parent
 
 
 def record(epoch: int) -> dict[str, float]:
@@ -46,7 +50,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_a_folder_that_holds_a_file_of_a_run_is_refused(tmp_path, name):
-    (tmp_path / name).touch()
+    (tmp_path / name).write_text("old")
     with pytest.raises(UserError) as caught:
         check_run_folder(tmp_path, overwrite=False)
     assert all(part in str(caught.value) for part in ("model.saved_path", str(tmp_path), name, "--overwrite"))
@@ -62,13 +66,68 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, overwrite):
             check_run_folder(folder, overwrite=overwrite)
 
 
+def test_what_a_run_left_that_died_before_it_began_is_no_run(tmp_path):
+    (tmp_path / "train.log").touch()
+    check_run_folder(tmp_path, overwrite=False)
+
+
 def test_a_new_run_replaces_the_files_of_the_old_and_no_others(tmp_path):
-    for name in (*RUN_FILES, "notes.txt"):
+    for name in (*RUN_FILES, "checkpoint_last.pth.part", "notes.txt"):
         (tmp_path / name).write_text("old")
-    with RunLog(tmp_path) as log:
+    with pytest.raises(UserError, match="already holds a run"):  # it came while this run was being prepared
+        RunLog(tmp_path)
+    assert content(tmp_path) == sorted((*RUN_FILES, "checkpoint_last.pth.part", "notes.txt"))
+    with RunLog(tmp_path, overwrite=True) as log:
         log.line("new")
     assert content(tmp_path) == ["notes.txt", "train.log"]
     assert (tmp_path / "notes.txt").read_text() == "old"
+    assert (tmp_path / "train.log").read_text() == "new\n"
+
+
+def test_a_resumed_run_keeps_its_log_and_the_epochs_before_its_checkpoint(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.line("first")
+        for epoch in (1, 2, 3):
+            log.epoch(record(epoch), 10 * epoch)
+    for name in ("checkpoint_best.pth", "config.yaml"):
+        (tmp_path / name).write_text("kept")
+    (tmp_path / "checkpoint_last.pth.part").write_text("half a checkpoint")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "r1": 1')  # the machine went down
+    with RunLog(tmp_path, resume=Progress(epoch=2)) as log:
+        log.line("second")
+        log.epoch(record(3), 30)
+    assert content(tmp_path) == ["checkpoint_best.pth", "config.yaml", "metrics.jsonl", "train.log"]
+    assert (tmp_path / "train.log").read_text() == "first\nsecond\n"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [record(1), record(2), record(3)]
+
+
+OTHER_RUN = """
+import sys
+from pathlib import Path
+from misc.errors import UserError
+from misc.progress import Progress
+from misc.run_log import RunLog
+try:
+    RunLog(Path(sys.argv[1]), overwrite=True)
+except UserError as error:
+    print(error)
+"""
+
+
+def other_run(folder: Path) -> str:
+    """What a run in another process says when it starts into the folder."""
+    arguments = [sys.executable, "-c", OTHER_RUN, str(folder)]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.line("mine")
+        assert "another run is writing into" in other_run(tmp_path)
+        assert (tmp_path / "train.log").read_text() == "mine\n"
+    assert other_run(tmp_path) == ""  # the lock goes with its run
 
 
 # ---- lines, numbers, curve ----------------------------------------------------------------------------------------
@@ -121,7 +180,7 @@ def test_the_curve_shows_what_metrics_jsonl_holds(tmp_path, monkeypatch):
 def use(log: RunLog) -> None:
     """Everything that a run does with its log."""
     log.line("a line")
-    with log.progress(2, "epoch 1") as bar:
+    with log.progress(2, 0, "epoch 1") as bar:
         bar.update()
     log.scalars({"loss": 1.0}, 1)
     log.epoch(record(1), 2)
@@ -177,9 +236,10 @@ def test_wandb_gets_the_configuration_and_every_number_on_rank_0(tmp_path, monke
     run, started = Recorder(), []
     install(monkeypatch, "wandb", init=lambda **options: (started.append(options), run)[1])
     for is_main in (True, False):
-        with RunLog(tmp_path, is_main=is_main, wandb_project="mine", config={"device": "cpu"}) as log:
+        with RunLog(tmp_path, is_main=is_main, wandb_project="mine", run_id="abc", config={"device": "cpu"}) as log:
             log.epoch({"r1": 50.0}, 9)
-    assert started == [{"project": "mine", "dir": str(tmp_path), "config": {"device": "cpu"}}]
+    same_run = {"id": "abc", "resume": "allow"}
+    assert started == [{"project": "mine", "dir": str(tmp_path), "config": {"device": "cpu"}, **same_run}]
     assert run.calls == [("log", {"epoch/r1": 50.0}, 9), ("finish", 0)]
 
 

@@ -11,16 +11,15 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from misc import transforms
+from misc.randomness import derive_seed, seeded
 from misc.transforms import (
     EvaluationView,
     GaussianBlur,
     PoolView,
     SimCLRView,
-    derive_seed,
     mix_captions,
     mix_images,
     normalise,
-    seeded,
     to_tensor,
 )
 from tests.golden_models import assert_close, load
