@@ -62,6 +62,10 @@ class Interruption:
         self._deferred = True
         try:
             yield
+        except RuntimeError as error:
+            if self.number:  # the other ranks are gone: launchers end them all when one of them dies
+                raise Interrupted(self.number) from error
+            raise
         finally:
             self._deferred = False
         if self.number:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from misc.datasets import Split
 from misc.errors import UserError
-from misc.randomness import derive_seed, seeded
+from misc.randomness import derive_seed, seeded, single_threaded
 from misc.transforms import EvaluationView, PoolView, SimCLRView, mix_captions, mix_images, to_tensor
 from model.tbps_clip import Views
 from text_utils.augmentation import augment_caption
@@ -122,7 +122,8 @@ class TrainingSet(Dataset):
     def __getitem__(self, draw: Draw) -> "Sample | UserError":
         """The sample, or the UserError that names an image that cannot be decoded (`batches` raises it)."""
         try:
-            return self._sample(draw)
+            with single_threaded():
+                return self._sample(draw)
         except UserError as error:
             return error
 

@@ -1,4 +1,4 @@
-"""Seeds that say what they are for, so that every random draw of a run depends on its place in the run alone."""
+"""What makes a sample and a step depend on their place in the run alone, to the last bit."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,6 +11,17 @@ def derive_seed(*key: int | str) -> int:
     """A 63-bit seed that depends on all parts of the key: (1, 0) and (0, 1) give unrelated ones."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Within it torch computes in one thread, as it does in loader workers: with more, sums round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

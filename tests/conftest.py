@@ -1,7 +1,13 @@
 """Fixtures that several test files share."""
 
-import pytest
+import resource
+import sys
+from collections.abc import Callable, Iterator
 
+import pytest
+import torch
+
+from tests.runs import Outcome
 from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 
 
@@ -9,3 +15,29 @@ from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 def tiny_dataset(tmp_path) -> TinyDataset:
     """12 persons to train, 4 to validate and 5 to test on, two images each, in a folder that the test may change."""
     return write_tiny_dataset(tmp_path / "dataset")
+
+
+@pytest.fixture
+def run(monkeypatch, capfd) -> Iterator[Callable[..., Outcome]]:
+    """`main.py` in this process: importing torch again would take most of the time."""
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+
+    import main  # not for tests of a part alone
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+        capfd.readouterr()
+        return Outcome(main.main(), *capfd.readouterr())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would only wait for each other on so little work
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """A function: from now on, a file of this process may hold so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import resource
 import zipfile
 from pathlib import Path
 
@@ -63,14 +62,6 @@ def test_what_was_saved_is_read(tmp_path):
     assert same(content.pop("model"), model.state_dict())
     assert content == {"config": CONFIG, "epoch": 3, "metrics": METRICS, "launch": "one"}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
-
-
-@pytest.fixture
-def full_disk():
-    """A function: from now on, a file of this process may hold so many bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])

@@ -388,9 +388,9 @@ def tensors(batch: Batch) -> list[torch.Tensor]:
 # Loaders
 
 
-def loaded(data: TrainingSet, workers: int, **arguments) -> list[Batch]:
+def loaded(data: TrainingSet, workers: int, batch_size: int = 6, **arguments) -> list[Batch]:
     """The batches of two epochs."""
-    sampler = GlobalBatchSampler(len(data), 6, seed=4, **arguments)
+    sampler = GlobalBatchSampler(len(data), batch_size, seed=4, **arguments)
     loader = training_loader(data, sampler, workers=workers, pin_memory=False)
     found = []
     for epoch in range(2):
@@ -399,25 +399,63 @@ def loaded(data: TrainingSet, workers: int, **arguments) -> list[Batch]:
     return found
 
 
+MIXING = {"mixgen_probability": 0.5, "mixgen_ratio": 0.34}
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
-def test_the_number_of_workers_changes_nothing(training_set):
-    mixing = {"mixgen_probability": 0.5, "mixgen_ratio": 0.34}
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_and_workers_change_no_sample(training_set, world_size, workers):
+    """Every view, every token, every label of two epochs, to the bit."""
     augmentation = dataclasses.replace(ALL_VIEWS, mixgen="ori")
-    alone, three = (loaded(training_set(augmentation), workers, **mixing) for workers in (0, 3))
-    assert len(alone) == len(three) == 16
-    assert all(same(batch, other) for batch, other in zip(alone, three, strict=True))
+    alone = loaded(training_set(augmentation), workers=0, batch_size=12, **MIXING)
+    assert len(alone) == 8
     assert not any(same(batch, other) for batch, other in itertools.combinations(alone, 2))
+    ranks = [
+        loaded(
+            training_set(augmentation), workers, batch_size=12 // world_size, rank=rank, world_size=world_size, **MIXING
+        )
+        for rank in range(world_size)
+    ]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        rows = [row for part in parts for row in rows_of(part)]
+        assert all(same(row, other) for row, other in zip(rows, rows_of(whole), strict=True))
 
 
-def test_the_number_of_ranks_changes_no_sample(training_set):
-    (alone, *_) = loaded(training_set(), workers=0)
-    sampler = [GlobalBatchSampler(48, 3, seed=4, rank=rank, world_size=2) for rank in range(2)]
-    first, second = (next(iter(training_loader(training_set(), s, workers=0, pin_memory=False))) for s in sampler)
-    assert torch.equal(torch.cat([first.views.image, second.views.image]), alone.views.image)
-    assert torch.equal(
-        torch.cat([first.views.simclr_images[1], second.views.simclr_images[1]]), alone.views.simclr_images[1]
-    )
-    assert first.paths + second.paths == alone.paths
+def rows_of(batch: Batch) -> list[Batch]:
+    """Its samples one by one, without the padding, which depends on the longest of a batch."""
+    rows = [batch.rows(number, number + 1) for number in range(len(batch))]
+    for row in rows:
+        length = int((row.views.token_ids == END).nonzero()[0, 1]) + 1
+        views = row.views
+        views.token_ids, views.masked_token_ids, views.masked_labels = (
+            tokens[:, :length] for tokens in (views.token_ids, views.masked_token_ids, views.masked_labels)
+        )
+    return rows
+
+
+def test_a_loader_goes_on_in_the_middle_of_an_epoch(training_set):
+    whole = loaded(training_set(), workers=0)
+    sampler = GlobalBatchSampler(48, 6, seed=4)
+    loader = training_loader(training_set(), sampler, workers=1, pin_memory=False)
+    sampler.epoch, sampler.first_step = 1, 5
+    assert len(loader) == 8
+    rest = list(batches(loader))
+    assert len(rest) == 3 and all(same(batch, other) for batch, other in zip(rest, whole[13:], strict=True))
+
+
+def test_the_number_of_threads_changes_no_sample(split, tiny_dataset):
+    """Loader workers have one thread, a process without workers has more: at full size, sums round differently."""
+    full_size = dataclasses.replace(ALL_VIEWS, resolution=(224, 224))
+    data = TrainingSet(split, tiny_dataset.image_dir, TOKENIZER, full_size, 0)
+    threads = torch.get_num_threads()
+    samples = {}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        samples[count] = [data[Draw(0, index)] for index in range(12)]
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert all(same(one, two) for one, two in zip(samples[1], samples[2], strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,13 +1,10 @@
 """Whole runs on a tiny dataset: what they leave, what they print, and one line for each mistake of the user."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,94 +16,15 @@ from PIL import Image
 import main as program
 from misc.checkpoint import read_checkpoint
 from misc.run_log import RUN_FILES
+from tests.runs import ARCHITECTURE, METRICS, QUICK, Outcome, Run, of_dataset, only_error, start
 from tests.seeded import TINY, clip_weights
 from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(program.__file__).parent
-ARCHITECTURE = (
-    "experiment.input_resolution=[32, 16]",
-    "experiment.simclr_mlp=[32, 16, 32]",
-    "model.checkpoint=null",
-    "model.embed_dim=32",
-    "model.vision_width=32",
-    "model.vision_layers=1",
-    "model.vision_heads=2",
-    "model.text_width=32",
-    "model.text_layers=1",
-    "model.text_heads=2",
-)
-QUICK = (
-    "device=cpu",
-    "misc.precision=fp32",
-    "data.dataset=null",
-    "data.batch_size=4",
-    "data.test_batch_size=7",
-    "data.num_workers=0",
-)
-METRICS = ("r1", "r5", "r10", "mAP", "mINP")
 KEYS = {"epoch", *METRICS, "loss", "seconds", "samples_per_second", "data_wait", "peak_memory_gigabytes"}
 STATISTICS = {"train": ["12", "24", "48"], "val": ["4", "8", "16"], "test": ["5", "10", "20"]}
 """Identities, images and captions of the tiny dataset: two images per identity, two captions per image."""
-
-
-class Outcome(NamedTuple):
-    """Exit status, and what was written to the screen."""
-
-    status: int
-    out: str
-    err: str
-
-
-class Run(NamedTuple):
-    """A finished run: its folder, and how it ended."""
-
-    folder: Path
-    outcome: Outcome
-
-    @property
-    def records(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "train.log").read_text(encoding="utf-8")
-
-
-def of_dataset(dataset: TinyDataset) -> list[str]:
-    return [f"anno_dir={dataset.anno_dir}", f"image_dir={dataset.image_dir}"]
-
-
-def start(*arguments: str, ranks: int = 1) -> Outcome:
-    """`main.py` in a process of its own, under torchrun where there are several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_PROJECT"}
-    finished = subprocess.run(
-        [sys.executable, *torchrun, "main.py", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return Outcome(finished.returncode, finished.stdout, finished.stderr)
-
-
-@pytest.fixture
-def run(monkeypatch, capfd) -> Iterator[Callable[..., Outcome]]:
-    """`main.py` in this process: importing torch again would take most of the time."""
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-        capfd.readouterr()
-        return Outcome(program.main(), *capfd.readouterr())
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several would only wait for each other on so little work
-    yield call
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -149,14 +67,6 @@ def rounded(record: dict[str, float]) -> list[float]:
 
 def printed_statistics(out: str) -> dict[str, list[str]]:
     return {name: numbers.split() for name, numbers in re.findall(r"^(train|val|test) +([\d, ]+)$", out, re.MULTILINE)}
-
-
-def only_error(outcome: Outcome) -> str:
-    """The one line of a refusal."""
-    assert outcome.status == 2, outcome
-    (line,) = outcome.err.splitlines()
-    assert line.startswith("error: ") and "Traceback" not in outcome.out
-    return line
 
 
 # ---- a run of the full recipe -------------------------------------------------------------------------------------

@@ -1,0 +1,346 @@
+"""What happens to a training in real life: killed processes, full disks, signals, two runs in one folder.
+
+`make soak` runs the killing for much longer than CI does: SOAK_KILLS says how often.
+"""
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from misc.checkpoint import read_checkpoint
+from misc.distributed import Launch, Processes
+from misc.errors import UserError
+from misc.interruption import Interrupted, Interruption
+from misc.loader import GlobalBatchSampler
+from misc.progress import Progress
+from misc.resume import LAST, Course, Keeper
+from misc.training import Trainer
+from tests.runs import ROOT, Outcome, Run, of_dataset, only_error, start
+from tests.test_resume import EVERYTHING, assert_same_run, at_step
+from tests.tiny_dataset import TinyDataset, write_tiny_dataset
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("SOAK_KILLS", 20))
+ON_TWO_RANKS = ("data.batch_size=2", "log.checkpoint_period=2", "log.print_period=1", "log.sheet=2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> TinyDataset:
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+class Training:
+    """`main.py` in processes of its own, under torchrun where there are several ranks.
+
+    Args:
+        arguments: of main.py.
+        ranks: processes that train.
+        restarts: how often torchrun starts them anew.
+        output: what they write to the screen is added to this file.
+    """
+
+    def __init__(self, arguments: tuple[str, ...], *, ranks: int = 1, restarts: int = 0, output: Path):
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+        command = (*torchrun, f"--max-restarts={restarts}", "--monitor-interval=0.1") if ranks > 1 else ()
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_PROJECT"}
+        self.ranks = ranks
+        self.output = output
+        with output.open("a") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, "main.py", *map(str, arguments)],
+                cwd=ROOT,
+                env=environment | {"OMP_NUM_THREADS": "1"},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    def rank_processes(self) -> list[int]:
+        """Those that train and are alive, in the order in which they were started."""
+        return [self.process.pid] if self.ranks == 1 else children(self.process.pid, "main.py")
+
+    def kill_all(self) -> None:
+        for process in (self.process.pid, *children(self.process.pid, "")):
+            kill(process)
+        self.process.wait()
+
+    def wait(self, seconds: float = 240) -> int:
+        return self.process.wait(seconds)
+
+
+def children(parent: int, command: str) -> list[int]:
+    """Processes that `parent` started and whose command line holds `command`."""
+    found = []
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        try:
+            if command in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(int(child))
+        except FileNotFoundError:  # it has just ended
+            continue
+    return found
+
+
+def kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what} in vain"
+        time.sleep(0.02)
+
+
+def lines_about_steps(folder: Path) -> int:
+    log = folder / "train.log"
+    return log.read_text().count(" step ") if log.exists() else 0
+
+
+@pytest.fixture
+def training(data, tmp_path) -> Iterator[Callable[..., Training]]:
+    """Starts a training into `tmp_path / "run"`; what still lives when the test ends is ended."""
+    started = []
+
+    def begin(*arguments: str, **options) -> Training:
+        fixed = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}")
+        started.append(Training((*fixed, *arguments), output=tmp_path / "output.txt", **options))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        if each.process.poll() is None:
+            each.kill_all()
+
+
+@pytest.fixture(scope="module")
+def unstopped(data, tmp_path_factory) -> Run:
+    """One rank."""
+    folder = tmp_path_factory.mktemp("unstopped") / "run"
+    outcome = start(*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
+    assert outcome.status == 0, outcome.err
+    return Run(folder, outcome)
+
+
+@pytest.fixture(scope="module")
+def unstopped_on_two_ranks(data, tmp_path_factory) -> Callable[..., Run]:
+    """A function: arguments → the run of two ranks with them."""
+    runs = {}
+
+    def run(*arguments: str) -> Run:
+        if arguments not in runs:
+            folder = tmp_path_factory.mktemp("unstopped") / "run"
+            outcome = start(*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}", *arguments, ranks=2)
+            assert outcome.status == 0, outcome.err
+            runs[arguments] = Run(folder, outcome)
+        return runs[arguments]
+
+    return run
+
+
+# ---- killed processes -----------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_is_killed_again_and_again_ends_as_if_it_never_was(training, unstopped_on_two_ranks, tmp_path):
+    """SIGKILL of one rank, after which torchrun starts both anew, or of all and torchrun, at random moments."""
+    folder = tmp_path / "run"
+    arguments = (*ON_TWO_RANKS, f"schedule.epoch={2 + KILLS // 2}")
+    random = Random(KILLS)
+    restarts = {"ranks": 0, "all": 0}
+    current = training(*arguments, ranks=2, restarts=KILLS)
+    for _ in range(KILLS):
+        before = lines_about_steps(folder)
+        if random.random() < 0.3:
+            time.sleep(random.uniform(0, 6))  # while it starts
+        else:
+            steps = random.randint(1, 5)
+            wait_until(lambda: lines_about_steps(folder) >= before + steps, f"{steps} steps")  # noqa: B023
+            time.sleep(random.uniform(0, 0.2))
+        assert current.process.poll() is None, (tmp_path / "output.txt").read_text()[-5000:]
+        ranks = current.rank_processes()
+        if ranks and random.random() < 0.7:
+            kill(random.choice(ranks))
+            restarts["ranks"] += 1
+        else:
+            current.kill_all()
+            restarts["all"] += 1
+            if (folder / LAST).exists():
+                assert read_checkpoint(folder / LAST)["progress"]
+            resume = ("--resume",) if (folder / LAST).exists() else ()
+            current = training(*arguments, *resume, ranks=2, restarts=KILLS)
+    assert current.wait(600) == 0, (tmp_path / "output.txt").read_text()[-5000:]
+    assert min(restarts.values()) > 0
+    assert_same_run(folder, unstopped_on_two_ranks(*arguments))
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_torchrun_is_stopped_and_the_run_goes_on(training, unstopped_on_two_ranks, tmp_path, number):
+    """torchrun hands the signal to the process groups of its ranks, loader workers included."""
+    arguments = (*ON_TWO_RANKS, "data.num_workers=1", "log.checkpoint_period=0")
+    first = training(*arguments, ranks=2)
+    wait_until(lambda: lines_about_steps(tmp_path / "run") >= 5, "5 steps")
+    first.process.send_signal(number)
+    assert first.wait() != 0
+    progress = read_checkpoint(tmp_path / "run" / LAST)["progress"]
+    assert progress["step"] >= 5  # nothing but the signal has saved this
+    output = (tmp_path / "output.txt").read_text()
+    assert f"stopped at step {progress['step']} of epoch 1" in output and "Error" not in output
+    assert training(*arguments, "--resume", ranks=2).wait() == 0
+    assert_same_run(tmp_path / "run", unstopped_on_two_ranks(*ON_TWO_RANKS))
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_the_run_goes_on(training, unstopped, tmp_path):
+    first = training("data.num_workers=2", "log.print_period=1", "log.checkpoint_period=0")
+    wait_until(lambda: lines_about_steps(tmp_path / "run") >= 3, "3 steps")
+    os.killpg(first.process.pid, signal.SIGINT)
+    assert first.wait() == 130
+    assert (tmp_path / "output.txt").read_text().endswith("stopped by SIGINT\n")
+    assert training("--resume").wait() == 0
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_goes_on(
+    training, unstopped_on_two_ranks, tmp_path
+):
+    """As when a machine of several is to be emptied: all ranks save and stop, and torchrun starts them anew."""
+    arguments = (*ON_TWO_RANKS, "log.checkpoint_period=0")
+    both = training(*arguments, ranks=2, restarts=3)
+    wait_until(lambda: lines_about_steps(tmp_path / "run") >= 4, "4 steps")
+    os.kill(both.rank_processes()[1], signal.SIGTERM)
+    assert both.wait() == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("go on with --resume") == log.count("resumed after epoch") == 1
+    assert_same_run(tmp_path / "run", unstopped_on_two_ranks(*ON_TWO_RANKS))
+
+
+def test_a_collective_that_fails_while_stopping_is_no_news():
+    """The launcher ends a rank whose partner has died; only an error of its own is told."""
+    with pytest.raises(Interrupted, match="SIGTERM"), Interruption() as interruption, interruption.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(RuntimeError, match="a bug"), Interruption() as interruption, interruption.deferred():
+        raise RuntimeError("a bug")
+
+
+# ---- two runs in one folder -----------------------------------------------------------------------------------------
+
+
+def test_of_two_runs_started_into_one_folder_one_is_refused(training, tmp_path):
+    both = [training("schedule.epoch=1"), training("schedule.epoch=1")]
+    assert sorted(each.wait() for each in both) == [0, 2]
+    output = (tmp_path / "output.txt").read_text()
+    assert output.count("error: ") == 1
+    assert "another run is writing into" in output or "already holds a run" in output
+    assert Run(tmp_path / "run", Outcome(0, "", "")).records[0]["epoch"] == 1
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_a_folder_in_which_a_run_is_writing_is_refused(run, data, training, tmp_path, flag):
+    folder = tmp_path / "run"
+    first = training("log.print_period=1", "schedule.epoch=50")
+    wait_until(lambda: lines_about_steps(folder) >= 3, "3 steps")
+    own = (*EVERYTHING, "schedule.epoch=50", *of_dataset(data), f"model.saved_path={folder}")
+    message = only_error(run(*own, flag))
+    assert "another run is writing into" in message and str(folder) in message
+    assert first.process.poll() is None
+    first.kill_all()
+
+
+# ---- full disks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_gets_full_stops_the_run_and_loses_nothing(run, data, unstopped, monkeypatch, tmp_path, full_disk):
+    folder = tmp_path / "run"
+    own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
+    with monkeypatch.context() as patched:
+        at_step(patched, 8, lambda: full_disk(1_000_000))
+        message = only_error(run(*own))
+    assert str(folder / LAST) in message and "File too large" in message and "--resume" in message
+    assert read_checkpoint(folder / LAST)["progress"]["step"] == 5
+    assert not list(folder.glob("*.part"))
+    full_disk(resource.RLIM_INFINITY)
+    assert run(*own, "--resume").status == 0
+    assert_same_run(folder, unstopped)
+
+
+def test_a_disk_without_room_is_found_before_anything_is_trained(run, data, monkeypatch, tmp_path):
+    """A checkpoint of this model takes about 80 MB with the optimizer's state, and two exist while one is written."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 90_000_000))
+    message = only_error(run(*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}"))
+    assert "0.1 GB free" in message and "model.saved_path" in message
+    assert not (tmp_path / "run").exists()
+
+
+# ---- numbers that are none ------------------------------------------------------------------------------------------
+
+
+def break_a_weight(trainer_class, monkeypatch, step: int) -> None:
+    """Before this step, one weight becomes NaN."""
+    original, count = trainer_class.step, 0
+
+    def broken(trainer, *arguments):
+        nonlocal count
+        count += 1
+        if count == step:
+            with torch.no_grad():
+                trainer.bare_model.image_encoder.proj[0, 0] = torch.nan
+        return original(trainer, *arguments)
+
+    monkeypatch.setattr(trainer_class, "step", broken)
+
+
+def test_a_loss_that_is_not_finite_names_its_step_its_losses_and_its_files(run, data, monkeypatch, tmp_path):
+    """Losses are looked at on log lines and before saving, and the step is told exactly all the same."""
+    break_a_weight(Trainer, monkeypatch, step=8)
+    folder = tmp_path / "run"
+    own = (*EVERYTHING, "log.print_period=50", *of_dataset(data), f"model.saved_path={folder}")
+    message = only_error(run(*own))
+    assert "not finite at epoch 1, step 8 (" in message and "nitc nan" in message and "mlm nan" in message
+    draws = list(GlobalBatchSampler(48, 4, seed=1))[7]
+    images = [draw.index // 2 for draw in draws]  # two captions an image
+    files = [f"tiny/{image // 2 + 1:04}_{image % 2}.jpg" for image in images]
+    assert all(file in message for file in files)
+    assert f"images of the batch: {', '.join(files)}\n" in (folder / "train.log").read_text()
+    saved = read_checkpoint(folder / LAST)
+    assert saved["progress"]["step"] == 5 and all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_on_ranks_the_files_of_all_are_named(data, tmp_path):
+    """A learning rate beyond all measure breaks the weights in the first step."""
+    own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", "data.batch_size=3")
+    outcome = start(*own, "schedule.lr=1e38", "schedule.lr_start=1e38", "log.print_period=1", ranks=2)
+    assert outcome.status == 1  # torchrun's own
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert "not finite at epoch 1, step 2 (" in line and "and 1 more, all of them in train.log" in line
+    (files,) = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "images of" in line]
+    assert files.count(".jpg") == 6
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """As after a step whose loss was finite and whose gradient was not."""
+
+    class StubTrainer:
+        def state(self) -> dict:
+            return {"model": {"proj": torch.tensor([1.0, torch.inf])}, "optimizer": {}, "scaler": {}}
+
+    alone = Processes(0, 1, torch.device("cpu"))
+    keeper = Keeper(tmp_path, StubTrainer(), Progress(1, 7), Course({}, 4, ""), Launch("one", 0), "id", alone)
+    for save in (keeper.save_last, keeper.save_best):
+        with pytest.raises(UserError, match=r"not finite after epoch 2, step 7 \(proj\)"):
+            save()
+    assert list(tmp_path.iterdir()) == []
