@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=4 main.py ...
 """
 
 import argparse
+import errno
 import sys
 import time
 import uuid
@@ -42,6 +43,10 @@ def main() -> int:
                 train(config, here, interruption, overwrite=arguments.overwrite, resume=arguments.resume)
     except UserError as error:
         return refuse(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return refuse(UserError(f"{error.strerror}: free some space, then go on with --resume"))
     except Interrupted as interrupted:
         if local_rank() == 0:
             print(f"stopped by {interrupted}", file=sys.stderr, flush=True)

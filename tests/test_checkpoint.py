@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code, and loaded only where they fit."""
 
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -11,10 +12,12 @@ import torch
 from easydict import EasyDict
 from torch import nn
 
-from misc.checkpoint import load_weights, read_checkpoint, write_checkpoint
+from misc import build
+from misc.checkpoint import _our_name, load_weights, read_checkpoint, write_checkpoint
+from misc.config import load_config
 from misc.errors import UserError
 from model.tbps_clip import TBPSCLIP
-from tests.golden_models import TINY_MODEL
+from tests.golden_models import GOLDEN, TINY_MODEL, VIT_B16
 
 CONFIG = {"experiment": {"input_resolution": [64, 32]}, "model": {"saved_path": "runs/x", "checkpoint": None}}
 METRICS = {"r1": 12.5, "mAP": 7.25}
@@ -189,6 +192,93 @@ def test_something_else_is_refused(tmp_path, content):
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     refusal(tmp_path / "other.pth")
+
+
+# ---- checkpoints of the published code ----------------------------------------------------------------------------
+
+
+PUBLISHED_CONFIG = {
+    "device": 5,
+    "anno_dir": "/data/anno",
+    "experiment": {"input_resolution": [64, 32], "text_length": 24, "simclr_mlp": [32, 16, 32], "ss": True},
+    "schedule": {"lr": 1.0e-4, "betas": [0.9, 0.98]},
+    "model": {"ckpt_type": "original_clip", "embed_dim": 32, "vocab_size": 60},
+    "distributed": {"url": "env://"},
+}
+SIZES = TINY_MODEL | {"vocab_size": 60, "vision_width": 128, "vision_heads": 2, "text_width": 64, "text_heads": 1}
+
+
+def published_name(ours: str) -> str:
+    for prefix, theirs in (
+        ("image_encoder.", "visual."),
+        ("text_encoder.", "encode_text."),
+        ("simclr_projector.", "simclr_mlp."),
+        ("masked_language_head.", ""),
+        ("identity_classifier.", "classifier."),
+    ):
+        if ours.startswith(prefix):
+            return theirs + ours.removeprefix(prefix)
+    return ours
+
+
+def published(model: nn.Module, config: object, path: Path) -> Path:
+    """A file as the published code writes it, after a training step."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad).backward()
+    optimizer.step()
+    state = {published_name(name): tensor for name, tensor in model.state_dict().items()}
+    torch.save({"model": state, "optimizer": optimizer.state_dict(), "config": config}, path)
+    return path
+
+
+def test_a_published_checkpoint_is_read_with_its_easydict(tmp_path):
+    model = TBPSCLIP(**SIZES, simclr_widths=[32, 16, 32], masked_language_depth=1, identities=5)
+    path = published(model, EasyDict(PUBLISHED_CONFIG), tmp_path / "checkpoint_best.pth")
+    with pytest.raises(pickle.UnpicklingError, match=r"easydict\.EasyDict"):
+        torch.load(path, weights_only=True)  # so it needs the class
+    content = read_checkpoint(path)
+    assert same(content["model"], model.state_dict())
+    assert content["config"]["experiment"] == {"input_resolution": [64, 32], "text_length": 24}
+    architecture = {key: SIZES[key] for key in SIZES if key not in ("resolution", "text_length")}
+    assert content["config"]["model"] == architecture
+    assert (content["epoch"], content["metrics"]) == (None, {})
+
+
+def test_every_name_of_the_published_code_is_known():
+    """The reference names the text encoder's parameters as CLIP does; checkpoints put `encode_text.` in front."""
+    golden = json.loads((GOLDEN / "parameter_groups.json").read_text())
+    with torch.device("meta"):
+        model = TBPSCLIP(**VIT_B16, simclr_widths=[512, 128, 512], masked_language_depth=4, identities=11003)
+    of_text = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+    found = {
+        _our_name(f"encode_text.{name}" if name.startswith(of_text) else name): golden["shapes"][name]
+        for name in (*golden["trained"], *golden["frozen"])
+    }
+    assert found == {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def test_a_published_checkpoint_is_evaluated_with_its_architecture(tmp_path):
+    model = TBPSCLIP(**SIZES, simclr_widths=[32, 16, 32]).eval()
+    path = published(model, EasyDict(PUBLISHED_CONFIG), tmp_path / "published.pth")
+    loaded, config, note = build.build_saved_model(path, load_config())
+    assert "published code" in note and "64 × 32 pixels" in note and "24 tokens" in note
+    images, tokens = torch.randn(2, 3, 64, 32), torch.randint(1, 59, (2, 24))
+    loaded.eval()
+    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+    assert torch.equal(loaded.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_code_beside_an_easydict_is_not_run(tmp_path):
+    made = tmp_path / "made by the file"
+    config = EasyDict(PUBLISHED_CONFIG | {"device": Intruder(made)})
+    path = published(TBPSCLIP(**SIZES), config, tmp_path / "published.pth")
+    assert "io.open" in refusal(path)
+    assert not made.exists()
+
+
+def test_a_published_checkpoint_without_its_sizes_is_refused(tmp_path):
+    path = published(TBPSCLIP(**SIZES), EasyDict(experiment={"text_length": 24}), tmp_path / "published.pth")
+    assert "input_resolution" in refusal(path)
 
 
 # ---- into a model -------------------------------------------------------------------------------------------------

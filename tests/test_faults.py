@@ -278,6 +278,17 @@ def test_a_disk_that_gets_full_stops_the_run_and_loses_nothing(run, data, unstop
     assert_same_run(folder, unstopped)
 
 
+def test_a_log_that_cannot_be_written_stops_the_run_too(run, data, unstopped, monkeypatch, tmp_path, full_disk):
+    folder = tmp_path / "run"
+    own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
+    with monkeypatch.context() as patched:
+        at_step(patched, 8, lambda: full_disk((folder / "train.log").stat().st_size + 20))
+        assert "File too large: free some space, then go on with --resume" in only_error(run(*own))
+    full_disk(resource.RLIM_INFINITY)
+    assert run(*own, "--resume").status == 0
+    assert_same_run(folder, unstopped)
+
+
 def test_a_disk_without_room_is_found_before_anything_is_trained(run, data, monkeypatch, tmp_path):
     """A checkpoint of this model takes about 80 MB with the optimizer's state, and two exist while one is written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 90_000_000))

@@ -10,6 +10,7 @@ from misc import build
 from misc.gradient_cache import backward_in_chunks
 from misc.loader import Batch
 from misc.precision import Precision
+from misc.progress import EpochRecord, Progress
 from model.objectives import Objectives, soft_label_ratio_at
 from model.tbps_clip import TBPSCLIP, Features
 from tests.golden_models import TINY_MODEL, assert_close, load, tiny_model
@@ -281,6 +282,45 @@ def test_the_scaler_scales_every_gradient_of_a_chunk(golden):
     once, scaled = gradients(1.0), gradients(1024.0)
     expected = {name: None if gradient is None else 1024 * gradient for name, gradient in once.items()}
     assert_same_gradients(scaled, expected, 1e-6)
+
+
+def scaling_trainer(golden: dict, model: TBPSCLIP, **overrides):
+    """With the scaler of fp16, in float32: what it does is the same."""
+    trainer = trainer_of(golden, model, **overrides)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return trainer
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_scaled_step_is_the_step(golden, whole, chunk_size):
+    model = heads_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = scaling_trainer(golden, model, **HEADS | ({"data.chunk_size": chunk_size} if chunk_size else {}))
+    trainer.step(masked_batch(golden), 1, 1)
+    for name, parameter in model.named_parameters():
+        if not name.endswith("in_proj_bias"):  # its key part is rounding, of which Adam makes whole steps
+            assert_close(parameter.detach() - before[name], whole["changes"][name], 1e-3, name)
+
+
+def test_a_step_that_the_scaler_skips_is_counted_and_no_error(golden):
+    model = tiny_model(simclr_widths=PROJECTOR_WIDTHS)
+    trainer = scaling_trainer(golden, model)
+    batch = reference_batch(ALONE, golden)
+    trainer.step(batch, 1, 3)
+    assert trainer.skipped_steps(1) == 0
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    overflow = model.image_encoder.proj.register_hook(lambda gradient: gradient * torch.inf)
+    losses = trainer.step(batch, 2, 3)
+    overflow.remove()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert trainer.skipped_steps(2) == 1 and trainer.scaler.get_scale() == 512
+    trainer.step(batch, 2, 3)
+    assert not torch.equal(model.image_encoder.proj, before["image_encoder.proj"])
+    assert trainer.skipped_steps(3) == 1
+    finished = Progress(epoch=0, step=3, record=EpochRecord({"nitc": 3.0}, 3, 24, 1.0))
+    assert trainer.summary(finished)["skipped_steps"] == 1
+    assert "skipped_steps" not in trainer_of(golden, model).summary(finished)
 
 
 def test_objectives_of_all_rows_are_the_sum_of_those_of_their_parts(golden):
