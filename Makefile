@@ -1,9 +1,11 @@
 # make demo: a fresh machine trains and evaluates TBPS-CLIP on generated pedestrians. make test: it runs all tests.
+# make soak: it kills a training KILLS times (about ten seconds each) and compares it with one that was left alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
+KILLS ?= 200
 
-.PHONY: demo test lint
+.PHONY: demo test soak lint
 
 # Installed anew when the requirements change.
 .venv/installed: requirements.txt requirements-dev.txt
@@ -21,6 +23,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+soak: .venv/installed
+	SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_faults.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -18,13 +18,14 @@ from misc.config import DEFAULT_CONFIG, load_config, plain, save_config
 from misc.datasets import check_images, read_annotations, statistics_table
 from misc.distributed import Launch, Processes, local_rank, processes
 from misc.errors import UserError
-from misc.evaluation import Retrieval
+from misc.evaluation import Evaluator, Retrieval
 from misc.interruption import Interrupted, Interruption
 from misc.precision import Precision
 from misc.progress import Progress
 from misc.resume import LAST, Course, Keeper, find_start
 from misc.retrieval_sheet import draw_retrieval_sheet
 from misc.run_log import RunLog, wandb_project
+from misc.training import Trainer
 from model.tbps_clip import count_trainable
 from text_utils.tokenizer import Tokenizer
 
@@ -89,8 +90,7 @@ def train(config, here: Processes, interruption: Interruption, *, overwrite: boo
     trainer = build.build_trainer(config, model, objectives, len(loader), precision, here)
     run_id = saved["run_id"] if resumed else uuid.uuid4().hex
     keeper = Keeper(folder, trainer, progress, course, launch, run_id, here)
-    if here.is_main:
-        keeper.check_space()
+    keeper.check_space()
     if resumed:
         trainer.load_state(saved)
     del saved  # three times the weights
@@ -128,26 +128,34 @@ def train(config, here: Processes, interruption: Interruption, *, overwrite: boo
                 keeper.save_last()
                 if interruption.number:
                     log.line(f"stopped at step {progress.step} of epoch {progress.epoch + 1}: go on with --resume")
-            record = {"epoch": progress.epoch + 1, **trainer.summary(progress)}
-            retrieval, seconds = timed_evaluation(evaluator, trainer.bare_model)
-            report(log, f"epoch {progress.epoch + 1}, {config.data.evaluate_on}", retrieval, seconds)
-            better = progress.evaluated(retrieval.metrics)
-            log.epoch({**record, **retrieval.metrics, "evaluation_seconds": seconds}, progress.epoch * len(loader))
-            log.curve()
-            if here.is_main and config.log.sheet and progress.epoch == config.schedule.epoch:
-                draw_retrieval_sheet(
-                    folder / "retrieval.png",
-                    retrieval,
-                    evaluator.split,
-                    evaluator.image_dir,
-                    queries=config.log.sheet,
-                    seed=config.misc.seed,
-                )
-            if better:
-                keeper.save_best()
-            keeper.save_last()  # the last of all: a run that is ended before this does the evaluation again
+            end_epoch(config, here, log, trainer, evaluator, progress, keeper)
 
         log.line(f"best R@1 {progress.best:.2f}")
+
+
+def end_epoch(
+    config, here: Processes, log: RunLog, trainer: Trainer, evaluator: Evaluator, progress: Progress, keeper: Keeper
+) -> None:
+    """Evaluates what was trained and keeps the result. A run that is ended before the last line does it all again."""
+    record = {"epoch": progress.epoch + 1, **trainer.summary(progress)}
+    iterations = (progress.epoch + 1) * progress.step
+    retrieval, seconds = timed_evaluation(evaluator, trainer.bare_model)
+    report(log, f"epoch {progress.epoch + 1}, {config.data.evaluate_on}", retrieval, seconds)
+    better = progress.evaluated(retrieval.metrics)
+    log.epoch({**record, **retrieval.metrics, "evaluation_seconds": seconds}, iterations)
+    log.curve()
+    if here.is_main and config.log.sheet and progress.epoch == config.schedule.epoch:
+        draw_retrieval_sheet(
+            keeper.folder / "retrieval.png",
+            retrieval,
+            evaluator.split,
+            evaluator.image_dir,
+            queries=config.log.sheet,
+            seed=config.misc.seed,
+        )
+    if better:
+        keeper.save_best()
+    keeper.save_last()
 
 
 def evaluate(config, here: Processes, path: Path) -> None:

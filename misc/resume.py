@@ -159,7 +159,9 @@ class Keeper:
         write_checkpoint(self.folder / name, content | common)
 
     def check_space(self) -> None:
-        """Raises UserError where the disk has no room for the checkpoints to come. Call it before the folder exists."""
+        """Raises UserError, on rank 0, where the disk has no room for the checkpoints to come."""
+        if not self.processes.is_main:
+            return
         parameters = list(self.trainer.bare_model.parameters())
         weights = sum(p.nbytes for p in parameters)
         last = weights + 2 * sum(p.nbytes for p in parameters if p.requires_grad)  # AdamW keeps two numbers for each

@@ -155,6 +155,32 @@ def test_two_ranks_train_without_gathering(data, tmp_path):
     assert record["samples_per_second"] == pytest.approx(48 / record["seconds"], rel=0.01)  # of both ranks: 6 · 2 · 4
 
 
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory) -> dict[int, list[dict]]:
+    """Epochs by number of ranks, with the same global batch; dropout is off, as it differs between ranks."""
+    people = {"train": 40, "test": 30}
+    dataset = write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny", identities=people)
+    own = ("experiment.dropout=0", "schedule.epoch=4", "schedule.lr=3e-3", "model.lock_bottom=false", "log.sheet=0")
+    found = {}
+    for ranks, workers in ((1, 0), (2, 1), (4, 0)):
+        folder = tmp_path_factory.mktemp("runs") / str(ranks)
+        batch = (f"data.batch_size={16 // ranks}", f"data.num_workers={workers}", f"model.saved_path={folder}")
+        outcome = start(*ARCHITECTURE, *QUICK, *of_dataset(dataset), *own, *batch, ranks=ranks)
+        assert outcome.status == 0, outcome.err
+        found[ranks] = Run(folder, outcome).records
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_training_ends_the_same_on_any_number_of_ranks(on_ranks, ranks):
+    assert on_ranks[1][-1]["mAP"] > on_ranks[1][0]["mAP"] + 3, "it has learnt nothing that could differ"
+    for record, alone in zip(on_ranks[ranks], on_ranks[1], strict=True):
+        assert record["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        # One of 120 queries may go either way where its first two images are all but equal.
+        assert record["r1"] == pytest.approx(alone["r1"], abs=100 / 120 + 1e-6)
+        assert record["mAP"] == pytest.approx(alone["mAP"], abs=0.1)
+
+
 # ---- other ways to run --------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,108 @@
+"""Peak memory and time of a training step by chunk size: what `data.chunk_size` and `model.grad_checkpointing` cost.
+
+python -m benchmarks.chunks [--config FILE] [--chunks N ...] [--steps N] [--json FILE] [key=value ...]
+
+Each row is measured in a process of its own, since the peak of a process never falls. The inputs are random: numbers of
+pixels and tokens decide time and memory, and not what they show.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from misc import build, config
+from misc.distributed import processes
+from misc.loader import Batch
+from misc.precision import Precision
+from misc.run_log import peak_memory_gigabytes
+from model.objectives import Objectives
+from model.tbps_clip import Views
+from text_utils.masking import IGNORED_LABEL
+from text_utils.tokenizer import END, START
+
+CAPTION_TOKENS = 30
+"""Of a typical caption, start and end included."""
+IDENTITIES = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=config.DEFAULT_CONFIG, metavar="FILE")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[320, 160, 80, 40, 20], metavar="N")
+    parser.add_argument("--steps", type=int, default=3, help="timed after one that is not")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    fixed = (f"data.batch_size={max(arguments.chunks)}", "model.checkpoint=null", *arguments.overrides)
+    variants = [(chunk, False) for chunk in arguments.chunks] + [(max(arguments.chunks), True)]
+    rows = []
+    print(f"{'chunk':>6} {'checkpointing':>14} {'peak GB':>8} {'of the step':>12} {'s a step':>9} {'ratio':>6}")
+    for chunk, checkpointing in variants:
+        own = (f"data.chunk_size={chunk}", f"model.grad_checkpointing={str(checkpointing).lower()}")
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row = pool.apply(measure, (arguments.config, (*fixed, *own), arguments.steps))
+        rows.append({"chunk": chunk, "grad_checkpointing": checkpointing, **row})
+        print(
+            f"{chunk:>6} {'yes' if checkpointing else 'no':>14} {row['peak_gigabytes']:>8.2f} "
+            f"{row['step_gigabytes']:>12.2f} {row['seconds']:>9.2f} {row['seconds'] / rows[0]['seconds']:>6.2f}",
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measure(file: str | Path, overrides: tuple[str, ...], steps: int) -> dict[str, float]:
+    """Peak of the process and what the steps added to it, in 10⁹ bytes, and the median time of a step in seconds."""
+    merged = config.load_config(file, overrides=overrides)
+    with processes(merged.device, merged.distributed.backend, merged.distributed.url) as here:
+        objectives = build.build_objectives(merged, here)
+        model, _ = build.build_model(merged, objectives, IDENTITIES, resumed=False)
+        precision = Precision.choose(merged.misc.precision, here.device)
+        trainer = build.build_trainer(merged, model, objectives, steps + 1, precision, here)
+        model.train()
+        batch = random_batch(
+            objectives, config.resolution(merged), merged.data.batch_size, torch.Generator().manual_seed(0)
+        )
+        before = peak_memory_gigabytes(here.device)
+        times = []
+        for step in range(steps + 1):
+            started = time.perf_counter()
+            losses = trainer.step(batch, step, steps + 1)
+            sum(losses.values()).item()  # waits for the device
+            times.append(time.perf_counter() - started)
+        peak = peak_memory_gigabytes(here.device)
+    return {
+        "peak_gigabytes": peak,
+        "step_gigabytes": peak - before,
+        "seconds": statistics.median(times[1:]),
+    }
+
+
+def random_batch(objectives: Objectives, resolution: tuple[int, int], rows: int, generator: torch.Generator) -> Batch:
+    """The views that the objectives need, on the CPU."""
+
+    def images() -> torch.Tensor:
+        return torch.randn(rows, 3, *resolution, generator=generator)
+
+    token_ids = torch.randint(1, START, (rows, CAPTION_TOKENS), generator=generator)
+    token_ids[:, 0], token_ids[:, -1] = START, END
+    labels = token_ids.where(torch.rand(token_ids.shape, generator=generator) < 0.15, IGNORED_LABEL)
+    masked = objectives.needs_masked_captions
+    views = Views(
+        image=images(),
+        token_ids=token_ids,
+        second_image=images() if objectives.needs_second_view else None,
+        simclr_images=(images(), images()) if objectives.needs_simclr_views else None,
+        masked_token_ids=token_ids if masked else None,
+        masked_labels=labels if masked else None,
+    )
+    return Batch(views, torch.randint(IDENTITIES, (rows,), generator=generator), ["random"] * rows)
+
+
+if __name__ == "__main__":
+    main()
