@@ -7,7 +7,6 @@ torchrun --standalone --nproc_per_node=4 main.py ...
 """
 
 import argparse
-import errno
 import sys
 import time
 import uuid
@@ -17,14 +16,14 @@ from misc import build
 from misc.config import DEFAULT_CONFIG, load_config, plain, save_config
 from misc.datasets import check_images, read_annotations, statistics_table
 from misc.distributed import Launch, Processes, local_rank, processes
-from misc.errors import UserError
+from misc.errors import DISK_FULL, UserError
 from misc.evaluation import Evaluator, Retrieval
 from misc.interruption import Interrupted, Interruption
 from misc.precision import Precision
 from misc.progress import Progress
 from misc.resume import LAST, Course, Keeper, find_start
 from misc.retrieval_sheet import draw_retrieval_sheet
-from misc.run_log import RunLog, wandb_project
+from misc.run_log import RunLog, hold_run, wandb_project
 from misc.training import Trainer
 from model.tbps_clip import count_trainable
 from text_utils.tokenizer import Tokenizer
@@ -45,9 +44,10 @@ def main() -> int:
     except UserError as error:
         return refuse(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL or arguments.evaluate:
             raise
-        return refuse(UserError(f"{error.strerror}: free some space, then go on with --resume"))
+        folder = build.run_folder(config)
+        return refuse(UserError(f"{folder}: {error.strerror}: free some space, then go on with --resume"))
     except Interrupted as interrupted:
         if local_rank() == 0:
             print(f"stopped by {interrupted}", file=sys.stderr, flush=True)
@@ -73,13 +73,15 @@ def parse_arguments() -> argparse.Namespace:
 def train(config, here: Processes, interruption: Interruption, *, overwrite: bool, resume: bool) -> None:
     """Everything that can be wrong is checked before the run's folder is touched and before anything is trained."""
     folder, launch = build.run_folder(config), Launch.current()
+    held = hold_run(folder) if here.is_main else None
     saved = here.from_main(lambda: find_start(folder, resume=resume, overwrite=overwrite, launch=launch))
     resumed = saved is not None
     progress = Progress.from_state(saved["progress"]) if resumed else Progress()
     precision = Precision.choose(config.misc.precision, here.device)
     tokenizer = Tokenizer()
     splits, statistics = read_dataset(config)
-    course = Course(plain(config), config.data.batch_size * here.world_size, splits["train"].fingerprint)
+    contrasted = config.data.batch_size * (here.world_size if config.model.use_gather else 1)
+    course = Course(plain(config), contrasted, precision.name, splits["train"].fingerprint)
     if resumed:
         course.check(saved, folder / LAST)
     objectives = build.build_objectives(config, here)
@@ -98,6 +100,7 @@ def train(config, here: Processes, interruption: Interruption, *, overwrite: boo
     with RunLog(
         folder,
         is_main=here.is_main,
+        held=held,
         overwrite=overwrite,
         resume=progress if resumed else None,
         tensorboard=config.log.tensorboard,
@@ -115,7 +118,7 @@ def train(config, here: Processes, interruption: Interruption, *, overwrite: boo
             log.line(f"resumed after epoch {progress.epoch} and {progress.step} of {len(loader)} steps of the next")
 
         while progress.epoch < config.schedule.epoch:
-            with interruption.deferred():
+            with interruption.deferred(here):
                 trainer.epoch(
                     loader,
                     progress,

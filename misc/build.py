@@ -122,7 +122,11 @@ def build_saved_model(path: Path, config: EasyDict) -> tuple[TBPSCLIP, EasyDict,
 
 
 def _age(content: dict) -> str:
-    return f", epoch {content['epoch']}" if content["epoch"] is not None else " (published code)"
+    """How long the weights of a checkpoint have been trained, in words."""
+    if content["epoch"] is None:
+        return " (published code)"
+    steps = content.get("progress", {}).get("step", 0)
+    return f", epoch {content['epoch']}" + (f" and {steps} steps" if steps else "")
 
 
 def build_loader(

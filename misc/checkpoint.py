@@ -3,7 +3,6 @@
 Those of the published TBPS-CLIP code are read too, and come out in the form of ours.
 """
 
-import os
 import re
 import zipfile
 from collections import OrderedDict
@@ -14,7 +13,8 @@ import torch
 from torch import nn
 
 from misc.config import plain
-from misc.errors import UserError
+from misc.errors import DISK_FULL, UserError
+from misc.files import whole_file
 from model.pretrained import architecture, first_of, misfits
 
 HEADS = ("simclr_projector.", "masked_language_head.", "identity_classifier.")
@@ -35,41 +35,28 @@ PUBLISHED_NAMES = (
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes `content`; whatever happens meanwhile, `path` is the file that was there before or the whole new one.
 
-    Raises UserError when the disk is full.
+    Raises UserError where the disk is full or refuses it otherwise.
     """
-    temporary = path.with_name(path.name + ".part")
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         reason = error if isinstance(error, OSError) else error.__context__  # torch tells its own trouble after a write
         if not isinstance(reason, OSError):
             raise
+        remedy = "free some space" if reason.errno in DISK_FULL else "see to it"
         raise UserError(
-            f"checkpoint {path} cannot be written ({reason.strerror}): free some space, then go on with --resume; "
+            f"checkpoint {path} cannot be written ({reason.strerror}): {remedy}, then go on with --resume; "
             + ("the one that was saved before is whole" if path.exists() else "nothing was saved before")
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Brings a changed name to the disk, which a power cut could otherwise undo."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint of ours or of the published code, tensors on the CPU. No code in the file is run.
 
-    Returns: `model`, `config`, `epoch` (from 1), `metrics`, and whatever else was written. Of a published checkpoint,
-        `config` holds the architecture alone, `epoch` is None and `metrics` is empty.
+    Returns: `model` (tensors by name), `config`, `epoch` (epochs that are done), `metrics` (of the last of them), and
+        whatever else was written. Of a published checkpoint, `config` holds the architecture alone, `epoch` is None and
+        `metrics` is empty.
     Raises: UserError, naming the file, where it is damaged, incomplete, something else, or would need code to be run.
     """
     if not path.is_file():
@@ -79,6 +66,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         # The one class in a published checkpoint. A plain dict is put in its place, so that not even its code is run.
         with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error.strerror}): see to it, or give another one"
+        ) from error
     except Exception as error:  # a damaged archive or pickle can fail in every way
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it asks to run {wanted[1]}, and code in a checkpoint is never run"
@@ -86,17 +77,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             reason = f"{first_line}; it is cut off, damaged, or not a checkpoint of this project"
         raise UserError(f"checkpoint {path} is refused: {reason}") from error
-    if not isinstance(content, dict):
-        raise _foreign(path)
-    if content.keys() >= {"model", "config", "epoch", "metrics"}:
-        return content
-    if content.keys() >= {"model", "config"} and all(isinstance(content[key], dict) for key in ("model", "config")):
-        return _from_published(path, content)
-    raise _foreign(path)
+    if not isinstance(content, dict) or not _is_state(content.get("model")) or not _is_tree(content.get("config")):
+        raise UserError(f"checkpoint {path} is not one of this project: give the path of a checkpoint_*.pth of a run")
+    return content if content.keys() >= {"epoch", "metrics"} else _from_published(path, content)
 
 
-def _foreign(path: Path) -> UserError:
-    return UserError(f"checkpoint {path} is not one of this project: give the path of a checkpoint_*.pth of a run")
+def _is_state(value: Any) -> bool:
+    """Whether it is tensors by name."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def _is_tree(value: Any) -> bool:
+    """Whether it is a configuration with its sections."""
+    return isinstance(value, dict) and isinstance(value.get("experiment", {}), dict)
 
 
 def _check_content(path: Path) -> None:
@@ -110,11 +105,9 @@ def _check_content(path: Path) -> None:
 def _from_published(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of the published code, `{model, optimizer, config}`, in the form of ours."""
     published = content["model"]
-    if not all(isinstance(tensor, torch.Tensor) for tensor in published.values()):
-        raise _foreign(path)
     sizes = architecture({name.removeprefix("encode_text."): tuple(t.shape) for name, t in published.items()})
-    experiment = content["config"].get("experiment")
-    settings = {key: plain(experiment or {}).get(key) for key in ("input_resolution", "text_length")}
+    experiment = plain(content["config"].get("experiment", {}))
+    settings = {key: experiment.get(key) for key in ("input_resolution", "text_length")}
     if missing := [key for key, value in (sizes | settings).items() if value is None]:
         raise UserError(f"checkpoint {path} is not one of TBPS-CLIP: it does not tell {first_of(missing)}")
     model = {_our_name(name): tensor for name, tensor in published.items()}

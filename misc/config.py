@@ -15,6 +15,7 @@ import yaml
 from easydict import EasyDict
 
 from misc.errors import UserError
+from misc.files import whole_file
 from model.heads import attention_heads
 from text_utils.tokenizer import VOCABULARY_SIZE
 
@@ -206,7 +207,8 @@ def load_config(path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, 
 
 def save_config(config: EasyDict, path: Path) -> None:
     """Writes the merged configuration as YAML that `load_config` reads again."""
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with whole_file(path) as file:
+        file.write(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True).encode())
 
 
 def plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -75,7 +76,7 @@ class Launch:
     """How this process was launched.
 
     Attributes:
-        name: the same for all attempts of one torchrun, and another one for any other launch.
+        name: of the launching process: the same for all attempts of one torchrun, and another for any other launch.
         attempt: 0, and one more each time that torchrun started the processes anew.
     """
 
@@ -84,10 +85,17 @@ class Launch:
 
     @classmethod
     def current(cls) -> "Launch":
-        environment = os.environ
-        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in environment else os.getpid()
-        name = f"{environment.get('TORCHELASTIC_RUN_ID', 'alone')} {socket.gethostname()} {parent}"
-        return cls(name, int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+        run = os.environ.get("TORCHELASTIC_RUN_ID", "alone")
+        # In containers, names and numbers of processes repeat; the time at which they were started does not.
+        name = f"{run} {socket.gethostname()} {process} {_start_time(process)}"
+        return cls(name, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+
+def _start_time(process: int) -> str:
+    """In ticks since the machine was started; empty where the system has no /proc."""
+    status = Path(f"/proc/{process}/stat")
+    return status.read_text().rpartition(")")[2].split()[19] if status.is_file() else ""
 
 
 def local_rank() -> int:
@@ -131,11 +139,13 @@ def _join(device: torch.device, backend: str, url: str) -> Processes:
     """Meets the other processes."""
     with_nccl = device.type == "cuda" and backend == "nccl"
     store, rank, world_size = next(dist.rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
+        # torchrun keeps one store for all its attempts: without a name of its own, an attempt reads the addresses that
+        # the processes of the one before have left there. Several torchruns may count their attempts differently.
+        store = dist.PrefixStore(f"attempt {Launch.current().attempt}", store)
     dist.init_process_group(
         "nccl" if with_nccl else "gloo",
-        # torchrun keeps one store for all its attempts: without a name of its own, an attempt reads the addresses that
-        # the processes of the one before have left there.
-        store=dist.PrefixStore(f"attempt {Launch.current().attempt}", store),
+        store=store,
         rank=rank,
         world_size=world_size,
         device_id=device if with_nccl else None,

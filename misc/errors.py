@@ -1,5 +1,10 @@
 """The one exception that means: the user can mend this."""
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a full disk, a quota and a limit for the size of files say."""
+
 
 class UserError(ValueError):
     """A mistake of the user, told in one line: the offending value and the remedy.

@@ -12,8 +12,8 @@ from misc.distributed import Processes
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(Exception):
-    """The run was asked to stop by the signal `number`."""
+class Interrupted(BaseException):
+    """The run was asked to stop by the signal `number`. Like KeyboardInterrupt, it is no error that code may handle."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -56,15 +56,15 @@ class Interruption:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers repeat it; saving shall not be cut short
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self, processes: Processes) -> Iterator[None]:
         """Within it, a signal only sets `number`: whoever goes through the steps asks `agreed` after each. Raises
         Interrupted at its end when a signal has come."""
         self._deferred = True
         try:
             yield
         except RuntimeError as error:
-            if self.number:  # the other ranks are gone: launchers end them all when one of them dies
-                raise Interrupted(self.number) from error
+            if self.number and processes.world_size > 1:
+                raise Interrupted(self.number) from error  # launchers end all ranks when one dies: a collective fails
             raise
         finally:
             self._deferred = False
@@ -72,8 +72,9 @@ class Interruption:
             raise Interrupted(self.number)
 
     def agreed(self, processes: Processes) -> bool:
-        """Whether any rank has been asked to stop; ask on all ranks at the same step."""
-        self.number = processes.largest(self.number)
-        if self.number:
+        """Whether any rank has been asked to stop; ask on all ranks at the same step, who get the same answer."""
+        number = processes.largest(self.number)  # a signal that comes meanwhile sets `number`, for the next step
+        if number:
+            self.number = number
             self._stop_taking()
-        return self.number != 0
+        return number != 0

@@ -6,6 +6,8 @@ changes it.
 
 import dataclasses
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,7 +297,7 @@ def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, worker
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_the_group,
+        worker_init_fn=_outlive_signals,
     )
 
 
@@ -307,14 +309,25 @@ def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, 
         collate_fn=_stack_images,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_the_group,
+        worker_init_fn=_outlive_signals,
     )
 
 
-def _leave_the_group(worker: int) -> None:
-    """Ctrl-C and torchrun signal a whole process group; a training process that saves before it stops needs its loader
-    workers until then. They end when it does."""
+def _outlive_signals(worker: int) -> None:
+    """A loader worker ends by its training process alone, which needs it for the step that it finishes before it stops.
+
+    Ctrl-C and torchrun signal a whole process group, and schedulers every process of a job.
+    """
     os.setpgrp()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _stack_images(images: "list[Tensor | UserError]") -> "Tensor | UserError":

@@ -9,6 +9,7 @@ from misc.checkpoint import read_checkpoint, write_checkpoint
 from misc.config import flatten
 from misc.distributed import Launch, Processes
 from misc.errors import UserError
+from misc.files import unfinished
 from misc.progress import Progress
 from misc.run_log import check_run_folder
 from misc.training import Trainer
@@ -19,6 +20,7 @@ BEST = "checkpoint_best.pth"
 
 MAY_CHANGE = (
     "device",
+    "misc.precision",
     "anno_dir",
     "image_dir",
     "model.saved_path",
@@ -34,7 +36,7 @@ MAY_CHANGE = (
     "distributed.",
 )
 """Keys, or beginnings of keys, that do not decide what is trained. Of the data the content is compared, of the batch
-size its product with the number of processes."""
+size its product with the number of processes, of the precision the number format that it comes to."""
 
 
 def find_start(folder: Path, *, resume: bool, overwrite: bool, launch: Launch) -> dict[str, Any] | None:
@@ -76,13 +78,19 @@ class Course:
 
     Attributes:
         config: merged, as plain values.
-        global_batch: samples of all ranks per step.
+        batch: samples that are contrasted with each other in a step.
+        precision: number format of the encoders.
         training_set: fingerprint of the training split.
     """
 
     config: dict[str, Any]
-    global_batch: int
+    batch: int
+    precision: str
     training_set: str
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint, besides `config`."""
+        return {"batch": self.batch, "precision": self.precision, "training_set": self.training_set}
 
     def check(self, saved: dict[str, Any], path: Path) -> None:
         """Raises UserError where the checkpoint `saved`, which lies at `path`, is of another course."""
@@ -92,10 +100,11 @@ class Course:
             for key in own.keys() & other.keys()
             if own[key] != other[key] and not key.startswith(MAY_CHANGE)
         ]
-        if self.global_batch != saved["global_batch"]:
-            differences.append(
-                f"processes × data.batch_size is {self.global_batch} here and {saved['global_batch']} there"
-            )
+        if self.batch != saved["batch"]:
+            product = "processes × data.batch_size" if self.config["model"]["use_gather"] else "data.batch_size"
+            differences.append(f"{product} is {self.batch} here and {saved['batch']} there")
+        if self.precision != saved["precision"]:
+            differences.append(f"misc.precision comes to {self.precision} here and to {saved['precision']} there")
         if differences:
             raise UserError(
                 f"the run of {path} cannot go on: {'; '.join(sorted(differences))}: resume it with its own "
@@ -134,8 +143,7 @@ class Keeper:
         if self.processes.is_main:
             own = {
                 "progress": self.progress.state(),
-                "global_batch": self.course.global_batch,
-                "training_set": self.course.training_set,
+                **self.course.state(),
                 "launch": self.launch.name,
                 "run_id": self.run_id,
             }
@@ -167,8 +175,9 @@ class Keeper:
         last = weights + 2 * sum(p.nbytes for p in parameters if p.requires_grad)  # AdamW keeps two numbers for each
         needed = 2 * last + weights  # a new file is complete before the old one goes
         existing = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.exists())
-        own = sum((self.folder / name).stat().st_size for name in (LAST, BEST) if (self.folder / name).is_file())
-        free = shutil.disk_usage(existing).free + own
+        own = [self.folder / LAST, self.folder / BEST]
+        replaced = sum(path.stat().st_size for path in (*own, *map(unfinished, own)) if path.is_file())
+        free = shutil.disk_usage(existing).free + replaced
         if free < needed:
             raise UserError(
                 f"model.saved_path: {existing} has {free / 1e9:.1f} GB free, and the checkpoints of this run need "

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from misc.errors import UserError
+from misc.files import unfinished, whole_file
 from misc.progress import Progress
 
 LOG = "train.log"
@@ -59,6 +60,7 @@ class RunLog:
     Args:
         folder: of the run, made where it is missing. None writes to the screen alone.
         is_main: whether this process writes at all.
+        held: of `hold_run`, where the folder held a run before.
         overwrite: replace a run that the folder holds.
         resume: go on with the run that the folder holds.
         tensorboard, wandb_project: further places to log to.
@@ -73,6 +75,7 @@ class RunLog:
         folder: Path | None,
         *,
         is_main: bool = True,
+        held: TextIO | None = None,
         overwrite: bool = False,
         resume: Progress | None = None,
         tensorboard: bool = False,
@@ -90,14 +93,14 @@ class RunLog:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.text = _locked(self.folder / LOG)
+        self.text = held or _locked(self.folder / LOG)
         if resume is None:
             check_run_folder(self.folder, overwrite=overwrite)  # once more: nobody else can change it now
             self._clear()
         else:
             self._keep_epochs(resume.epoch)
-        for unfinished in self.folder.glob("*.part"):
-            unfinished.unlink()
+        for name in RUN_FILES:
+            unfinished(self.folder / name).unlink(missing_ok=True)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an optional package
 
@@ -119,9 +122,8 @@ class RunLog:
         """Drops what metrics.jsonl holds beyond the checkpoint: an epoch that is done again, or half a line."""
         path = self.folder / METRICS
         kept = [json.dumps(record) + "\n" for record in _records(path) if record["epoch"] <= count]
-        shortened = path.with_name(path.name + ".part")
-        shortened.write_text("".join(kept), encoding="utf-8")
-        shortened.replace(path)
+        with whole_file(path) as file:
+            file.write("".join(kept).encode())
 
     def __enter__(self) -> "RunLog":
         return self
@@ -164,6 +166,8 @@ class RunLog:
         if self.folder:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # the checkpoint that comes next says that this epoch is done
 
     def curve(self) -> None:
         """Draws loss and retrieval over the epochs of metrics.jsonl as curve.png."""
@@ -189,12 +193,21 @@ class RunLog:
         figure.savefig(self.folder / "curve.png", dpi=120)
 
 
+def hold_run(folder: Path) -> TextIO | None:
+    """Holds the run that is in a folder, so that nobody changes what is read of it. Returns: its log for `RunLog`, None
+    where there is no run. Raises UserError while another run is writing there."""
+    return _locked(folder / LOG) if (folder / LOG).is_file() else None
+
+
 def _locked(path: Path) -> TextIO:
     """The file, open to append to, and locked by this process (not by its children) until it ends, however it ends."""
     file = path.open("a", encoding="utf-8", buffering=1)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            tqdm.write(f"warning: {path.parent} cannot be locked ({error.strerror}): start no second run into it")
+            return file
         file.close()
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise

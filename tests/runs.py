@@ -60,7 +60,7 @@ def of_dataset(dataset: TinyDataset) -> list[str]:
     return [f"anno_dir={dataset.anno_dir}", f"image_dir={dataset.image_dir}"]
 
 
-def start(*arguments: str, ranks: int = 1) -> Outcome:
+def start(*arguments: str, ranks: int = 1, seconds: float = 300) -> Outcome:
     """`main.py` in a process of its own, under torchrun where there are several ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_PROJECT"}
@@ -70,7 +70,7 @@ def start(*arguments: str, ranks: int = 1) -> Outcome:
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=seconds,
     )
     return Outcome(finished.returncode, finished.stdout, finished.stderr)
 

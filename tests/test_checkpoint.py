@@ -186,8 +186,23 @@ def test_something_else_is_refused(tmp_path, content):
         {"model": [1], "config": {}},
         {"model": {"logit_scale": 1.0}, "optimizer": {}, "config": {}},
         {"model": {"logit_scale": torch.tensor(1.0)}, "optimizer": {}, "config": EasyDict(model={})},
+        {"model": {1: torch.tensor(1.0)}, "config": {}},
+        {"model": {"logit_scale": torch.tensor(1.0)}, "config": {"experiment": "none"}},
+        {"model": [1], "config": {}, "epoch": 1, "metrics": {}},
+        {"model": {}, "config": "none", "epoch": 1, "metrics": {}},
     ],
-    ids=["list", "tensor", "state dict", "no state", "no tensors", "no towers"],
+    ids=[
+        "list",
+        "tensor",
+        "state dict",
+        "no state",
+        "no tensors",
+        "no towers",
+        "no names",
+        "no section",
+        "list for a model",
+        "text for a configuration",
+    ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")

@@ -17,17 +17,19 @@ from random import Random
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from misc.checkpoint import read_checkpoint
 from misc.distributed import Launch, Processes
 from misc.errors import UserError
 from misc.interruption import Interrupted, Interruption
-from misc.loader import GlobalBatchSampler
+from misc.loader import GlobalBatchSampler, _outlive_signals
 from misc.progress import Progress
 from misc.resume import LAST, Course, Keeper
 from misc.training import Trainer
 from tests.runs import ROOT, Outcome, Run, of_dataset, only_error, start
 from tests.test_resume import EVERYTHING, assert_same_run, at_step
+from tests.test_run_log import other_run
 from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 
 pytestmark = pytest.mark.slow
@@ -142,7 +144,8 @@ def unstopped_on_two_ranks(data, tmp_path_factory) -> Callable[..., Run]:
     def run(*arguments: str) -> Run:
         if arguments not in runs:
             folder = tmp_path_factory.mktemp("unstopped") / "run"
-            outcome = start(*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}", *arguments, ranks=2)
+            own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}", *arguments)
+            outcome = start(*own, ranks=2, seconds=300 + 10 * KILLS)
             assert outcome.status == 0, outcome.err
             runs[arguments] = Run(folder, outcome)
         return runs[arguments]
@@ -230,11 +233,58 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_goes_on(
 
 def test_a_collective_that_fails_while_stopping_is_no_news():
     """The launcher ends a rank whose partner has died; only an error of its own is told."""
-    with pytest.raises(Interrupted, match="SIGTERM"), Interruption() as interruption, interruption.deferred():
+    two, alone = (Processes(0, count, torch.device("cpu")) for count in (2, 1))
+    with pytest.raises(Interrupted, match="SIGTERM"), Interruption() as interruption, interruption.deferred(two):
         signal.raise_signal(signal.SIGTERM)
         raise RuntimeError("Connection closed by peer")
-    with pytest.raises(RuntimeError, match="a bug"), Interruption() as interruption, interruption.deferred():
+    with pytest.raises(RuntimeError, match="a bug"), Interruption() as interruption, interruption.deferred(two):
         raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"), Interruption() as interruption, interruption.deferred(alone):
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("a bug")
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_kept_for_the_next_step():
+    """Python takes a signal when the collective has returned, and then the old number is what the ranks agree on."""
+
+    class Ranks:
+        def largest(self, number: int) -> int:
+            signal.raise_signal(signal.SIGTERM)
+            return number
+
+    with Interruption() as interruption:
+        with pytest.raises(Interrupted), interruption.deferred(Processes(0, 1, torch.device("cpu"))):
+            assert not interruption.agreed(Ranks())
+            assert interruption.agreed(Processes(0, 1, torch.device("cpu")))
+        assert interruption.number == signal.SIGTERM
+
+
+def test_a_scheduler_that_signals_every_process_of_a_job_is_obeyed_after_saving(training, unstopped, tmp_path):
+    """Loader workers too, before or after the process that trains."""
+    first = training("data.num_workers=2", "log.print_period=1", "log.checkpoint_period=0")
+    wait_until(lambda: lines_about_steps(tmp_path / "run") >= 3, "3 steps")
+    workers = children(first.process.pid, "main.py")
+    assert len(workers) == 2
+    for process in (workers[0], first.process.pid, workers[1]):
+        os.kill(process, signal.SIGTERM)
+    assert first.wait() == 143
+    assert read_checkpoint(tmp_path / "run" / LAST)["progress"]["step"] >= 3
+    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), "the workers' end")
+    assert training("--resume").wait() == 0
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+def test_a_loader_worker_ends_when_its_own_process_says_so():
+    loader = DataLoader([1, 2, 3], num_workers=1, worker_init_fn=_outlive_signals)
+    iterator = iter(loader)
+    assert next(iterator) == 1
+    (worker,) = iterator._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # somebody else
+    worker.join(1)
+    assert worker.is_alive()
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 # ---- two runs in one folder -----------------------------------------------------------------------------------------
@@ -261,6 +311,24 @@ def test_a_folder_in_which_a_run_is_writing_is_refused(run, data, training, tmp_
     first.kill_all()
 
 
+def test_a_run_is_held_before_its_checkpoint_is_read(run, data, monkeypatch, tmp_path):
+    """Else it could still go on and save, and what was read would be written over that."""
+    import main
+
+    own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", "schedule.epoch=1")
+    assert run(*own).status == 0
+    found = []
+    find_start = main.find_start
+
+    def look_from_outside(*arguments, **options):
+        found.append(other_run(tmp_path / "run"))
+        return find_start(*arguments, **options)
+
+    monkeypatch.setattr(main, "find_start", look_from_outside)
+    assert run(*own, "--resume").status == 0
+    assert len(found) == 1 and "another run is writing into" in found[0]
+
+
 # ---- full disks -----------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +351,7 @@ def test_a_log_that_cannot_be_written_stops_the_run_too(run, data, unstopped, mo
     own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
     with monkeypatch.context() as patched:
         at_step(patched, 8, lambda: full_disk((folder / "train.log").stat().st_size + 20))
-        assert "File too large: free some space, then go on with --resume" in only_error(run(*own))
+        assert f"{folder}: File too large: free some space, then go on with --resume" in only_error(run(*own))
     full_disk(resource.RLIM_INFINITY)
     assert run(*own, "--resume").status == 0
     assert_same_run(folder, unstopped)
@@ -292,9 +360,13 @@ def test_a_log_that_cannot_be_written_stops_the_run_too(run, data, unstopped, mo
 def test_a_disk_without_room_is_found_before_anything_is_trained(run, data, monkeypatch, tmp_path):
     """A checkpoint of this model takes about 80 MB with the optimizer's state, and two exist while one is written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 90_000_000))
-    message = only_error(run(*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}"))
+    own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}")
+    message = only_error(run(*own))
     assert "0.1 GB free" in message and "model.saved_path" in message
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"{LAST}.part").write_bytes(bytes(120_000_000))  # of a run that was killed; it will be deleted
+    assert run(*own, "schedule.epoch=1").status == 0
 
 
 # ---- numbers that are none ------------------------------------------------------------------------------------------
@@ -350,7 +422,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
             return {"model": {"proj": torch.tensor([1.0, torch.inf])}, "optimizer": {}, "scaler": {}}
 
     alone = Processes(0, 1, torch.device("cpu"))
-    keeper = Keeper(tmp_path, StubTrainer(), Progress(1, 7), Course({}, 4, ""), Launch("one", 0), "id", alone)
+    course = Course({}, 4, "fp32", "")
+    keeper = Keeper(tmp_path, StubTrainer(), Progress(1, 7), course, Launch("one", 0), "id", alone)
     for save in (keeper.save_last, keeper.save_best):
         with pytest.raises(UserError, match=r"not finite after epoch 2, step 7 \(proj\)"):
             save()

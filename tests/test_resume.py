@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from misc.checkpoint import read_checkpoint
+from misc.config import load_config, plain
+from misc.distributed import Processes
+from misc.errors import UserError
 from misc.interruption import Interrupted, Interruption
+from misc.resume import Course
 from misc.training import Trainer
 from tests.runs import ARCHITECTURE, METRICS, QUICK, Outcome, Run, of_dataset, only_error, start
 from tests.tiny_dataset import TinyDataset, write_tiny_dataset
@@ -168,15 +172,16 @@ def test_the_log_goes_on(train, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_ends_the_step_saves_and_stops(train, unstopped, monkeypatch, tmp_path, number, status):
+    before = signal.getsignal(number)
     with monkeypatch.context() as patched:
         at_step(patched, 8, lambda: signal.raise_signal(number))
         outcome = train("data.num_workers=1")
+    assert signal.getsignal(number) == before
     assert outcome.status == status
     assert outcome.err == f"stopped by {number.name}\n"
     progress = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["progress"]
     assert (progress["epoch"], progress["step"], progress["record"]["steps"]) == (0, 8, 8)
     assert "stopped at step 8 of epoch 1: go on with --resume" in outcome.out
-    assert signal.getsignal(number) is not signal.SIG_DFL or number != signal.SIGINT  # Python's own is back
     assert train("--resume").status == 0
     assert_same_run(tmp_path / "run", unstopped)
 
@@ -195,7 +200,8 @@ def test_a_signal_while_evaluating_ends_at_once(train, unstopped, monkeypatch, t
 
 def test_only_the_second_ctrl_c_is_not_taken():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with Interruption() as interruption, pytest.raises(Interrupted, match="SIGINT"), interruption.deferred():
+    alone = Processes(0, 1, torch.device("cpu"))
+    with Interruption() as interruption, pytest.raises(Interrupted, match="SIGINT"), interruption.deferred(alone):
         signal.raise_signal(signal.SIGINT)
         assert interruption.number == signal.SIGINT
         signal.raise_signal(signal.SIGTERM)  # a launcher's, while the run saves
@@ -278,6 +284,7 @@ def content(folder: Path) -> dict[str, bytes]:
         ("misc.seed=5", "misc.seed is 5 here and 1 there"),
         ("experiment.id=false", "experiment.id is False here and True there"),
         ("data.batch_size=8", "processes × data.batch_size is 8 here and 4 there"),
+        ("misc.precision=bf16", "misc.precision comes to bf16 here and to fp32 there"),
     ],
 )
 def test_another_course_is_refused(train, stopped, argument, words):
@@ -285,6 +292,14 @@ def test_another_course_is_refused(train, stopped, argument, words):
     message = only_error(train("--resume", argument))
     assert words in message and f"--config {stopped / 'config.yaml'}" in message
     assert content(stopped) == before
+
+
+def test_without_gathering_it_is_the_batch_of_a_rank_that_counts():
+    course = Course(plain(load_config(overrides=("model.use_gather=false",))), 40, "fp32", "same")
+    saved = {"config": course.config, **course.state(), "batch": 80}
+    with pytest.raises(UserError, match=r"cannot go on: data\.batch_size is 40 here and 80 there"):
+        course.check(saved, Path("runs/x/checkpoint_last.pth"))
+    course.check(saved | {"batch": 40}, Path("runs/x/checkpoint_last.pth"))
 
 
 def test_other_captions_are_refused(run, data, stopped, tmp_path):

@@ -1,7 +1,9 @@
 """What a run leaves behind, who writes it, and which folders it may write to."""
 
+import errno
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -72,15 +74,16 @@ def test_what_a_run_left_that_died_before_it_began_is_no_run(tmp_path):
 
 
 def test_a_new_run_replaces_the_files_of_the_old_and_no_others(tmp_path):
-    for name in (*RUN_FILES, "checkpoint_last.pth.part", "notes.txt"):
+    others = ("ViT-B-16.pt.part", "notes.txt")
+    for name in (*RUN_FILES, "checkpoint_last.pth.part", *others):
         (tmp_path / name).write_text("old")
     with pytest.raises(UserError, match="already holds a run"):  # it came while this run was being prepared
         RunLog(tmp_path)
-    assert content(tmp_path) == sorted((*RUN_FILES, "checkpoint_last.pth.part", "notes.txt"))
+    assert content(tmp_path) == sorted((*RUN_FILES, "checkpoint_last.pth.part", *others))
     with RunLog(tmp_path, overwrite=True) as log:
         log.line("new")
-    assert content(tmp_path) == ["notes.txt", "train.log"]
-    assert (tmp_path / "notes.txt").read_text() == "old"
+    assert content(tmp_path) == [*others, "train.log"]
+    assert all((tmp_path / name).read_text() == "old" for name in others)
     assert (tmp_path / "train.log").read_text() == "new\n"
 
 
@@ -128,6 +131,17 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
         assert "another run is writing into" in other_run(tmp_path)
         assert (tmp_path / "train.log").read_text() == "mine\n"
     assert other_run(tmp_path) == ""  # the lock goes with its run
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def without(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", without)
+    with RunLog(tmp_path) as log:
+        log.line("written")
+    assert (tmp_path / "train.log").read_text() == "written\n"
+    assert re.search("warning: .* cannot be locked .No locks available", capsys.readouterr().out)
 
 
 # ---- lines, numbers, curve ----------------------------------------------------------------------------------------
