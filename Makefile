@@ -22,7 +22,7 @@ demo: .venv/installed
 	@echo "Queries with their first ten results: runs/demo/retrieval.png; the curve: runs/demo/curve.png"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 soak: .venv/installed
 	SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_faults.py

@@ -11,6 +11,8 @@ import json
 import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -44,8 +46,14 @@ def main() -> None:
     print(f"{'chunk':>6} {'checkpointing':>14} {'peak GB':>8} {'of the step':>12} {'s a step':>9} {'ratio':>6}")
     for chunk, checkpointing in variants:
         own = (f"data.chunk_size={chunk}", f"model.grad_checkpointing={str(checkpointing).lower()}")
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            row = pool.apply(measure, (arguments.config, (*fixed, *own), arguments.steps))
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                row = pool.submit(measure, arguments.config, (*fixed, *own), arguments.steps).result()
+        except BrokenProcessPool:
+            print(
+                f"{chunk:>6} {'yes' if checkpointing else 'no':>14}  the process was killed: out of memory?", flush=True
+            )
+            continue
         rows.append({"chunk": chunk, "grad_checkpointing": checkpointing, **row})
         print(
             f"{chunk:>6} {'yes' if checkpointing else 'no':>14} {row['peak_gigabytes']:>8.2f} "

@@ -21,6 +21,9 @@ from misc.errors import UserError
 
 Value = TypeVar("Value")
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Makes the processes of each attempt meet at a store of their own instead of torchrun's."""
+
 NO_GPU = "device: cuda, but torch sees no GPU here: set device=cpu, or install torch for your GPU"
 
 
@@ -32,7 +35,7 @@ class Processes:
         rank: 0 … world_size - 1; rank 0 writes files.
         world_size: number of processes, each with one device.
         device: what this process computes on.
-        note: a line for the log when the device is not the one that was asked for.
+        note: a warning for the log: another device than the one that was asked for, or restarts that will not work.
         control: gloo group of all processes for what their CPUs tell each other, so that no GPU is waited for.
     """
 
@@ -139,10 +142,16 @@ def _join(device: torch.device, backend: str, url: str) -> Processes:
     """Meets the other processes."""
     with_nccl = device.type == "cuda" and backend == "nccl"
     store, rank, world_size = next(dist.rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
+    note = None
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
         # torchrun keeps one store for all its attempts: without a name of its own, an attempt reads the addresses that
-        # the processes of the one before have left there. Several torchruns may count their attempts differently.
+        # the processes of the one before have left there.
         store = dist.PrefixStore(f"attempt {Launch.current().attempt}", store)
+    elif (
+        int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):
+        # Several torchruns count their attempts differently, so these give no name that is the same on all.
+        note = f"restarts need {OWN_STORE}=1 in the environment of every torchrun, else they hang"
     dist.init_process_group(
         "nccl" if with_nccl else "gloo",
         store=store,
@@ -151,7 +160,7 @@ def _join(device: torch.device, backend: str, url: str) -> Processes:
         device_id=device if with_nccl else None,
     )
     control = dist.new_group(backend="gloo") if with_nccl else dist.group.WORLD
-    return Processes(rank, world_size, device, control=control)
+    return Processes(rank, world_size, device, note, control)
 
 
 def _select(device: torch.device) -> None:

@@ -77,3 +77,24 @@ def test_after_an_error_no_rank_waits_for_the_others(monkeypatch):
     with processes("cpu", "gloo", "env://"):
         pass
     assert destroyed
+
+
+@pytest.mark.parametrize(
+    ("torchruns", "restarts", "own_store", "warned"),
+    [("2", "3", False, True), ("2", "3", True, False), ("2", "0", False, False), ("1", "3", False, False)],
+)
+def test_restarts_of_several_torchruns_that_would_hang_are_warned_of(
+    monkeypatch, torchruns, restarts, own_store, warned
+):
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_: iter([(distributed.dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": torchruns,
+        "TORCHELASTIC_MAX_RESTARTS": restarts,
+        "TORCHELASTIC_USE_AGENT_STORE": str(not own_store),
+    }.items():
+        monkeypatch.setenv(name, value)
+    note = distributed._join(torch.device("cpu"), "gloo", "env://").note
+    assert (note is not None and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note) == warned
