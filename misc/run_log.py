@@ -43,7 +43,7 @@ def check_run_folder(folder: Path, *, overwrite: bool) -> None:
     if held and not overwrite:
         raise UserError(
             f"model.saved_path: {folder} already holds a run ({', '.join(held)}): choose another model.saved_path, or "
-            "give --overwrite to replace it"
+            "give --resume to go on with it, or --overwrite to replace it"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.runs import Outcome
+from tests.runs import EVERYTHING, Outcome, Run, of_dataset, start
 from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 
 
@@ -15,6 +15,21 @@ from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 def tiny_dataset(tmp_path) -> TinyDataset:
     """12 persons to train, 4 to validate and 5 to test on, two images each, in a folder that the test may change."""
     return write_tiny_dataset(tmp_path / "dataset")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> TinyDataset:
+    """The same, for tests that leave it as it is."""
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def unstopped(data, tmp_path_factory) -> Run:
+    """A run with everything on that nobody disturbed, for those that go on to be compared with."""
+    folder = tmp_path_factory.mktemp("unstopped") / "run"
+    outcome = start(*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
+    assert outcome.status == 0, outcome.err
+    return Run(folder, outcome)
 
 
 @pytest.fixture

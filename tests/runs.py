@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from misc.checkpoint import read_checkpoint
+from misc.training import Trainer
 from tests.tiny_dataset import TinyDataset
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +35,24 @@ QUICK = (
     "data.test_batch_size=7",
     "data.num_workers=0",
 )
+EVERYTHING = (
+    *ARCHITECTURE,
+    *QUICK,
+    "experiment.dropout=0.3",
+    "experiment.mlm=true",
+    "experiment.cmt_depth=1",
+    "experiment.id=true",
+    "experiment.mixgen=true",
+    "experiment.mixgen_p=0.5",
+    "experiment.mixgen_ratio=0.25",
+    "schedule.epoch=2",
+    "schedule.lr=1e-3",
+    "log.sheet=2",
+    "log.checkpoint_period=5",
+    "log.print_period=3",
+)
+TIMES = ("seconds", "samples_per_second", "data_wait", "peak_memory_gigabytes", "evaluation_seconds")
+"""With every objective, MixGen and much dropout."""
 METRICS = ("r1", "r5", "r10", "mAP", "mINP")
 
 
@@ -81,3 +104,41 @@ def only_error(outcome: Outcome) -> str:
     (line,) = outcome.err.splitlines()
     assert line.startswith("error: ") and "Traceback" not in outcome.out
     return line
+
+
+def finished(folder: Path) -> Run:
+    return Run(folder, Outcome(0, "", ""))
+
+
+def assert_same_run(folder: Path, expected: Run) -> None:
+    """Weights, optimizer, losses and metrics are the same to the bit."""
+    for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
+        found, wanted = read_checkpoint(folder / name), read_checkpoint(expected.folder / name)
+        assert found["model"].keys() == wanted["model"].keys()
+        for key, tensor in wanted["model"].items():
+            assert torch.equal(found["model"][key], tensor), (name, key)
+        assert (found["epoch"], found["metrics"]) == (wanted["epoch"], wanted["metrics"])
+        if "optimizer" in wanted:
+            for number, state in wanted["optimizer"]["state"].items():
+                for key, tensor in state.items():
+                    assert torch.equal(found["optimizer"]["state"][number][key], tensor), (number, key)
+    untimed = [
+        [{key: value for key, value in record.items() if key not in TIMES} for record in each.records]
+        for each in (finished(folder), expected)
+    ]
+    assert untimed[0] == untimed[1]
+    assert (folder / "retrieval.png").read_bytes() == (expected.folder / "retrieval.png").read_bytes()
+
+
+def at_step(monkeypatch, number: int, happens: Callable[[], None]) -> None:
+    """In the training step of this number, counted from 1 over the epochs, something happens."""
+    step, count = Trainer.step, 0
+
+    def counted(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == number:
+            happens()
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(Trainer, "step", counted)

@@ -27,20 +27,13 @@ from misc.loader import GlobalBatchSampler, _outlive_signals
 from misc.progress import Progress
 from misc.resume import LAST, Course, Keeper
 from misc.training import Trainer
-from tests.runs import ROOT, Outcome, Run, of_dataset, only_error, start
-from tests.test_resume import EVERYTHING, assert_same_run, at_step
+from tests.runs import EVERYTHING, ROOT, Outcome, Run, assert_same_run, at_step, of_dataset, only_error, start
 from tests.test_run_log import other_run
-from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("SOAK_KILLS", 20))
 ON_TWO_RANKS = ("data.batch_size=2", "log.checkpoint_period=2", "log.print_period=1", "log.sheet=2")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> TinyDataset:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 class Training:
@@ -125,15 +118,6 @@ def training(data, tmp_path) -> Iterator[Callable[..., Training]]:
     for each in started:
         if each.process.poll() is None:
             each.kill_all()
-
-
-@pytest.fixture(scope="module")
-def unstopped(data, tmp_path_factory) -> Run:
-    """One rank."""
-    folder = tmp_path_factory.mktemp("unstopped") / "run"
-    outcome = start(*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
-    assert outcome.status == 0, outcome.err
-    return Run(folder, outcome)
 
 
 @pytest.fixture(scope="module")

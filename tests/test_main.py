@@ -42,12 +42,6 @@ def train(run, data, tmp_path) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> TinyDataset:
-    """The tiny dataset for tests that leave it as it is."""
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def full(data, tmp_path_factory) -> Run:
     """Two epochs of the full recipe by `python main.py`, with loading in a worker process."""
     folder = tmp_path_factory.mktemp("runs") / "full"

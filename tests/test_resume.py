@@ -16,92 +16,23 @@ from misc.distributed import Processes
 from misc.errors import UserError
 from misc.interruption import Interrupted, Interruption
 from misc.resume import Course
-from misc.training import Trainer
-from tests.runs import ARCHITECTURE, METRICS, QUICK, Outcome, Run, of_dataset, only_error, start
-from tests.tiny_dataset import TinyDataset, write_tiny_dataset
+from tests.runs import EVERYTHING, METRICS, Outcome, assert_same_run, at_step, finished, of_dataset, only_error, start
+from tests.tiny_dataset import write_tiny_dataset
 
 pytestmark = pytest.mark.slow
 
 STEPS = 12
 """Of an epoch: 48 samples in batches of 4."""
-EVERYTHING = (
-    *ARCHITECTURE,
-    *QUICK,
-    "experiment.dropout=0.3",
-    "experiment.mlm=true",
-    "experiment.cmt_depth=1",
-    "experiment.id=true",
-    "experiment.mixgen=true",
-    "experiment.mixgen_p=0.5",
-    "experiment.mixgen_ratio=0.25",
-    "schedule.epoch=2",
-    "schedule.lr=1e-3",
-    "log.sheet=2",
-    "log.checkpoint_period=5",
-    "log.print_period=3",
-)
-TIMES = ("seconds", "samples_per_second", "data_wait", "peak_memory_gigabytes", "evaluation_seconds")
 
 
 class Crash(BaseException):
     """Ends a run as a power cut would: nobody takes it."""
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> TinyDataset:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
-
-
 @pytest.fixture
 def train(run, data, tmp_path) -> Callable[..., Outcome]:
     """Two epochs with every objective, in this process, into `tmp_path / "run"`."""
     return lambda *arguments: run(*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", *arguments)
-
-
-@pytest.fixture(scope="module")
-def unstopped(data, tmp_path_factory) -> Run:
-    folder = tmp_path_factory.mktemp("unstopped") / "run"
-    outcome = start(*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
-    assert outcome.status == 0, outcome.err
-    return Run(folder, outcome)
-
-
-def finished(folder: Path) -> Run:
-    return Run(folder, Outcome(0, "", ""))
-
-
-def assert_same_run(folder: Path, expected: Run) -> None:
-    """Weights, optimizer, losses and metrics are the same to the bit."""
-    for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
-        found, wanted = read_checkpoint(folder / name), read_checkpoint(expected.folder / name)
-        assert found["model"].keys() == wanted["model"].keys()
-        for key, tensor in wanted["model"].items():
-            assert torch.equal(found["model"][key], tensor), (name, key)
-        assert (found["epoch"], found["metrics"]) == (wanted["epoch"], wanted["metrics"])
-        if "optimizer" in wanted:
-            for number, state in wanted["optimizer"]["state"].items():
-                for key, tensor in state.items():
-                    assert torch.equal(found["optimizer"]["state"][number][key], tensor), (number, key)
-    untimed = [
-        [{key: value for key, value in record.items() if key not in TIMES} for record in each.records]
-        for each in (finished(folder), expected)
-    ]
-    assert untimed[0] == untimed[1]
-    assert (folder / "retrieval.png").read_bytes() == (expected.folder / "retrieval.png").read_bytes()
-
-
-def at_step(monkeypatch, number: int, happens: Callable[[], None]) -> None:
-    """In the training step of this number, counted from 1 over the epochs, something happens."""
-    step, count = Trainer.step, 0
-
-    def counted(*arguments, **options):
-        nonlocal count
-        count += 1
-        if count == number:
-            happens()
-        return step(*arguments, **options)
-
-    monkeypatch.setattr(Trainer, "step", counted)
 
 
 def crash() -> None:
