@@ -5,6 +5,7 @@ changes it.
 """
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import threading
@@ -316,7 +317,8 @@ def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, 
 def _outlive_signals(worker: int) -> None:
     """A loader worker ends by its training process alone, which needs it for the step that it finishes before it stops.
 
-    Ctrl-C and torchrun signal a whole process group, and schedulers every process of a job.
+    Ctrl-C and torchrun signal a whole process group, and schedulers every process of a job. Against the latter this
+    helps where workers are forked; one that is started otherwise has threads already, which may take the signal.
     """
     os.setpgrp()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -325,7 +327,8 @@ def _outlive_signals(worker: int) -> None:
 
 
 def _end_by_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    training = multiprocessing.parent_process().pid  # os.getppid() may be a server that forks the workers
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
         pass
     os._exit(0)
 

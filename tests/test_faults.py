@@ -258,17 +258,20 @@ def test_a_scheduler_that_signals_every_process_of_a_job_is_obeyed_after_saving(
     assert_same_run(tmp_path / "run", unstopped)
 
 
-def test_a_loader_worker_ends_when_its_own_process_says_so():
-    loader = DataLoader([1, 2, 3], num_workers=1, worker_init_fn=_outlive_signals)
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_loader_worker_ends_when_its_own_process_says_so(method):
+    """However Python starts it: with the server that is its default from 3.14 on, the parent is another process."""
+    loader = DataLoader([1, 2, 3], num_workers=1, worker_init_fn=_outlive_signals, multiprocessing_context=method)
     iterator = iter(loader)
     assert next(iterator) == 1
     (worker,) = iterator._workers
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # somebody else
-    worker.join(1)
-    assert worker.is_alive()
+    if method == "fork":
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # somebody else
+        worker.join(1)
+        assert worker.is_alive()
     os.kill(worker.pid, signal.SIGTERM)
-    worker.join(10)
-    assert worker.exitcode == 0
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 # ---- two runs in one folder -----------------------------------------------------------------------------------------
