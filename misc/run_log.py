@@ -89,7 +89,6 @@ class RunLog:
         self.is_main = is_main
         self.folder = folder if is_main else None
         self.text = self.writer = self.wandb_run = None
-        self.bar: tqdm | None = None
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,18 +83,20 @@ def of_dataset(dataset: TinyDataset) -> list[str]:
     return [f"anno_dir={dataset.anno_dir}", f"image_dir={dataset.image_dir}"]
 
 
-def start(*arguments: str, ranks: int = 1, seconds: float = 300) -> Outcome:
-    """`main.py` in a process of its own, under torchrun where there are several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+def command(arguments: tuple[str, ...], ranks: int, *torchrun_options: str) -> dict[str, Any]:
+    """What `subprocess` needs to run `main.py`, under torchrun where there are several ranks."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun_options)
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_PROJECT"}
-    finished = subprocess.run(
-        [sys.executable, *torchrun, "main.py", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
+    return {
+        "args": [sys.executable, *(torchrun if ranks > 1 else ()), "main.py", *map(str, arguments)],
+        "cwd": ROOT,
+        "env": environment | {"OMP_NUM_THREADS": "1"},
+    }
+
+
+def start(*arguments: str, ranks: int = 1, seconds: float = 300) -> Outcome:
+    """`main.py` in a process of its own, until it ends."""
+    finished = subprocess.run(**command(arguments, ranks), capture_output=True, text=True, timeout=seconds)
     return Outcome(finished.returncode, finished.stdout, finished.stderr)
 
 
