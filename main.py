@@ -4,6 +4,7 @@ python main.py [--config FILE] [--simplified] [key=value ...]
 torchrun --standalone --nproc_per_node=4 main.py ...
 ... main.py --resume
 ... main.py --evaluate CHECKPOINT
+python main.py --export {openclip,huggingface,onnx} OUT [model.checkpoint=CHECKPOINT]
 """
 
 import argparse
@@ -25,6 +26,7 @@ from misc.resume import LAST, Course, Keeper, find_start
 from misc.retrieval_sheet import draw_retrieval_sheet
 from misc.run_log import RunLog, hold_run, wandb_project
 from misc.training import Trainer
+from model.pretrained.export import check_export, export
 from model.tbps_clip import count_trainable
 from text_utils.tokenizer import Tokenizer
 
@@ -39,12 +41,14 @@ def main() -> int:
         ):
             if arguments.evaluate:
                 evaluate(config, here, arguments.evaluate)
+            elif arguments.export:
+                export_weights(config, here, *arguments.export)
             else:
                 train(config, here, interruption, overwrite=arguments.overwrite, resume=arguments.resume)
     except UserError as error:
         return refuse(error)
     except OSError as error:
-        if error.errno not in DISK_FULL or arguments.evaluate:
+        if error.errno not in DISK_FULL or arguments.evaluate or arguments.export:
             raise
         folder = build.run_folder(config)
         return refuse(UserError(f"{folder}: {error.strerror}: free some space, then go on with --resume"))
@@ -63,7 +67,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: config/config.yaml")
     parser.add_argument("--simplified", action="store_true", help="N-ITC and R-ITC alone (config/s.config.yaml)")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate a checkpoint; no training")
+    mode.add_argument(
+        "--evaluate", metavar="CHECKPOINT", help="evaluate weights in any form that model.checkpoint takes; no training"
+    )
+    mode.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("FORM", "OUT"),
+        help="write the weights of model.checkpoint into the new folder OUT (FORM: openclip, huggingface, onnx)",
+    )
     mode.add_argument("--resume", action="store_true", help="go on with the stopped run that model.saved_path holds")
     mode.add_argument("--overwrite", action="store_true", help="replace a run that model.saved_path already holds")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in schedule.epoch=10")
@@ -80,6 +92,8 @@ def train(config, here: Processes, interruption: Interruption, *, overwrite: boo
     precision = Precision.choose(config.misc.precision, here.device)
     tokenizer = Tokenizer()
     splits, statistics = read_dataset(config)
+    weights = None if resumed else build.starting_weights(config, here)
+    config = build.settle(config, weights, saved["config"] if resumed else None)
     contrasted = config.data.batch_size * (here.world_size if config.model.use_gather else 1)
     course = Course(plain(config), contrasted, precision.name, splits["train"].fingerprint)
     if resumed:
@@ -88,7 +102,8 @@ def train(config, here: Processes, interruption: Interruption, *, overwrite: boo
     evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
     loader = build.build_loader(config, splits["train"], objectives, tokenizer, here)
     identities = splits["train"].counts.identities
-    model, weight_notes = build.build_model(config, objectives, identities, resumed=resumed)
+    model, weight_notes = build.build_model(config, objectives, identities, weights=weights, resumed=resumed)
+    del weights
     trainer = build.build_trainer(config, model, objectives, len(loader), precision, here)
     run_id = saved["run_id"] if resumed else uuid.uuid4().hex
     keeper = Keeper(folder, trainer, progress, course, launch, run_id, here)
@@ -161,17 +176,34 @@ def end_epoch(
     keeper.save_last()
 
 
-def evaluate(config, here: Processes, path: Path) -> None:
-    """Evaluates a checkpoint on the configured dataset; the architecture is the checkpoint's."""
+def evaluate(config, here: Processes, source: str) -> None:
+    """Evaluates weights on the configured dataset; the architecture is theirs."""
     precision = Precision.choose(config.misc.precision, here.device)
     tokenizer = Tokenizer()
-    model, config, weight_note = build.build_saved_model(path, config)
+    weights = build.weights_of(source, here)
+    config = build.as_saved(config, weights)
+    model, weight_notes = build.build_saved_model(config, weights)
     splits, statistics = read_dataset(config)
     evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
     with RunLog(None, is_main=here.is_main) as log:
-        for line in [*run_notes(here, precision), weight_note, *statistics]:
+        for line in [*run_notes(here, precision), *weight_notes, *statistics]:
             log.line(line)
-        report(log, f"{path}, {config.data.evaluate_on}", *timed_evaluation(evaluator, model.to(here.device)))
+        report(log, f"{source}, {config.data.evaluate_on}", *timed_evaluation(evaluator, model.to(here.device)))
+
+
+def export_weights(config, here: Processes, form: str, out: str) -> None:
+    """Writes the weights that a run would begin with for another tool, at their own resolution and text length."""
+    check_export(form, Path(out))
+    weights = build.starting_weights(config, here)
+    if weights is None:
+        raise UserError("--export: model.checkpoint is null: set it to the weights to export")
+    config = build.as_saved(config, weights)
+    model, weight_notes = build.build_saved_model(config, weights)
+    with RunLog(None, is_main=here.is_main) as log:
+        for line in weight_notes:
+            log.line(line)
+        if here.is_main:
+            log.line(export(form, Path(out), build.build_export(config, model.eval(), weights, Tokenizer())))
 
 
 def read_dataset(config):

@@ -66,10 +66,10 @@ def main() -> None:
 
 def measure(file: str | Path, overrides: tuple[str, ...], steps: int) -> dict[str, float]:
     """Peak of the process and what the steps added to it, in 10⁹ bytes, and the median time of a step in seconds."""
-    merged = config.load_config(file, overrides=overrides)
+    merged = build.settle(config.load_config(file, overrides=overrides), None)
     with processes(merged.device, merged.distributed.backend, merged.distributed.url) as here:
         objectives = build.build_objectives(merged, here)
-        model, _ = build.build_model(merged, objectives, IDENTITIES, resumed=False)
+        model, _ = build.build_model(merged, objectives, IDENTITIES, weights=None)
         precision = Precision.choose(merged.misc.precision, here.device)
         trainer = build.build_trainer(merged, model, objectives, steps + 1, precision, here)
         model.train()

@@ -9,7 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from misc import config as configuration
-from misc.checkpoint import load_weights, read_checkpoint
 from misc.datasets import Split
 from misc.distributed import Processes, gather
 from misc.errors import UserError
@@ -19,22 +18,25 @@ from misc.optimizer import build_optimizer, learning_rate, parameter_groups
 from misc.precision import Precision
 from misc.training import Trainer
 from model.objectives import Objectives
-from model.pretrained import load_clip
+from model.pretrained.architecture import usual_heads
+from model.pretrained.export import Export
+from model.pretrained.loading import load_weights
+from model.pretrained.settings import QUICK_GELU
+from model.pretrained.weights import Weights, find_weights, read_weights
 from model.tbps_clip import TBPSCLIP
-from text_utils.tokenizer import Tokenizer
+from text_utils.tokenizer import VOCABULARY_SIZE, Tokenizer
 
-ARCHITECTURE_KEYS = (
-    "patch_size",
-    "vision_width",
-    "vision_layers",
-    "vision_heads",
-    "vocab_size",
-    "text_width",
-    "text_layers",
-    "text_heads",
-    "embed_dim",
-)
-"""Keys of the section `model` that decide the shapes of the towers."""
+RANDOM_ARCHITECTURE = {
+    "patch_size": 16,
+    "vision_width": 768,
+    "vision_layers": 12,
+    "vocab_size": VOCABULARY_SIZE,
+    "text_width": 512,
+    "text_layers": 12,
+    "embed_dim": 512,
+    "activation": QUICK_GELU,
+}
+"""What random weights are drawn for where the configuration says nothing: ViT-B/16."""
 
 
 def run_folder(config: EasyDict) -> Path:
@@ -73,17 +75,76 @@ def build_towers(config: EasyDict, **heads) -> TBPSCLIP:
         dropout=config.experiment.dropout,
         lock_bottom=config.model.lock_bottom,
         grad_checkpointing=config.model.grad_checkpointing,
-        **{key: config.model[key] for key in ARCHITECTURE_KEYS},
+        **{key: config.model[key] for key in configuration.ARCHITECTURE_KEYS},
         **heads,
     )
 
 
+def starting_weights(config: EasyDict, processes: Processes) -> Weights | None:
+    """The weights that a new run begins with; None where they are drawn at random. Call it on all ranks."""
+    source = config.model.saved_path if config.model.ckpt_type == "saved" else config.model.checkpoint
+    return None if source is None else weights_of(source, processes)
+
+
+def weights_of(source: str, processes: Processes) -> Weights:
+    """The weights of a file, folder or tag. Call it on all ranks: one on each machine downloads."""
+    return read_weights(processes.first_on_machine(lambda: find_weights(source)))
+
+
+def settle(config: EasyDict, weights: Weights | None, resumed: dict | None = None) -> EasyDict:
+    """The configuration with the architecture of the weights, or of the run that is `resumed`, for every `auto`.
+
+    Raises UserError where the configuration and the weights contradict each other.
+    """
+    if resumed is not None:
+        return configuration.settle(config, {"activation": QUICK_GELU} | resumed["model"])
+    if weights is not None:
+        given = config.model.activation
+        architecture = weights.architecture(None if given == configuration.AUTO else given)
+        # How many heads there are is at times only what is usual, and then the configuration's word counts.
+        guessed = [tower for tower in ("vision_heads", "text_heads") if getattr(weights.settings, tower) is None]
+        architecture |= {key: config.model[key] for key in guessed if config.model[key] != configuration.AUTO}
+        return configuration.settle(config, architecture, weights.name)
+    widths = RANDOM_ARCHITECTURE | {key: value for key, value in config.model.items() if value != configuration.AUTO}
+    heads = {f"{tower}_heads": usual_heads(widths[f"{tower}_width"]) for tower in ("vision", "text")}
+    return configuration.settle(config, RANDOM_ARCHITECTURE | heads)
+
+
+def as_saved(config: EasyDict, weights: Weights) -> EasyDict:
+    """The configuration with all that the weights decide: what a model of them is evaluated and exported with.
+
+    Raises UserError where the weights do not tell their resolution or activation.
+    """
+    if weights.resolution is None:
+        patches = len(weights.state["visual.positional_embedding"]) - 1
+        raise UserError(f"{weights.name}: its {patches} patches form no square grid, and nothing tells its resolution")
+    given = config.model.activation
+    config = EasyDict(configuration.plain(config))
+    config.model.update(weights.architecture(None if given == configuration.AUTO else given))
+    config.experiment.update(input_resolution=list(weights.resolution), text_length=weights.text_length)
+    return config
+
+
+def weight_notes(config: EasyDict, weights: Weights) -> list[str]:
+    """Lines for the log: where the weights come from, and what they make of the model."""
+    model = config.model
+    told = "as they tell" if weights.settings.activation else "given as model.activation"
+    return [
+        f"weights of {weights.name} ({weights.form})",
+        f"architecture: patches of {model.patch_size} pixels; image encoder {model.vision_layers} layers, width "
+        f"{model.vision_width}, {model.vision_heads} heads; text encoder {model.text_layers} layers, width "
+        f"{model.text_width}, {model.text_heads} heads; shared space {model.embed_dim}",
+        f"activation: {model.activation} ({told})",
+    ]
+
+
 def build_model(
-    config: EasyDict, objectives: Objectives, identities: int, *, resumed: bool
+    config: EasyDict, objectives: Objectives, identities: int, *, weights: Weights | None, resumed: bool = False
 ) -> tuple[TBPSCLIP, list[str]]:
     """The model with the heads of the losses that are on and its starting weights, and lines for the log.
 
-    Drawn from `misc.seed`, so every rank builds the same. One that is `resumed` gets its weights later.
+    What `weights` do not fill is drawn from `misc.seed`, so every rank builds the same. A model that is `resumed` gets
+    its weights later.
     """
     torch.manual_seed(config.misc.seed)
     model = build_towers(
@@ -94,39 +155,30 @@ def build_model(
     )
     if resumed:
         return model, []
-    if config.model.ckpt_type == "saved":
-        path = Path(config.model.saved_path)
-        content = read_checkpoint(path)
-        return model, [f"weights of {path}{_age(content)}", *load_weights(model, content["model"], path)]
-    if config.model.checkpoint is None:
+    if weights is None:
         return model, [
             "warning: model.checkpoint is null, so all weights are drawn at random, as CLIP's were before its training"
         ]
-    return model, load_clip(
-        model, config.model.checkpoint, grid=model.image_encoder.grid, text_length=config.experiment.text_length
-    )
+    return model, [*weight_notes(config, weights), *load_weights(model, weights)]
 
 
-def build_saved_model(path: Path, config: EasyDict) -> tuple[TBPSCLIP, EasyDict, str]:
-    """The towers of a checkpoint, the configuration with the checkpoint's architecture, and a line for the log."""
-    content = read_checkpoint(path)
-    saved = EasyDict(content["config"])
-    config = EasyDict(configuration.plain(config))
-    config.model.update({key: saved.model[key] for key in ARCHITECTURE_KEYS})
-    config.experiment.update({key: saved.experiment[key] for key in ("input_resolution", "text_length")})
+def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, list[str]]:
+    """The towers of the weights, and lines for the log. `config` comes from `as_saved`."""
     model = build_towers(config)
-    load_weights(model, content["model"], path)
-    height, width = configuration.resolution(config)
-    size = f"{height} × {width} pixels, {config.experiment.text_length} tokens"
-    return model, config, f"weights of {path}{_age(content)}, and its architecture ({size})"
+    size = "{} × {} pixels, {} tokens".format(*configuration.resolution(config), config.experiment.text_length)
+    return model, [*weight_notes(config, weights), f"for {size}", *load_weights(model, weights)]
 
 
-def _age(content: dict) -> str:
-    """How long the weights of a checkpoint have been trained, in words."""
-    if content["epoch"] is None:
-        return " (published code)"
-    steps = content.get("progress", {}).get("step", 0)
-    return f", epoch {content['epoch']}" + (f" and {steps} steps" if steps else "")
+def build_export(config: EasyDict, model: TBPSCLIP, weights: Weights, tokenizer: Tokenizer) -> Export:
+    """What is written for other tools. `config` comes from `as_saved`, `model` from `build_saved_model`."""
+    return Export(
+        model=model,
+        architecture={key: config.model[key] for key in configuration.ARCHITECTURE_KEYS},
+        resolution=configuration.resolution(config),
+        text_length=config.experiment.text_length,
+        preprocessing=weights.preprocessing,
+        tokenizer=tokenizer,
+    )
 
 
 def build_loader(

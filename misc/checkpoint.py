@@ -1,6 +1,6 @@
 """Checkpoints: a dict of tensors and plain values, written whole or not at all, read without running code.
 
-Those of the published TBPS-CLIP code are read too, and come out in the form of ours.
+Read here is what a run goes on from; weights to start from or to evaluate come in any form (`model/pretrained/`).
 """
 
 import re
@@ -10,26 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from misc.config import plain
 from misc.errors import DISK_FULL, UserError
 from misc.files import whole_file
-from model.pretrained import architecture, first_of, misfits
-
-HEADS = ("simclr_projector.", "masked_language_head.", "identity_classifier.")
-
-PUBLISHED_NAMES = (
-    ("visual.", "image_encoder."),
-    ("encode_text.", "text_encoder."),
-    ("simclr_mlp.", "simclr_projector."),
-    ("classifier.", "identity_classifier."),
-    *(
-        (module, f"masked_language_head.{module}")
-        for module in ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_i.", "ln_post.", "mlm_head.")
-    ),
-)
-"""How names of the published code begin, and ours; `logit_scale` is the same."""
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -52,11 +35,10 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint of ours or of the published code, tensors on the CPU. No code in the file is run.
+    """Reads a checkpoint of a run, tensors on the CPU. No code in the file is run.
 
-    Returns: `model` (tensors by name), `config`, `epoch` (epochs that are done), `metrics` (of the last of them), and
-        whatever else was written. Of a published checkpoint, `config` holds the architecture alone, `epoch` is None and
-        `metrics` is empty.
+    Returns: `model` (tensors by name), `config`, and whatever else was written: `epoch` (epochs that are done),
+        `metrics` (of the last of them), …
     Raises: UserError, naming the file, where it is damaged, incomplete, something else, or would need code to be run.
     """
     if not path.is_file():
@@ -79,7 +61,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} is refused: {reason}") from error
     if not isinstance(content, dict) or not _is_state(content.get("model")) or not _is_tree(content.get("config")):
         raise UserError(f"checkpoint {path} is not one of this project: give the path of a checkpoint_*.pth of a run")
-    return content if content.keys() >= {"epoch", "metrics"} else _from_published(path, content)
+    return content
 
 
 def _is_state(value: Any) -> bool:
@@ -100,54 +82,3 @@ def _check_content(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
-
-
-def _from_published(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of the published code, `{model, optimizer, config}`, in the form of ours."""
-    published = content["model"]
-    sizes = architecture({name.removeprefix("encode_text."): tuple(t.shape) for name, t in published.items()})
-    experiment = plain(content["config"].get("experiment", {}))
-    settings = {key: experiment.get(key) for key in ("input_resolution", "text_length")}
-    if missing := [key for key, value in (sizes | settings).items() if value is None]:
-        raise UserError(f"checkpoint {path} is not one of TBPS-CLIP: it does not tell {first_of(missing)}")
-    model = {_our_name(name): tensor for name, tensor in published.items()}
-    return {"model": model, "config": {"model": sizes, "experiment": settings}, "epoch": None, "metrics": {}}
-
-
-def _our_name(published: str) -> str:
-    for theirs, ours in PUBLISHED_NAMES:
-        if published.startswith(theirs):
-            return ours + published.removeprefix(theirs)
-    return published
-
-
-def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> list[str]:
-    """Loads towers and temperature strictly; a head that fits is loaded, another one starts afresh.
-
-    Args:
-        model: TBPSCLIP, changed in place.
-        state: the `model` entry of a checkpoint; heads that the model does not have are left out.
-        path: for messages.
-
-    Returns: a line for the log for each head that the checkpoint does not fill.
-
-    Raises UserError naming tensors that are missing, unknown or of another shape; the model is unchanged then.
-    """
-    wanted = model.state_dict()
-    notes, loaded = [], {name: tensor for name, tensor in state.items() if not name.startswith(HEADS)}
-    for head in HEADS:
-        own = {name: tensor.shape for name, tensor in wanted.items() if name.startswith(head)}
-        offered = {name: tensor for name, tensor in state.items() if name.startswith(head)}
-        if own == {name: tensor.shape for name, tensor in offered.items()}:
-            loaded |= offered
-        elif own:
-            notes.append(f"{head.removesuffix('.')} starts afresh: {path} holds none of its shape")
-            loaded |= {name: wanted[name] for name in own}
-    shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (loaded, wanted))
-    if problems := misfits(*shapes):
-        raise UserError(
-            f"checkpoint {path} does not fit the configured model: {first_of(problems)}; give its run's "
-            "config.yaml to --config"
-        )
-    model.load_state_dict(loaded, strict=True)
-    return notes

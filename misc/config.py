@@ -82,6 +82,11 @@ BELOW_ONE = Rule(
 )
 COUNT = _integer(1)
 COUNT_OR_NULL = Rule(f"{COUNT.says}, or null", lambda value: value is None or COUNT.accepts(value))
+AUTO = "auto"
+COUNT_OR_AUTO = Rule(f"{COUNT.says}, or auto", lambda value: value == AUTO or COUNT.accepts(value))
+WIDTHS_OR_AUTO = Rule(
+    f"{_list_of(3, COUNT).says}, or auto", lambda value: value == AUTO or _list_of(3, COUNT).accepts(value)
+)
 RESOLUTION = Rule(
     "[height, width] in pixels, or one integer",
     lambda value: COUNT.accepts(value) or _list_of(2, COUNT).accepts(value),
@@ -111,7 +116,7 @@ RULES: dict[str, Rule] = {
     "experiment.mvs_image": SWITCH,
     "experiment.ss": SWITCH,
     "experiment.ss_ratio": RATIO,
-    "experiment.simclr_mlp": _list_of(3, COUNT),
+    "experiment.simclr_mlp": WIDTHS_OR_AUTO,
     "experiment.simclr_temperature": POSITIVE,
     "experiment.ritc": SWITCH,
     "experiment.ritc_eps": POSITIVE,
@@ -141,15 +146,16 @@ RULES: dict[str, Rule] = {
     "model.lock_bottom": SWITCH,
     "model.grad_checkpointing": SWITCH,
     "model.softlabel_ratio": PROBABILITY,
-    "model.embed_dim": COUNT,
+    "model.activation": _choice(AUTO, "quick_gelu", "gelu"),
+    "model.embed_dim": COUNT_OR_AUTO,
     "model.vocab_size": _choice(VOCABULARY_SIZE),
-    "model.patch_size": COUNT,
-    "model.vision_width": COUNT,
-    "model.vision_layers": COUNT,
-    "model.vision_heads": COUNT,
-    "model.text_width": COUNT,
-    "model.text_layers": COUNT,
-    "model.text_heads": COUNT,
+    "model.patch_size": COUNT_OR_AUTO,
+    "model.vision_width": COUNT_OR_AUTO,
+    "model.vision_layers": COUNT_OR_AUTO,
+    "model.vision_heads": COUNT_OR_AUTO,
+    "model.text_width": COUNT_OR_AUTO,
+    "model.text_layers": COUNT_OR_AUTO,
+    "model.text_heads": COUNT_OR_AUTO,
     "log.print_period": COUNT,
     "log.checkpoint_period": _integer(0),
     "log.tensorboard": SWITCH,
@@ -166,6 +172,20 @@ RULES: dict[str, Rule] = {
     "distributed.url": TEXT,
 }
 """Every key that exists; `config/config.yaml` has the same keys and tells what they mean."""
+
+ARCHITECTURE_KEYS = (
+    "patch_size",
+    "vision_width",
+    "vision_layers",
+    "vision_heads",
+    "vocab_size",
+    "text_width",
+    "text_layers",
+    "text_heads",
+    "embed_dim",
+    "activation",
+)
+"""Keys of the section `model` that decide what the towers compute, named as `TBPSCLIP` takes them."""
 
 
 def load_config(path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, overrides: tuple[str, ...] = ()):
@@ -205,6 +225,32 @@ def load_config(path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, 
     return _nest(merged)
 
 
+def settle(config: EasyDict, architecture: dict[str, Any], source: str | None = None) -> EasyDict:
+    """The configuration with a value in place of every `auto` of the architecture.
+
+    Args:
+        config: as `load_config` gives it; unchanged.
+        architecture: a value for each of `ARCHITECTURE_KEYS`.
+        source: the weights that have this architecture, and no other; None where it is only what is usual.
+
+    Raises UserError where the configuration says something else than the weights, or contradicts itself now.
+    """
+    settled = EasyDict(plain(config))
+    differing = [key for key in ARCHITECTURE_KEYS if config.model[key] not in (AUTO, architecture[key])]
+    if source is not None and differing:
+        there = ", ".join(f"{key} {architecture[key]}" for key in differing)
+        keys = " ".join(f"model.{key}={AUTO}" for key in differing)
+        here = ", ".join(f"model.{key}: {config.model[key]}" for key in differing)
+        raise UserError(f"configuration: {here} does not fit {source}, which has {there}: set {keys}")
+    settled.model.update({key: architecture[key] for key in ARCHITECTURE_KEYS if config.model[key] == AUTO})
+    if config.experiment.simclr_mlp == AUTO:
+        width = settled.model.embed_dim
+        settled.experiment.simclr_mlp = [width, 128, width]  # paper: 512, 128, 512
+    if problems := list(_contradictions(flatten(settled))):
+        raise UserError("configuration: " + "; ".join(problems))
+    return settled
+
+
 def save_config(config: EasyDict, path: Path) -> None:
     """Writes the merged configuration as YAML that `load_config` reads again."""
     with whole_file(path) as file:
@@ -233,26 +279,23 @@ def resolution(config: EasyDict) -> tuple[int, int]:
 
 
 def _contradictions(values: dict[str, Any]) -> Iterator[str]:
-    """Values that are right one by one and wrong together."""
+    """Values that are right one by one and wrong together; an `auto` is not known yet and contradicts nothing."""
     size = values["experiment.input_resolution"]
     patch = values["model.patch_size"]
-    if any(side % patch for side in ([size] if isinstance(size, int) else size)):
+    if patch != AUTO and any(side % patch for side in ([size] if isinstance(size, int) else size)):
         yield f"experiment.input_resolution: {size} should be multiples of model.patch_size: {patch}"
     for tower in ("vision", "text"):
         width, heads = values[f"model.{tower}_width"], values[f"model.{tower}_heads"]
-        if width % heads:
+        if AUTO not in (width, heads) and width % heads:
             yield f"model.{tower}_heads: {heads} should divide model.{tower}_width: {width}"
     if values["schedule.epoch_warmup"] > values["schedule.epoch"]:
         yield f"schedule.epoch_warmup: {values['schedule.epoch_warmup']} should be at most schedule.epoch: " + str(
             values["schedule.epoch"]
         )
-    if values["experiment.ss"] and values["experiment.simclr_mlp"][0] != values["model.embed_dim"]:
-        yield (
-            f"experiment.simclr_mlp: {values['experiment.simclr_mlp']} should begin with model.embed_dim: "
-            f"{values['model.embed_dim']}"
-        )
-    width = values["model.embed_dim"]
-    if values["experiment.mlm"] and width % attention_heads(width):
+    width, widths = values["model.embed_dim"], values["experiment.simclr_mlp"]
+    if values["experiment.ss"] and AUTO not in (width, widths) and widths[0] != width:
+        yield f"experiment.simclr_mlp: {widths} should begin with model.embed_dim: {width}"
+    if values["experiment.mlm"] and width != AUTO and width % attention_heads(width):
         yield f"model.embed_dim: {width} should be a multiple of 64 for experiment.mlm, whose heads have 64 channels"
     reversed_off = not values["experiment.ritc"] or values["experiment.ritc_ratio"] == 0
     if values["experiment.nitc_ratio"] == 0 and reversed_off:

@@ -57,6 +57,15 @@ class Processes:
         dist.broadcast_object_list(box, group=self.control)
         return box[0]
 
+    def first_on_machine(self, function: Callable[[], Value]) -> Value:
+        """What `function` gives, on every rank; the first rank of each machine calls it before the others do, which so
+        find done what it leaves on the disk."""
+        if self.world_size == 1:
+            return function()
+        value = function() if local_rank() == 0 else None
+        self.largest(0)
+        return value if local_rank() == 0 else function()
+
     def largest(self, number: int) -> int:
         """The largest of all ranks' numbers."""
         if self.world_size == 1:

@@ -12,3 +12,8 @@ class UserError(ValueError):
     `main.py` prints the line without a traceback and ends with status 2. Every other exception is a bug of ours and
     keeps its traceback.
     """
+
+
+def first_of(items: list[str], shown: int = 3) -> str:
+    """The first few of a list, and how many more there are."""
+    return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,33 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the name `path` when the context ends well; else nothing is left of it.
+
+    Raises FileExistsError where there is something of that name, before and after the writing.
+    """
+    if path.exists():
+        raise FileExistsError(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = unfinished(path)
+    shutil.rmtree(part, ignore_errors=True)  # of a crash
+    part.mkdir()
+    try:
+        yield part
+        for file in part.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        _sync_folder(part)
+        if path.exists():
+            raise FileExistsError(path)
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
         raise
     _sync_folder(path.parent)
 

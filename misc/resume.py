@@ -8,12 +8,11 @@ from typing import Any
 from misc.checkpoint import read_checkpoint, write_checkpoint
 from misc.config import flatten
 from misc.distributed import Launch, Processes
-from misc.errors import UserError
+from misc.errors import UserError, first_of
 from misc.files import unfinished
 from misc.progress import Progress
 from misc.run_log import check_run_folder
 from misc.training import Trainer
-from model.pretrained import first_of
 
 LAST = "checkpoint_last.pth"
 BEST = "checkpoint_best.pth"

@@ -91,6 +91,7 @@ class TBPSCLIP(nn.Module):
         text_layers: int,
         text_heads: int,
         embed_dim: int,
+        activation: str = "quick_gelu",
         dropout: float = 0.0,
         lock_bottom: bool = True,
         grad_checkpointing: bool = False,
@@ -107,6 +108,7 @@ class TBPSCLIP(nn.Module):
             layers=vision_layers,
             heads=vision_heads,
             embed_dim=embed_dim,
+            activation=activation,
         )
         self.text_encoder = TextTransformer(
             vocab_size=vocab_size,
@@ -115,6 +117,7 @@ class TBPSCLIP(nn.Module):
             layers=text_layers,
             heads=text_heads,
             embed_dim=embed_dim,
+            activation=activation,
             dropout=dropout,
         )
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))

@@ -16,6 +16,7 @@ class TextTransformer(nn.Module):
         layers, heads: number of residual blocks, and of attention heads in each.
         embed_dim: width of the shared image-text space.
         dropout: probability with which an attention weight is dropped in training (paper: 0.05).
+        activation: of the MLPs, a key of `ACTIVATIONS`.
     """
 
     def __init__(
@@ -28,11 +29,12 @@ class TextTransformer(nn.Module):
         heads: int,
         embed_dim: int,
         dropout: float = 0.0,
+        activation: str = "quick_gelu",
     ):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(text_length, width))
-        self.transformer = Transformer(width, layers, heads, dropout=dropout)
+        self.transformer = Transformer(width, layers, heads, dropout=dropout, activation=activation)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -52,7 +54,7 @@ class TextTransformer(nn.Module):
         x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
         x = self.transformer(x, causal=True)
         if not all_tokens:
-            x = x[torch.arange(len(x), device=x.device), end_positions(token_ids)]
+            x = x[torch.arange(x.shape[0], device=x.device), end_positions(token_ids)]
         return project(x, self.ln_final, self.text_projection)
 
 

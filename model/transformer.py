@@ -1,4 +1,4 @@
-"""The transformer that both towers and the masked-language head share: pre-norm blocks with QuickGELU, as in CLIP.
+"""The transformer that both towers and the masked-language head share: pre-norm blocks, as in CLIP.
 
 Shapes: N sequences, L tokens, D width, H heads. Parameter names are OpenAI's, so that CLIP's weights fit unchanged.
 """
@@ -14,6 +14,10 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+"""OpenAI's, MetaCLIP's and DFN's weights were trained with the first, LAION's and DataComp's with the second."""
 
 
 def widened(x: Tensor) -> Tensor:
@@ -87,14 +91,14 @@ class Attention(nn.Module):
 class ResidualBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); the MLP is four times as wide."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, activation: str = "quick_gelu"):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, dropout)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("gelu", ACTIVATIONS[activation]())
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
@@ -110,11 +114,11 @@ class Transformer(nn.Module):
             the same dropout: less memory, about a third more work, the same gradients.
     """
 
-    def __init__(self, width: int, layers: int, heads: int, *, dropout: float = 0.0):
+    def __init__(self, width: int, layers: int, heads: int, *, dropout: float = 0.0, activation: str = "quick_gelu"):
         super().__init__()
         self.width = width
         self.grad_checkpointing = False
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, dropout) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, dropout, activation) for _ in range(layers))
 
     def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
         for block in self.resblocks:

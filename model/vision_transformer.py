@@ -15,10 +15,19 @@ class VisionTransformer(nn.Module):
         width: D of the transformer.
         layers, heads: number of residual blocks, and of attention heads in each.
         embed_dim: width of the shared image-text space.
+        activation: of the MLPs, a key of `ACTIVATIONS`.
     """
 
     def __init__(
-        self, *, resolution: tuple[int, int], patch_size: int, width: int, layers: int, heads: int, embed_dim: int
+        self,
+        *,
+        resolution: tuple[int, int],
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        embed_dim: int,
+        activation: str = "quick_gelu",
     ):
         super().__init__()
         self.grid = (resolution[0] // patch_size, resolution[1] // patch_size)
@@ -28,7 +37,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(deviation * torch.randn(width))
         self.positional_embedding = nn.Parameter(deviation * torch.randn(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers, heads, activation=activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(deviation * torch.randn(width, embed_dim))
 
@@ -42,7 +51,8 @@ class VisionTransformer(nn.Module):
         Returns: (B, embed_dim), or (B, P + 1, embed_dim) with the class token first; not L2-normalised.
         """
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, P, D)
-        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        # Not len(patches), which would fix the size of the batch in an exported graph.
+        class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding
         x = self.transformer(self.ln_pre(x))
         if not all_tokens:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from misc import build
 from misc.config import DEFAULT_CONFIG, RULES, load_config, plain, resolution, save_config
 from misc.errors import UserError
 
@@ -121,7 +122,7 @@ def test_a_published_configuration_loads_unchanged(tmp_path, text):
 
 
 def test_the_defaults_are_the_published_full_recipe():
-    defaults = flat(plain(load_config()))
+    defaults = flat(plain(build.settle(load_config(), None)))  # the sizes of ViT-B/16 in place of `auto`
     published = flat(yaml.safe_load(PUBLISHED))
     personal = {"device", "anno_dir", "image_dir", "model.saved_path", "model.checkpoint"}
     assert {key: defaults[key] for key in published.keys() - personal} == {
@@ -265,6 +266,10 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_file(tmp_path):
         ("experiment.ss=1", "true or false"),
         ("experiment.ss_ratio=true", "a number"),
         ("experiment.simclr_mlp=[512, 128]", "list of 3"),
+        ("experiment.simclr_mlp=automatic", "auto"),
+        ("model.patch_size=0", "at least 1"),
+        ("model.embed_dim=half", "or auto"),
+        ("model.activation=relu", "auto, quick_gelu, gelu"),
         ("experiment.simclr_temperature=0", "above 0"),
         ("experiment.cmt_depth=0", "at least 1"),
         ("schedule.epoch=2.5", "an integer"),
@@ -299,17 +304,51 @@ def test_a_seed_that_torch_cannot_take_is_refused():
         (["experiment.input_resolution=[224, 100]"], ["experiment.input_resolution: [224, 100]", "patch_size: 16"]),
         (["experiment.input_resolution=100"], ["experiment.input_resolution: 100", "model.patch_size: 16"]),
         (["model.vision_heads=5"], ["model.vision_heads: 5", "model.vision_width: 768"]),
-        (["model.text_width=500"], ["model.text_heads: 8", "model.text_width: 500"]),
+        (["model.text_width=500", "model.text_heads=8"], ["model.text_heads: 8", "model.text_width: 500"]),
         (["schedule.epoch_warmup=6"], ["schedule.epoch_warmup: 6", "schedule.epoch: 5"]),
-        (["model.embed_dim=256"], ["experiment.simclr_mlp: [512, 128, 512]", "model.embed_dim: 256"]),
+        (
+            ["model.embed_dim=256", "experiment.simclr_mlp=[512, 128, 512]"],
+            ["experiment.simclr_mlp: [512, 128, 512]", "model.embed_dim: 256"],
+        ),
         (["experiment.nitc_ratio=0", "experiment.ritc=false"], ["experiment.nitc_ratio: 0", "experiment.ritc"]),
         (["experiment.nitc_ratio=0", "experiment.ritc_ratio=0"], ["experiment.nitc_ratio: 0", "experiment.ritc"]),
         (["experiment.mlm=true", "experiment.ss=false", "model.embed_dim=200"], ["model.embed_dim: 200", "mlm"]),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(overrides, parts):
+    """Also where one of them is `auto`, once the weights are known: here random ones, of ViT-B/16."""
+    with pytest.raises(UserError) as caught:
+        build.settle(load_config(overrides=tuple(overrides)), None)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["experiment.input_resolution=100", "model.patch_size=16"], ["input_resolution: 100", "model.patch_size: 16"]),
+        (["model.vision_heads=5", "model.vision_width=64"], ["model.vision_heads: 5", "model.vision_width: 64"]),
+    ],
+)
+def test_what_does_not_depend_on_weights_is_refused_at_once(overrides, parts):
     message = refusal(overrides=tuple(overrides))
     assert all(part in message for part in parts), message
+
+
+def test_sizes_of_random_weights_are_those_of_the_configuration_and_else_of_vit_b16():
+    config = build.settle(load_config(overrides=("model.vision_width=192", "model.embed_dim=256")), None)
+    model = config.model
+    assert (model.vision_width, model.vision_heads, model.vision_layers, model.patch_size) == (192, 3, 12, 16)
+    assert (model.text_width, model.text_heads, model.text_layers, model.activation) == (512, 8, 12, "quick_gelu")
+    assert config.experiment.simclr_mlp == [256, 128, 256]
+
+
+def test_a_run_that_goes_on_keeps_its_sizes():
+    """A checkpoint of before there was a choice of activation, whose run may have been begun from another file."""
+    begun = build.settle(load_config(overrides=("model.vision_width=192", "model.vision_layers=3")), None)
+    saved = plain(begun)
+    del saved["model"]["activation"]
+    assert build.settle(load_config(), None, saved) == begun
 
 
 def test_the_width_of_a_loss_that_is_off_contradicts_nothing():

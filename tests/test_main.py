@@ -215,11 +215,12 @@ def test_clip_weights_are_the_start(train, tmp_path):
     weights = {name: torch.as_tensor(value) for name, value in clip_weights(**sizes).items()}
     torch.save(weights, tmp_path / "clip.pt")
     own = ("model.vision_width=64", f"model.checkpoint={tmp_path / 'clip.pt'}", "model.lock_bottom=true")
-    trained = train(*own)
+    trained = train(*own, "model.activation=gelu")
     state = read_checkpoint(trained.folder / "checkpoint_last.pth")["model"]
     assert torch.equal(state["image_encoder.conv1.weight"], weights["visual.conv1.weight"])  # it is locked
     assert not torch.equal(state["image_encoder.proj"], weights["visual.proj"])
     assert str(tmp_path / "clip.pt") in trained.log
+    assert "activation: gelu (given as model.activation)" in trained.log
 
 
 def test_a_saved_checkpoint_is_the_start_and_its_run_goes_beside_it(train, full, tmp_path):
@@ -335,9 +336,20 @@ def clip_weights_that_are_cut_off(dataset, folder):
 
 
 def clip_weights_of_another_architecture(dataset, folder):
-    weights = clip_weights(**TINY | {"vision_width": 128, "vocab": 60})
+    weights = clip_weights(**TINY | {"vision_width": 128})
     torch.save({name: torch.as_tensor(value) for name, value in weights.items()}, folder / "clip.pt")
-    return Mistake([f"model.checkpoint={folder / 'clip.pt'}"], ["do not fit", "visual.", "model.vision_width=128"])
+    own = [f"model.checkpoint={folder / 'clip.pt'}", "model.activation=gelu"]
+    return Mistake(own, ["does not fit", "vision_width 128", "model.vision_width=auto"])
+
+
+def clip_weights_of_an_unknown_activation(dataset, folder):
+    weights = clip_weights(**TINY)
+    torch.save({name: torch.as_tensor(value) for name, value in weights.items()}, folder / "clip.pt")
+    return Mistake([f"model.checkpoint={folder / 'clip.pt'}"], ["model.activation=quick_gelu", "model.activation=gelu"])
+
+
+def clip_weights_of_an_unknown_tag(dataset, folder):
+    return Mistake(["model.checkpoint=laion2b_s34b_b88"], ["laion2b_s34b_b88:", "laion2b_s34b_b88k"])
 
 
 def missing_clip_weights(dataset, folder):
@@ -368,12 +380,12 @@ def text_for_a_checkpoint(dataset, folder):
 
 
 def missing_checkpoint(dataset, folder):
-    return Mistake(["--evaluate", str(folder / "nowhere.pth")], [str(folder / "nowhere.pth"), "does not exist"])
+    return Mistake(["--evaluate", str(folder / "nowhere.pth")], [str(folder / "nowhere.pth"), "No such file"])
 
 
 def missing_start(dataset, folder):
     path = folder / "run.pth"  # its run would go into the folder `run`
-    return Mistake(["model.ckpt_type=saved", f"model.saved_path={path}"], [str(path), "does not exist"])
+    return Mistake(["model.ckpt_type=saved", f"model.saved_path={path}"], [str(path), "No such file"])
 
 
 def tensorboard_that_is_not_installed(dataset, folder):
@@ -395,6 +407,8 @@ MISTAKES = [
     clip_weights_that_are_a_pointer,
     clip_weights_that_are_cut_off,
     clip_weights_of_another_architecture,
+    clip_weights_of_an_unknown_activation,
+    clip_weights_of_an_unknown_tag,
     missing_clip_weights,
     batch_larger_than_the_training_set,
     no_val_split,

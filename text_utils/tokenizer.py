@@ -18,10 +18,10 @@ MASK = 49405
 START = 49406
 END = 49407
 VOCABULARY_SIZE = 49408
+SPELLED = {MASK: "<|mask|>", START: "<|startoftext|>", END: "<|endoftext|>"}
 
 _MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _WORD_END = "</w>"
-_SPECIAL_SYMBOLS = ["<|mask|>", "<|startoftext|>", "<|endoftext|>"]
 
 # CLIP's words: English contractions, runs of letters, single digits, runs of other marks. CLIP also looks for literal
 # special tokens here; we do not, so a caption that spells `<|endoftext|>` is text like any other.
@@ -72,13 +72,23 @@ class Tokenizer:
         symbols += ["".join(merge) for merge in merges]
         self._merge_ranks = {merge: rank for rank, merge in enumerate(merges)}
         self._id_of_symbol = {symbol: i for i, symbol in enumerate(symbols)}
-        self._symbols = symbols + _SPECIAL_SYMBOLS
+        self._symbols = symbols + [SPELLED[i] for i in (MASK, START, END)]
         # Captions use few different words; the bound is for a process that answers queries for months.
         self._word_ids = functools.lru_cache(maxsize=100_000)(self._encode_word)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[()]]:
         """Pickles as "build it again", so that handing the tokenizer to a loader worker costs next to nothing."""
         return Tokenizer, ()
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Id of each symbol, special tokens included. A symbol spells bytes with one visible character each."""
+        return {symbol: i for i, symbol in enumerate(self._symbols)}
+
+    @property
+    def merges(self) -> list[tuple[str, ...]]:
+        """Pairs of symbols that become one, best first."""
+        return list(self._merge_ranks)
 
     def encode(self, caption: str, length: int = 77) -> list[int]:
         """Ids of a caption: `START`, its tokens, `END`, without padding.

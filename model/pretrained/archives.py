@@ -1,0 +1,135 @@
+"""A file becomes what it holds: its form is told from its content, and no code that may be in it is run."""
+
+import io
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from misc.errors import UserError
+
+# How torch.save began a file before PyTorch 1.6; since then it is a ZIP archive.
+OLD_TORCH_SAVE = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+EXPECTED = (
+    "expected OpenAI's archive, a state dict in the names of OpenAI, open_clip or Hugging Face, as from "
+    "torch.save(model.state_dict(), path) or in safetensors, or a checkpoint of TBPS-CLIP"
+)
+
+
+def open_archive(path: Path) -> tuple[str, Any]:
+    """What a file of weights holds.
+
+    Returns: the form of the file in words (`TorchScript archive`, `torch.save` or `safetensors`), and its content:
+        names to tensors for the first and the last, whatever was saved for the other. Tensors are on the CPU and may
+        be backed by the file.
+    Raises: UserError, without the path, for a file that cannot be read, is damaged, is something else, or asks for
+        code to be run.
+    """
+    head = _beginning(path)
+    try:
+        if _is_safetensors(head, path.stat().st_size):
+            return "safetensors", load_file(path)
+        return _open_torch(path)
+    except Exception as error:  # a damaged archive or pickle can fail in every way
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it asks to run {wanted[1]}, and code in a file of weights is never run"
+        else:
+            size = path.stat().st_size
+            kind = str(error) if isinstance(error, _Damaged | SafetensorError) else type(error).__name__
+            reason = f"damaged, incomplete ({size} bytes) or no checkpoint ({kind}), get it again"
+        raise UserError(f"{reason}; {EXPECTED}") from error
+
+
+def _beginning(path: Path) -> bytes:
+    """The first bytes of a file that may hold weights; what is no checkpoint at all is refused with what it is."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(
+            f"{error.strerror}: give an existing file or folder of weights, or a tag of open_clip"
+        ) from error
+    if head.startswith((b"PK\x03\x04", OLD_TORCH_SAVE)) or _is_safetensors(head, path.stat().st_size):
+        return head
+    if not head:
+        raise UserError(f"the file is empty, get it again; {EXPECTED}")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError("a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        raise UserError(f"a web page (such as a login page), not the weights, get it again; {EXPECTED}")
+    raise UserError(f"not a known form of checkpoint (it begins with {head[:8]!r}); {EXPECTED}")
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    """The length of a JSON object in 8 bytes, and the object. The length alone may be cut off, or its file."""
+    return head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < max(size, 100_000_000)
+
+
+class _Damaged(Exception):
+    """A record of an archive is not what was written."""
+
+
+def _open_torch(path: Path) -> tuple[str, Any]:
+    # The one class in a published checkpoint. A plain dict is put in its place, so that not even its code is run.
+    with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
+        if not zipfile.is_zipfile(path):
+            return "torch.save", torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return "TorchScript archive", dict(_named_tensors(_TorchScriptUnpickler(archive).load()))
+            if damaged := archive.testzip():  # torch itself does not look at the checksums
+                raise _Damaged(f"the checksum of {damaged} is wrong")
+        # Mapped, so that what is not used (such as an optimizer's state) is never read.
+        return "torch.save", torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+
+
+class _ScriptModule:
+    """Stands for every class of a TorchScript archive: attributes without code."""
+
+
+def _named_tensors(module: _ScriptModule, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _ScriptModule):
+            yield from _named_tensors(value, f"{prefix}{name}.")
+
+
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_unused: Any) -> Tensor:
+    return storage.as_strided(size, stride, offset)
+
+
+class _TorchScriptUnpickler(pickle.Unpickler):
+    """Rebuilds the module tree of a TorchScript archive as plain objects and tensors, and refuses everything else."""
+
+    ALLOWED = {
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch", "HalfStorage"): torch.float16,
+        ("torch", "FloatStorage"): torch.float32,
+        ("torch", "LongStorage"): torch.int64,
+        ("collections", "OrderedDict"): OrderedDict,  # a tensor's backward hooks, always empty
+    }
+
+    def __init__(self, archive: zipfile.ZipFile):
+        self.archive = archive
+        self.folder = archive.namelist()[0].partition("/")[0]
+        super().__init__(io.BytesIO(archive.read(f"{self.folder}/data.pkl")))
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "__torch__":
+            return _ScriptModule
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return self.ALLOWED[module, name]
+
+    def persistent_load(self, identity: tuple) -> Tensor:
+        _storage, dtype, key, _device, _elements = identity
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}/data/{key}")), dtype=dtype)

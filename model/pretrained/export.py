@@ -1,0 +1,269 @@
+"""A model for other tools: open_clip, Hugging Face's transformers, and whatever runs ONNX.
+
+Each form is a folder with weights, the model's settings, how its images are prepared, and its tokenizer.
+"""
+
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from misc.errors import DISK_FULL, UserError
+from misc.files import whole_folder
+from model.pretrained.names import from_ours, to_hugging_face
+from model.pretrained.settings import QUICK_GELU, Preprocessing
+from model.tbps_clip import TBPSCLIP
+from text_utils.tokenizer import END, SPELLED, START, Tokenizer
+
+OPSET = 18
+"""Of ONNX (2022), which runtimes of the last years know."""
+ONE_FILE = 1_800_000_000
+"""Bytes of weights up to which an ONNX model is one file; the format itself ends at 2 GB."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written.
+
+    Attributes:
+        model: in evaluation mode, its parameters float32 on the CPU.
+        architecture: what `model` was built from, but for the heads of training: `patch_size` … `activation`.
+        resolution: (height, width) in pixels.
+        text_length: tokens of a caption, start and end included.
+        preprocessing: of images.
+        tokenizer: of captions.
+    """
+
+    model: TBPSCLIP
+    architecture: dict[str, Any]
+    resolution: tuple[int, int]
+    text_length: int
+    preprocessing: Preprocessing
+    tokenizer: Tokenizer
+
+
+def export(form: str, folder: Path, content: Export) -> str:
+    """Writes a new folder, whole or not at all.
+
+    Args:
+        form: a key of `FORMS`.
+        folder: does not exist yet.
+        content: of the folder.
+
+    Returns: a line for the log.
+    Raises: UserError for an unknown form, a folder that exists or cannot be written, a model that the form has no
+        place for, or a package that is not installed.
+    """
+    check_export(form, folder, content.resolution)
+    try:
+        with whole_folder(folder) as unfinished:
+            FORMS[form](unfinished, content)
+            files = sorted(unfinished.iterdir())
+            size = sum(file.stat().st_size for file in files) / 1e6
+    except OSError as error:
+        remedy = "free some space" if error.errno in DISK_FULL else "choose another folder"
+        raise UserError(f"--export: {folder} cannot be written ({error.strerror or 'it exists'}): {remedy}") from error
+    return f"exported for {form} to {folder}: {', '.join(file.name for file in files)} ({size:.1f} MB)"
+
+
+def check_export(form: str, folder: Path, resolution: tuple[int, int] | None = None) -> None:
+    """Raises UserError for what `export` would refuse, as far as it is known before the weights are read."""
+    if form not in FORMS:
+        raise UserError(f"--export: {form} should be one of {', '.join(FORMS)}")
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"--export: {folder} exists: give a folder that does not, or remove it")
+    if form == "onnx" and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
+        raise UserError("--export onnx needs two packages that are not installed: pip install onnx onnxscript")
+    if form == "huggingface" and resolution is not None and resolution[0] != resolution[1]:
+        raise UserError(
+            f"--export huggingface: CLIPModel has square images alone, and this model's have {resolution[0]} × "
+            f"{resolution[1]} pixels: export it as openclip or onnx"
+        )
+
+
+# ---- open_clip ------------------------------------------------------------------------------------------------------
+
+
+def _write_open_clip(folder: Path, content: Export) -> None:
+    """`open_clip.create_model_and_transforms("local-dir:FOLDER")`, and the same for `get_tokenizer`."""
+    sizes, preprocessing = content.architecture, content.preprocessing
+    image_size = list(content.resolution) if content.resolution[0] != content.resolution[1] else content.resolution[0]
+    model = {
+        "embed_dim": sizes["embed_dim"],
+        "quick_gelu": sizes["activation"] == QUICK_GELU,
+        "vision_cfg": {
+            "image_size": image_size,
+            "patch_size": sizes["patch_size"],
+            "width": sizes["vision_width"],
+            "layers": sizes["vision_layers"],
+            "head_width": sizes["vision_width"] // sizes["vision_heads"],
+        },
+        "text_cfg": {
+            "context_length": content.text_length,
+            "vocab_size": sizes["vocab_size"],
+            "width": sizes["text_width"],
+            "layers": sizes["text_layers"],
+            "heads": sizes["text_heads"],
+        },
+    }
+    preprocess = {
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.deviation),
+        "interpolation": "bicubic",
+        "resize_mode": "squash" if preprocessing.squash else "shortest",
+    }
+    _write_json(folder / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": preprocess})
+    _write_tensors(folder / "open_clip_model.safetensors", _state(content.model))
+
+
+# ---- Hugging Face ---------------------------------------------------------------------------------------------------
+
+
+def _write_hugging_face(folder: Path, content: Export) -> None:
+    """`CLIPModel.from_pretrained("FOLDER")`, and the same for `CLIPProcessor`."""
+    sizes = content.architecture
+    towers = {
+        tower: {
+            "model_type": f"clip_{tower}_model",
+            "hidden_size": sizes[f"{tower}_width"],
+            "intermediate_size": 4 * sizes[f"{tower}_width"],
+            "num_hidden_layers": sizes[f"{tower}_layers"],
+            "num_attention_heads": sizes[f"{tower}_heads"],
+            "projection_dim": sizes["embed_dim"],
+            "hidden_act": sizes["activation"],
+            "layer_norm_eps": 1e-5,
+        }
+        for tower in ("vision", "text")
+    }
+    towers["vision"] |= {"image_size": content.resolution[0], "patch_size": sizes["patch_size"], "num_channels": 3}
+    towers["text"] |= {
+        "vocab_size": sizes["vocab_size"],
+        "max_position_embeddings": content.text_length,
+        "bos_token_id": START,
+        "eos_token_id": END,
+        "pad_token_id": END,
+    }
+    config = {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": sizes["embed_dim"],
+        "logit_scale_init_value": content.model.logit_scale.item(),
+        "vision_config": towers["vision"],
+        "text_config": towers["text"],
+    }
+    _write_json(folder / "config.json", config)
+    _write_tensors(folder / "model.safetensors", to_hugging_face(_state(content.model)))
+    _write_image_processor(folder, content)
+    _write_tokenizer(folder, content)
+
+
+def _write_image_processor(folder: Path, content: Export) -> None:
+    height, width = content.resolution
+    preprocessing = content.preprocessing
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": height, "width": width} if preprocessing.squash else {"shortest_edge": min(height, width)},
+        "resample": 3,  # bicubic
+        "do_center_crop": not preprocessing.squash,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.deviation),
+    }
+    _write_json(folder / "preprocessor_config.json", processor)
+
+
+def _write_tokenizer(folder: Path, content: Export) -> None:
+    """Captions get the ids that they have here; only broken encodings and HTML entities are not mended there."""
+    start, end = SPELLED[START], SPELLED[END]
+    specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    _write_json(folder / "vocab.json", content.tokenizer.vocabulary, indent=None)
+    merges = "\n".join(" ".join(pair) for pair in content.tokenizer.merges)
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    _write_json(folder / "special_tokens_map.json", specials)
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": content.text_length}
+    _write_json(folder / "tokenizer_config.json", tokenizer | specials)
+
+
+# ---- ONNX -----------------------------------------------------------------------------------------------------------
+
+
+def _write_onnx(folder: Path, content: Export) -> None:
+    """`image_encoder.onnx` and `text_encoder.onnx`, each for any number of inputs, and the two parts of a processor.
+
+    Features are not L2-normalised; `logit_scale`, before its exponential, is in the metadata of both.
+    """
+    height, width = content.resolution
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=content.text_length)
+    images = torch.zeros(2, 3, height, width)
+    token_ids = torch.tensor([[START, END, *[0] * (content.text_length - 2)]] * 2)
+    settings = {"logit_scale": repr(content.model.logit_scale.item()), "activation": content.architecture["activation"]}
+    for name, encoder, inputs, dimensions in (
+        ("image", content.model.image_encoder, {"images": images}, {0: batch}),
+        ("text", content.model.text_encoder, {"token_ids": token_ids}, {0: batch, 1: length}),
+    ):
+        _write_onnx_model(folder / f"{name}_encoder.onnx", encoder, inputs, dimensions, settings)
+    _write_image_processor(folder, content)
+    _write_tokenizer(folder, content)
+
+
+def _write_onnx_model(
+    path: Path, encoder: nn.Module, inputs: dict[str, Tensor], dimensions: dict[int, Any], settings: dict[str, str]
+) -> None:
+    size = sum(parameter.nbytes for parameter in encoder.parameters())
+    loud = logging.getLogger("torch.onnx")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what torch's exporter uses inside
+            program = torch.onnx.export(
+                encoder,
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=["features"],
+                dynamic_shapes=(dimensions,),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        loud.setLevel(level)
+    program.model.metadata_props.update(settings)
+    program.save(str(path), external_data=size > ONE_FILE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _state(model: TBPSCLIP) -> dict[str, Tensor]:
+    """Towers and temperature under OpenAI's names."""
+    return {name: value.contiguous() for name, value in from_ours(model.state_dict()).items()}
+
+
+def _write_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    save_file(state, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # its own choice is that nobody else can read it
+
+
+def _write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+FORMS: dict[str, Callable[[Path, Export], None]] = {
+    "openclip": _write_open_clip,
+    "huggingface": _write_hugging_face,
+    "onnx": _write_onnx,
+}

@@ -1,0 +1,156 @@
+"""open_clip's registry: a tag such as `openai`, `laion2b_s34b_b88k` or `ViT-L-14/openai` becomes a file.
+
+open_clip downloads it, checks it and keeps it; it is imported only where a tag is used, since that takes seconds.
+"""
+
+import difflib
+import re
+import socket
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from misc.errors import UserError
+from model.pretrained.settings import Settings, of_open_clip
+
+USUAL_MODEL = "ViT-B-16"
+"""Whose weights a tag without a model means, where it has some: the paper's backbone."""
+CACHE = "~/.cache/clip"
+"""Where open_clip, like OpenAI's own code, keeps what it downloads from a plain address."""
+PATIENCE = 1.0
+"""Seconds in which a server has to answer. A download that cannot begin is otherwise tried again for 46 s."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the registry: the file, once it is on this machine, and what is known of it.
+
+    Attributes:
+        name: MODEL/TAG.
+        settings: what the tensors will not tell.
+        download: open_clip's own entry, with `url` and `hf_hub`.
+    """
+
+    name: str
+    settings: Settings
+    download: dict[str, Any]
+
+
+def may_be_tag(source: str) -> bool:
+    """Whether it looks like TAG or MODEL/TAG, in which there are no dots."""
+    return re.fullmatch(r"(?:[\w-]+/)?[\w-]+", source) is not None
+
+
+def find_entry(source: str) -> Entry:
+    """The entry that a tag means.
+
+    Args:
+        source: TAG or MODEL/TAG; `-` and `_` are the same in a tag.
+
+    Raises: UserError where there is none, several models have it and ViT-B-16 is not among them, or its model is
+        another kind than CLIP.
+    """
+    from open_clip import get_model_config, list_pretrained
+    from open_clip.pretrained import get_pretrained_cfg
+
+    model, _, tag = source.rpartition("/")
+    tag = tag.lower().replace("-", "_")
+    # Each model with QuickGELU stands in the registry twice, once with a suffix.
+    pairs = [(m, t) for m, t in list_pretrained() if not m.endswith("-quickgelu")]
+    models = [m for m, t in pairs if t == tag and model.removesuffix("-quickgelu") in ("", m)]
+    if not model and USUAL_MODEL in models:
+        models = [USUAL_MODEL]
+    if not models:
+        known = [f"{m}/{t}" for m, t in pairs] if model else [t for _, t in pairs]
+        nearest = difflib.get_close_matches(f"{model}/{tag}" if model else tag, dict.fromkeys(known))
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "give an existing path, or a tag such as openai"
+        raise UserError(f"no such file or folder, and no tag of open_clip: {hint}")
+    if len(models) > 1:
+        raise UserError(f"several models have this tag: give one of {', '.join(f'{m}/{tag}' for m in models)}")
+    download = get_pretrained_cfg(models[0], tag)
+    settings = of_open_clip(get_model_config(models[0]) or {}, download, quick_gelu=download.get("quick_gelu", False))
+    return Entry(f"{models[0]}/{tag}", settings, download)
+
+
+def fetch(entry: Entry) -> Path:
+    """The file of an entry: the one that was put in its place, one that was downloaded before, or a new download.
+
+    Raises: UserError, within about a second, where its server cannot be reached; and where the download fails.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    url, (repository, names) = entry.download.get("url", ""), _hub_files(entry)
+    place = Path(CACHE).expanduser() / (Path(urlsplit(url).path).name if url else entry.name.replace("/", "-"))
+    if place.is_file():  # with an address, open_clip checks the checksum that is in it
+        return _download(entry, place, [url]) if url else place
+    for name in names if repository else []:
+        if isinstance(cached := try_to_load_from_cache(repository, name), str):
+            return Path(cached)
+    servers = [constants.ENDPOINT] if repository and not constants.HF_HUB_OFFLINE else []
+    servers += [url] if url else []
+    reached = _reachable(servers)
+    if not reached:
+        hosts = " and ".join(_host(server)[0] for server in servers) or "the Hugging Face hub (HF_HUB_OFFLINE is set)"
+        raise UserError(f"{entry.name} is not on this machine, and {hosts} cannot be reached: {_by_hand(entry, place)}")
+    return _download(entry, place, reached)
+
+
+def _hub_files(entry: Entry) -> tuple[str, list[str]]:
+    """The repository on the Hugging Face hub and the names of the file in it, as open_clip looks for them."""
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    repository, _, name = entry.download.get("hf_hub", "").rpartition("/")
+    return repository, [name] if name else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+
+
+def _download(entry: Entry, place: Path, servers: list[str]) -> Path:
+    """From the first of the servers that has it: the address of the entry, or the hub."""
+    from open_clip.pretrained import download_pretrained
+
+    reasons = []
+    for server in servers:
+        try:
+            return Path(download_pretrained(entry.download, prefer_hf_hub=server != entry.download.get("url")))
+        except (OSError, RuntimeError, ValueError) as error:
+            reasons.append(" ".join(str(error).split()) or type(error).__name__)
+    raise UserError(f"{entry.name} cannot be downloaded ({'; '.join(reasons)}): {_by_hand(entry, place)}")
+
+
+def _by_hand(entry: Entry, place: Path) -> str:
+    repository, names = _hub_files(entry)
+    what = entry.download.get("url") or f"{' or '.join(names)} of https://huggingface.co/{repository}"
+    return f"download {what} on another machine, and put it at {place}"
+
+
+def _reachable(servers: list[str]) -> list[str]:
+    """Those that answer within `PATIENCE`, in their order."""
+    reached: dict[str, bool] = {}
+
+    def knock(server: str) -> None:
+        try:
+            socket.create_connection(_host(server), timeout=PATIENCE).close()
+            reached[server] = True
+        except OSError:
+            reached[server] = False
+
+    # Looking up a name has no time limit of its own, so nobody waits for these threads.
+    threads = [threading.Thread(target=knock, args=(server,), daemon=True) for server in servers]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + PATIENCE
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return [server for server in servers if reached.get(server)]
+
+
+def _host(server: str) -> tuple[str, int]:
+    """Host and port that are connected to for an address: those of the proxy, where one is set."""
+    parts = urlsplit(server)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and not urllib.request.proxy_bypass(parts.netloc):
+        parts = urlsplit(proxy if "//" in proxy else f"//{proxy}", scheme="http")
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
