@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from misc.errors import DISK_FULL, UserError
@@ -254,8 +254,8 @@ def _state(model: TBPSCLIP) -> dict[str, Tensor]:
 
 
 def _write_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    save_file(state, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # its own choice is that nobody else can read it
+    # Written by Python, whose errors tell of a full disk and whose files others may read.
+    path.write_bytes(save(state, metadata={"format": "pt"}))
 
 
 def _write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
