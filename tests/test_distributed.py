@@ -1,11 +1,15 @@
 """Which device a process takes, and when that is refused. The collectives are tested in test_ranks.py."""
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
 from misc import distributed
-from misc.distributed import processes
+from misc.distributed import Processes, processes
 from misc.errors import UserError
+from tests.processes import run_on_ranks
 
 
 @pytest.fixture
@@ -98,3 +102,22 @@ def test_restarts_of_several_torchruns_that_would_hang_are_warned_of(
         monkeypatch.setenv(name, value)
     note = distributed._join(torch.device("cpu"), "gloo", "env://").note
     assert (note is not None and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note) == warned
+
+
+def find_or_make(here: Processes, path: Path) -> str:
+    """What each of several ranks does that would all download the same file."""
+
+    def find() -> str:
+        if path.exists():
+            return "found"
+        time.sleep(0.5)  # time enough for another rank to find nothing either
+        path.touch()
+        return "made"
+
+    return here.first_on_machine(find)
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_machine_downloads_and_the_others_find_it(tmp_path):
+    assert run_on_ranks(3, find_or_make, tmp_path, tmp_path / "file") == ["made", "found", "found"]
+    assert find_or_make(Processes(0, 1, torch.device("cpu")), tmp_path / "alone") == "made"

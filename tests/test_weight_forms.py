@@ -178,6 +178,10 @@ def test_the_preprocessing_of_a_folder_is_read(tmp_path):
         ({"text_config": {"hidden_act": "relu"}}, ["hidden_act", "relu"]),
         ({"vision_config": {"layer_norm_eps": 1e-6}}, ["layer_norm_eps", "1e-06"]),
         ({"vision_config": {"image_size": 96}}, ["16 patches", "96 × 96", "6 × 6"]),
+        ({"vision_config": {"num_attention_heads": "two"}}, ["'two' attention heads"]),
+        ({"text_config": {"num_attention_heads": 0}}, ["0 attention heads"]),
+        ({"text_config": {"num_attention_heads": 5}}, ["5 attention heads", "do not divide the width 48"]),
+        ({"vision_config": {"image_size": -64}}, ["-64 pixels"]),
     ],
 )
 def test_a_folder_of_another_model_is_refused(tmp_path, change, words):
@@ -277,6 +281,7 @@ def test_a_training_checkpoint_of_open_clip(tmp_path, wrap):
         ("vision_cfg", {"mlp_ratio": 4.36}),
         ("text_cfg", {"no_causal_mask": True}),
         ("text_cfg", {"hf_model_name": "roberta-base"}),
+        ("vision_cfg", {"layers": [3, 4, 6, 3]}),
     ],
 )
 def test_a_folder_of_open_clip_with_another_kind_of_model_is_refused(tmp_path, section, change):
@@ -286,6 +291,23 @@ def test_a_folder_of_open_clip_with_another_kind_of_model_is_refused(tmp_path, s
     (tmp_path / "model/open_clip_config.json").write_text(json.dumps(config))
     message = refusal(tmp_path / "model")
     assert "another kind of model than CLIP" in message and next(iter(change)) in message
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, ["no vision_cfg"]),
+        ({"model_cfg": 3}, ["no vision_cfg"]),
+        ({"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {"mean": [0.5, 0.5]}}, ["[0.5, 0.5]"]),
+        ({"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {"std": ["a", 1, 2]}}, ["'a'"]),
+        ({"model_cfg": open_clip_config("gelu") | {"vision_cfg": {"width": 64, "head_width": 0}}}, ["64 / 0"]),
+    ],
+)
+def test_a_folder_of_open_clip_with_broken_settings_is_refused(tmp_path, config, words):
+    open_clip_folder(tmp_path / "model", "gelu")
+    (tmp_path / "model/open_clip_config.json").write_text(json.dumps(config))
+    message = refusal(tmp_path / "model")
+    assert all(word in message for word in words), message
 
 
 # ---- architecture ---------------------------------------------------------------------------------------------------
@@ -519,6 +541,29 @@ def test_a_grid_of_a_checkpoint_that_only_looks_square_is_resized_from_its_own(t
     assert (found.grid, found.resolution) == ((8, 2), (128, 32))
     other = TBPSCLIP(**TINY_MODEL | {"resolution": (64, 64)})
     assert load_weights(other, found) == ["image position embeddings resized from 8 × 2 to 4 × 4 patches"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model": {"activation": "relu"}}, ["'relu'"]),
+        ({"model": {"vision_heads": "auto"}}, ["'auto' attention heads"]),
+        ({"experiment": {"input_resolution": [64, 0]}}, ["0 pixels"]),
+        ({"experiment": {"input_resolution": [64, 64]}}, ["8 patches", "4 × 4"]),
+    ],
+)
+def test_a_checkpoint_with_broken_settings_is_refused(tmp_path, config, words):
+    torch.save({"model": TBPSCLIP(**TINY_MODEL).state_dict(), "config": config}, tmp_path / "x.pth")
+    message = refusal(tmp_path / "x.pth")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"model": [1], "experiment": None}, {"experiment": {"input_resolution": "big"}}]
+)
+def test_a_checkpoint_that_tells_little_is_read(tmp_path, config):
+    torch.save({"model": TBPSCLIP(**TINY_MODEL).state_dict(), "config": config}, tmp_path / "x.pth")
+    assert read_weights(tmp_path / "x.pth").settings == Settings("quick_gelu", preprocessing=OF_TBPS)
 
 
 def test_a_folder_of_a_run_tells_which_file_to_give(tmp_path):

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,7 +116,7 @@ def _download(entry: Entry, place: Path, servers: list[str]) -> Path:
     for server in servers:
         try:
             return Path(download_pretrained(entry.download, prefer_hf_hub=server != entry.download.get("url")))
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, HTTPException, RuntimeError, ValueError) as error:
             reasons.append(" ".join(str(error).split()) or type(error).__name__)
     raise UserError(f"{entry.name} cannot be downloaded ({'; '.join(reasons)}): {_by_hand(entry, place)}")
 

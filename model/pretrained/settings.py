@@ -47,6 +47,30 @@ class Settings:
     resolution: tuple[int, int] | None = None
     preprocessing: Preprocessing | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError for values that no model can have: they come from files of others."""
+        counts = {"attention heads": (self.vision_heads, self.text_heads), "pixels": self.resolution or ()}
+        for what, values in counts.items():
+            for value in values:
+                if value is not None and not (isinstance(value, int) and value > 0):
+                    raise UserError(f"its settings tell of {value!r} {what}, where a number must be")
+        if self.activation not in (None, QUICK_GELU, GELU):
+            raise UserError(f"its settings tell of the activation {self.activation!r}, not of {QUICK_GELU} or {GELU}")
+        if self.preprocessing is not None:
+            for values in (self.preprocessing.mean, self.preprocessing.deviation):
+                if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+                    raise UserError(f"its settings tell of {list(values)} for three channels of an image")
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """What lies under a key, or nothing where that is no section."""
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _three(values: Any, default: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(values) if isinstance(values, list | tuple) else default
+
 
 def as_resolution(value: Any) -> tuple[int, int] | None:
     """(height, width) from one integer or two; None from anything else."""
@@ -58,12 +82,12 @@ def as_resolution(value: Any) -> tuple[int, int] | None:
 
 def of_checkpoint(config: dict[str, Any]) -> Settings:
     """Of a checkpoint of TBPS-CLIP, from its configuration; the published code knows QuickGELU alone."""
-    model = config.get("model") or {}
+    model = _section(config, "model")
     return Settings(
         activation=model.get("activation", QUICK_GELU),
         vision_heads=model.get("vision_heads"),
         text_heads=model.get("text_heads"),
-        resolution=as_resolution((config.get("experiment") or {}).get("input_resolution")),
+        resolution=as_resolution(_section(config, "experiment").get("input_resolution")),
         preprocessing=OF_TBPS,
     )
 
@@ -100,15 +124,20 @@ def of_open_clip(model: dict[str, Any], preprocess: dict[str, Any], *, quick_gel
     quick = model.get("quick_gelu", False) if quick_gelu is None else quick_gelu
     return Settings(
         activation=QUICK_GELU if quick else GELU,
-        vision_heads=vision.get("width", 768) // vision.get("head_width", 64),
+        vision_heads=_quotient(vision.get("width", 768), vision.get("head_width", 64)),
         text_heads=text.get("heads", 8),
         resolution=as_resolution(vision.get("image_size", 224)),
         preprocessing=Preprocessing(
-            tuple(preprocess.get("mean", OF_CLIP.mean)),
-            tuple(preprocess.get("std", OF_CLIP.deviation)),
+            _three(preprocess.get("mean"), OF_CLIP.mean),
+            _three(preprocess.get("std"), OF_CLIP.deviation),
             squash=preprocess.get("resize_mode") == "squash",
         ),
     )
+
+
+def _quotient(width: Any, head_width: Any) -> Any:
+    whole = isinstance(width, int) and isinstance(head_width, int) and head_width > 0
+    return width // head_width if whole else f"{width} / {head_width}"
 
 
 def _as_tuple(value: Any) -> tuple:
@@ -122,20 +151,20 @@ def of_hugging_face(model: dict[str, Any], preprocessor: dict[str, Any] | None) 
     """
     if model.get("model_type") != "clip":
         raise UserError(f"config.json is of a model of type {model.get('model_type')}, not of a CLIPModel (clip)")
-    vision, text = model.get("vision_config") or {}, model.get("text_config") or {}
-    activations = {tower.get("hidden_act", QUICK_GELU) for tower in (vision, text)}
+    vision, text = _section(model, "vision_config"), _section(model, "text_config")
+    activations = {str(tower.get("hidden_act", QUICK_GELU)) for tower in (vision, text)}
     if len(activations) > 1 or not activations <= {QUICK_GELU, GELU}:
         found = " and ".join(sorted(activations))
         raise UserError(f"config.json: hidden_act is {found}, where both towers should have quick_gelu, or both gelu")
-    epsilons = {tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)}
-    if epsilons != {1e-5}:
-        raise UserError(f"config.json: layer_norm_eps {sorted(epsilons)}, where CLIP has 1e-05")
+    epsilons = [tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)]
+    if epsilons != [1e-5, 1e-5]:
+        raise UserError(f"config.json: layer_norm_eps {epsilons}, where CLIP has 1e-05")
     preprocessing = None
     if preprocessor is not None:
         preprocessing = Preprocessing(
-            tuple(preprocessor.get("image_mean", OF_CLIP.mean)),
-            tuple(preprocessor.get("image_std", OF_CLIP.deviation)),
-            squash=not preprocessor.get("do_center_crop", True) and "height" in (preprocessor.get("size") or {}),
+            _three(preprocessor.get("image_mean"), OF_CLIP.mean),
+            _three(preprocessor.get("image_std"), OF_CLIP.deviation),
+            squash=not preprocessor.get("do_center_crop", True) and "height" in _section(preprocessor, "size"),
         )
     return Settings(
         activation=activations.pop(),

@@ -182,7 +182,8 @@ def _open_folder(folder: Path) -> tuple[str, dict[str, Tensor], Settings]:
     """What kind of folder it is, its tensors under their own names, and its settings."""
     if (folder / "open_clip_config.json").is_file():
         told = _read_json(folder / "open_clip_config.json")
-        told = settings.of_open_clip(told.get("model_cfg") or {}, told.get("preprocess_cfg") or {})
+        sections = (told.get(key) for key in ("model_cfg", "preprocess_cfg"))
+        told = settings.of_open_clip(*(section if isinstance(section, dict) else {} for section in sections))
         return "folder of open_clip", _read_parts(folder, OPEN_CLIP_FILES), told
     if (folder / "config.json").is_file():
         preprocessor = folder / "preprocessor_config.json"
