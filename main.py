@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 
 from misc import build
-from misc.config import DEFAULT_CONFIG, load_config, plain, save_config
+from misc.config import DEFAULT_CONFIG, RULES, load_config, plain, save_config
 from misc.datasets import check_images, read_annotations, statistics_table
 from misc.distributed import Launch, Processes, local_rank, processes
 from misc.errors import DISK_FULL, UserError
@@ -181,8 +181,7 @@ def evaluate(config, here: Processes, source: str) -> None:
     precision = Precision.choose(config.misc.precision, here.device)
     tokenizer = Tokenizer()
     weights = build.weights_of(source, here)
-    config = build.as_saved(config, weights)
-    model, weight_notes = build.build_saved_model(config, weights)
+    model, config, weight_notes = build.build_saved_model(config, weights)
     splits, statistics = read_dataset(config)
     evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
     with RunLog(None, is_main=here.is_main) as log:
@@ -193,12 +192,13 @@ def evaluate(config, here: Processes, source: str) -> None:
 
 def export_weights(config, here: Processes, form: str, out: str) -> None:
     """Writes the weights that a run would begin with for another tool, at their own resolution and text length."""
+    if out.partition("=")[0] in RULES:
+        raise UserError(f"--export {form} {out}: {out} is a setting: name the folder to write, --export FORM OUT")
     check_export(form, Path(out))
     weights = build.starting_weights(config, here)
     if weights is None:
         raise UserError("--export: model.checkpoint is null: set it to the weights to export")
-    config = build.as_saved(config, weights)
-    model, weight_notes = build.build_saved_model(config, weights)
+    model, config, weight_notes = build.build_saved_model(config, weights)
     with RunLog(None, is_main=here.is_main) as log:
         for line in weight_notes:
             log.line(line)

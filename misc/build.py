@@ -13,6 +13,7 @@ from misc.datasets import Split
 from misc.distributed import Processes, gather
 from misc.errors import UserError
 from misc.evaluation import Evaluator
+from misc.files import is_folder
 from misc.loader import Augmentation, GlobalBatchSampler, TrainingSet, training_loader
 from misc.optimizer import build_optimizer, learning_rate, parameter_groups
 from misc.precision import Precision
@@ -21,9 +22,9 @@ from model.objectives import Objectives
 from model.pretrained.architecture import usual_heads
 from model.pretrained.export import Export
 from model.pretrained.loading import load_weights
-from model.pretrained.settings import QUICK_GELU
-from model.pretrained.weights import Weights, find_weights, read_weights
+from model.pretrained.weights import Weights, find_weights, read_weights, square_grid
 from model.tbps_clip import TBPSCLIP
+from model.transformer import QUICK_GELU
 from text_utils.tokenizer import VOCABULARY_SIZE, Tokenizer
 
 RANDOM_ARCHITECTURE = {
@@ -82,8 +83,14 @@ def build_towers(config: EasyDict, **heads) -> TBPSCLIP:
 
 def starting_weights(config: EasyDict, processes: Processes) -> Weights | None:
     """The weights that a new run begins with; None where they are drawn at random. Call it on all ranks."""
-    source = config.model.saved_path if config.model.ckpt_type == "saved" else config.model.checkpoint
-    return None if source is None else weights_of(source, processes)
+    if config.model.ckpt_type == "saved":
+        if is_folder(config.model.saved_path):
+            raise UserError(
+                f"model.saved_path: {config.model.saved_path} is a folder, and with model.ckpt_type: saved it should "
+                "be the file to start from: give that, or start from the folder with model.checkpoint"
+            )
+        return weights_of(config.model.saved_path, processes)
+    return None if config.model.checkpoint is None else weights_of(config.model.checkpoint, processes)
 
 
 def weights_of(source: str, processes: Processes) -> Weights:
@@ -97,44 +104,65 @@ def settle(config: EasyDict, weights: Weights | None, resumed: dict | None = Non
     Raises UserError where the configuration and the weights contradict each other.
     """
     if resumed is not None:
-        return configuration.settle(config, {"activation": QUICK_GELU} | resumed["model"])
+        return configuration.settle(config, resumed["model"])
     if weights is not None:
-        given = config.model.activation
-        architecture = weights.architecture(None if given == configuration.AUTO else given)
-        # How many heads there are is at times only what is usual, and then the configuration's word counts.
-        guessed = [tower for tower in ("vision_heads", "text_heads") if getattr(weights.settings, tower) is None]
-        architecture |= {key: config.model[key] for key in guessed if config.model[key] != configuration.AUTO}
-        return configuration.settle(config, architecture, weights.name)
-    widths = RANDOM_ARCHITECTURE | {key: value for key, value in config.model.items() if value != configuration.AUTO}
-    heads = {f"{tower}_heads": usual_heads(widths[f"{tower}_width"]) for tower in ("vision", "text")}
-    return configuration.settle(config, RANDOM_ARCHITECTURE | heads)
+        return configuration.settle(config, _architecture(config, weights), weights.name)
+    given = {key: config.model[key] for key in configuration.ARCHITECTURE_KEYS}
+    sizes = RANDOM_ARCHITECTURE | {key: value for key, value in given.items() if value != configuration.AUTO}
+    heads = {f"{tower}_heads": usual_heads(sizes[f"{tower}_width"]) for tower in ("vision", "text")}
+    return configuration.settle(config, heads | sizes)
+
+
+def _architecture(config: EasyDict, weights: Weights) -> dict[str, int | str]:
+    """What the weights tell; and of what no tensor shows, what the configuration says, if it is for such weights.
+
+    Raises UserError where nothing tells the activation, or heads do not divide a width.
+    """
+    given = config.model.activation
+    architecture = weights.sizes | {"activation": weights.activation(None if given == configuration.AUTO else given)}
+    for tower in ("vision", "text"):
+        width, heads = weights.sizes[f"{tower}_width"], config.model[f"{tower}_heads"]
+        meant = heads != configuration.AUTO and config.model[f"{tower}_width"] in (configuration.AUTO, width)
+        chosen = getattr(weights.settings, f"{tower}_heads") or (heads if meant else usual_heads(width))
+        if width % chosen:
+            raise UserError(
+                f"{weights.name}: nothing in it tells how many attention heads share the width {width}, and {chosen} "
+                f"do not divide it: set model.{tower}_heads"
+            )
+        architecture[f"{tower}_heads"] = chosen
+    return architecture
 
 
 def as_saved(config: EasyDict, weights: Weights) -> EasyDict:
     """The configuration with all that the weights decide: what a model of them is evaluated and exported with.
 
-    Raises UserError where the weights do not tell their resolution or activation.
+    Raises UserError where nothing tells their activation or resolution.
     """
-    if weights.resolution is None:
-        patches = len(weights.state["visual.positional_embedding"]) - 1
-        raise UserError(f"{weights.name}: its {patches} patches form no square grid, and nothing tells its resolution")
-    given = config.model.activation
-    config = EasyDict(configuration.plain(config))
-    config.model.update(weights.architecture(None if given == configuration.AUTO else given))
-    config.experiment.update(input_resolution=list(weights.resolution), text_length=weights.text_length)
-    return config
+    saved = EasyDict(configuration.plain(config))
+    saved.model.update(_architecture(config, weights))
+    patch = saved.model.patch_size
+    configured = tuple(side // patch for side in configuration.resolution(config))
+    fits = configured[0] * configured[1] == weights.patches
+    grid = weights.grid or (configured if fits else square_grid(weights.patches))
+    if grid is None:
+        raise UserError(
+            f"{weights.name}: nothing in it tells its resolution, and its {weights.patches} patches of {patch} pixels "
+            "form no square: set experiment.input_resolution=[height, width] to that of these weights"
+        )
+    saved.experiment.update(input_resolution=[side * patch for side in grid], text_length=weights.text_length)
+    return saved
 
 
 def weight_notes(config: EasyDict, weights: Weights) -> list[str]:
     """Lines for the log: where the weights come from, and what they make of the model."""
     model = config.model
-    told = "as they tell" if weights.settings.activation else "given as model.activation"
+    told = weights.settings.activation is not None
     return [
         f"weights of {weights.name} ({weights.form})",
         f"architecture: patches of {model.patch_size} pixels; image encoder {model.vision_layers} layers, width "
         f"{model.vision_width}, {model.vision_heads} heads; text encoder {model.text_layers} layers, width "
         f"{model.text_width}, {model.text_heads} heads; shared space {model.embed_dim}",
-        f"activation: {model.activation} ({told})",
+        f"activation: {model.activation} ({'as they tell' if told else 'given as model.activation'})",
     ]
 
 
@@ -162,15 +190,22 @@ def build_model(
     return model, [*weight_notes(config, weights), *load_weights(model, weights)]
 
 
-def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, list[str]]:
-    """The towers of the weights, and lines for the log. `config` comes from `as_saved`."""
-    model = build_towers(config)
-    size = "{} × {} pixels, {} tokens".format(*configuration.resolution(config), config.experiment.text_length)
-    return model, [*weight_notes(config, weights), f"for {size}", *load_weights(model, weights)]
+def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, EasyDict, list[str]]:
+    """The towers of the weights, the configuration with what they decide, and lines for the log."""
+    saved = as_saved(config, weights)
+    model = build_towers(saved)
+    notes = [
+        *weight_notes(saved, weights),
+        "for {} × {} pixels, {} tokens".format(*configuration.resolution(saved), saved.experiment.text_length),
+        *load_weights(model, weights),
+    ]
+    if config.model.activation not in (configuration.AUTO, saved.model.activation):
+        notes.append(f"warning: model.activation: {config.model.activation} is not used, the weights tell otherwise")
+    return model, saved, notes
 
 
 def build_export(config: EasyDict, model: TBPSCLIP, weights: Weights, tokenizer: Tokenizer) -> Export:
-    """What is written for other tools. `config` comes from `as_saved`, `model` from `build_saved_model`."""
+    """What is written for other tools; `config` and `model` come from `build_saved_model`."""
     return Export(
         model=model,
         architecture={key: config.model[key] for key in configuration.ARCHITECTURE_KEYS},

@@ -3,9 +3,6 @@
 Read here is what a run goes on from; weights to start from or to evaluate come in any form (`model/pretrained/`).
 """
 
-import re
-import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 
 from misc.errors import DISK_FULL, UserError
 from misc.files import whole_file
+from model.pretrained.archives import open_archive
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -41,24 +39,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         `metrics` (of the last of them), …
     Raises: UserError, naming the file, where it is damaged, incomplete, something else, or would need code to be run.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: give the path of a checkpoint_*.pth of a run")
     try:
-        _check_content(path)
-        # The one class in a published checkpoint. A plain dict is put in its place, so that not even its code is run.
-        with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read ({error.strerror}): see to it, or give another one"
-        ) from error
-    except Exception as error:  # a damaged archive or pickle can fail in every way
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it asks to run {wanted[1]}, and code in a checkpoint is never run"
-        else:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = f"{first_line}; it is cut off, damaged, or not a checkpoint of this project"
-        raise UserError(f"checkpoint {path} is refused: {reason}") from error
+        _, content = open_archive(path)
+    except UserError as error:
+        raise UserError(f"checkpoint {path} is refused: {error}") from error
     if not isinstance(content, dict) or not _is_state(content.get("model")) or not _is_tree(content.get("config")):
         raise UserError(f"checkpoint {path} is not one of this project: give the path of a checkpoint_*.pth of a run")
     return content
@@ -74,11 +58,3 @@ def _is_state(value: Any) -> bool:
 def _is_tree(value: Any) -> bool:
     """Whether it is a configuration with its sections."""
     return isinstance(value, dict) and isinstance(value.get("experiment", {}), dict)
-
-
-def _check_content(path: Path) -> None:
-    """Raises ValueError where a record of the archive is not what was written; torch does not look at the checksums."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")

@@ -17,6 +17,7 @@ from easydict import EasyDict
 from misc.errors import UserError
 from misc.files import whole_file
 from model.heads import attention_heads
+from model.transformer import ACTIVATIONS
 from text_utils.tokenizer import VOCABULARY_SIZE
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "config"
@@ -146,7 +147,7 @@ RULES: dict[str, Rule] = {
     "model.lock_bottom": SWITCH,
     "model.grad_checkpointing": SWITCH,
     "model.softlabel_ratio": PROBABILITY,
-    "model.activation": _choice(AUTO, "quick_gelu", "gelu"),
+    "model.activation": _choice(AUTO, *ACTIVATIONS),
     "model.embed_dim": COUNT_OR_AUTO,
     "model.vocab_size": _choice(VOCABULARY_SIZE),
     "model.patch_size": COUNT_OR_AUTO,
@@ -236,17 +237,18 @@ def settle(config: EasyDict, architecture: dict[str, Any], source: str | None = 
     Raises UserError where the configuration says something else than the weights, or contradicts itself now.
     """
     settled = EasyDict(plain(config))
-    differing = [key for key in ARCHITECTURE_KEYS if config.model[key] not in (AUTO, architecture[key])]
-    if source is not None and differing:
-        there = ", ".join(f"{key} {architecture[key]}" for key in differing)
-        keys = " ".join(f"model.{key}={AUTO}" for key in differing)
-        here = ", ".join(f"model.{key}: {config.model[key]}" for key in differing)
-        raise UserError(f"configuration: {here} does not fit {source}, which has {there}: set {keys}")
     settled.model.update({key: architecture[key] for key in ARCHITECTURE_KEYS if config.model[key] == AUTO})
     if config.experiment.simclr_mlp == AUTO:
         width = settled.model.embed_dim
         settled.experiment.simclr_mlp = [width, 128, width]  # paper: 512, 128, 512
-    if problems := list(_contradictions(flatten(settled))):
+    problems = list(_contradictions(flatten(settled)))
+    differing = [key for key in ARCHITECTURE_KEYS if settled.model[key] != architecture[key]]
+    if source is not None and differing:
+        here = ", ".join(f"model.{key}: {config.model[key]}" for key in differing)
+        there = ", ".join(f"{key} {architecture[key]}" for key in differing)
+        keys = " ".join(f"model.{key}={AUTO}" for key in differing)
+        problems.append(f"{here} does not fit {source}, which has {there}: set {keys}")
+    if problems:
         raise UserError("configuration: " + "; ".join(problems))
     return settled
 

@@ -13,6 +13,9 @@ class UserError(ValueError):
     keeps its traceback.
     """
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # names out of others' files may hold anything
+
 
 def first_of(items: list[str], shown: int = 3) -> str:
     """The first few of a list, and how many more there are."""

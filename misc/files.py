@@ -1,11 +1,30 @@
 """Files and folders that are written whole or not at all."""
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+
+def is_file(path: str | Path) -> bool:
+    """As `Path.is_file`, and False for a path that may not be looked at or cannot exist."""
+    return _holds(path, Path.is_file)
+
+
+def is_folder(path: str | Path) -> bool:
+    """As `Path.is_dir`, and False for a path that may not be looked at or cannot exist."""
+    return _holds(path, Path.is_dir)
+
+
+def _holds(path: str | Path, test: Callable[[Path], bool]) -> bool:
+    try:
+        return test(Path(path))
+    except (OSError, ValueError):
+        return False
 
 
 def unfinished(path: Path) -> Path:
@@ -34,27 +53,31 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the name `path` when the context ends well; else nothing is left of it.
+    """A new folder to write files into, which takes the name `path` when the context ends well; else nothing is left.
 
+    Missing parents are made. Only a process that is killed leaves something: a folder of another name, ending in .part.
     Raises FileExistsError where there is something of that name, before and after the writing.
     """
-    if path.exists():
-        raise FileExistsError(path)
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    missing = [parent for parent in path.absolute().parents if not os.path.lexists(parent)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = unfinished(path)
-    shutil.rmtree(part, ignore_errors=True)  # of a crash
-    part.mkdir()
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
+        part.mkdir()
         yield part
         for file in part.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         _sync_folder(part)
-        if path.exists():
-            raise FileExistsError(path)
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # somebody else has put something into it
+                parent.rmdir()
         raise
     _sync_folder(path.parent)
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from misc.checkpoint import read_checkpoint, write_checkpoint
-from misc.config import flatten
+from misc.config import ARCHITECTURE_KEYS, flatten
 from misc.distributed import Launch, Processes
 from misc.errors import UserError, first_of
 from misc.files import unfinished
 from misc.progress import Progress
 from misc.run_log import check_run_folder
 from misc.training import Trainer
+from model.transformer import QUICK_GELU
 
 LAST = "checkpoint_last.pth"
 BEST = "checkpoint_best.pth"
@@ -56,7 +57,7 @@ def find_start(folder: Path, *, resume: bool, overwrite: bool, launch: Launch) -
             raise UserError(
                 f"--resume: there is no {path}: set model.saved_path to the folder of a run, or leave --resume out"
             )
-        content = read_checkpoint(path)
+        content = _read(path)
         if "progress" not in content:
             raise UserError(
                 f"--resume: {path} holds no state of a training: start from its weights with model.ckpt_type=saved "
@@ -64,11 +65,21 @@ def find_start(folder: Path, *, resume: bool, overwrite: bool, launch: Launch) -
             )
         return content
     if launch.attempt > 0 and path.is_file():
-        content = read_checkpoint(path)
+        content = _read(path)
         if content.get("launch") == launch.name:
             return content
     check_run_folder(folder, overwrite=overwrite)
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_checkpoint(path)
+    model = content["config"].get("model")
+    if "progress" in content and isinstance(model, dict):
+        model.setdefault("activation", QUICK_GELU)  # the only one, when there was no choice yet
+        if missing := [key for key in ARCHITECTURE_KEYS if key not in model]:
+            raise UserError(f"{path}: its configuration has no model.{missing[0]}: begin another run")
+    return content
 
 
 @dataclass(frozen=True)

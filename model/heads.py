@@ -5,7 +5,7 @@ B captions, L tokens, P image tokens, D width of the shared space, M tokens pick
 
 from torch import Tensor, nn
 
-from model.transformer import Attention, QuickGELU, Transformer, widened
+from model.transformer import QUICK_GELU, Attention, QuickGELU, Transformer, widened
 
 
 def simclr_projector(widths: list[int]) -> nn.Sequential:
@@ -37,7 +37,7 @@ class MaskedLanguageHead(nn.Module):
         super().__init__()
         heads = attention_heads(width)
         self.cross_attn = Attention(width, heads)
-        self.cross_modal_transformer = Transformer(width, depth, heads)
+        self.cross_modal_transformer = Transformer(width, depth, heads, activation=QUICK_GELU)
         self.ln_pre_t = nn.LayerNorm(width)
         self.ln_pre_i = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)

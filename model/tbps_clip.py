@@ -69,6 +69,7 @@ class TBPSCLIP(nn.Module):
         patch_size, vision_width, vision_layers, vision_heads: the image encoder (ViT-B/16: 16, 768, 12, 12).
         text_length, vocab_size, text_width, text_layers, text_heads: the text encoder (77, 49408, 512, 12, 8).
         embed_dim: width of the shared space.
+        activation: of the MLPs in both towers, `quick_gelu` or `gelu`.
         dropout: of the attention weights in the text encoder.
         lock_bottom: freezes the patch-embedding convolution (paper's trick "locked bottom layer").
         grad_checkpointing: computes every transformer block once more in the backward pass instead of keeping it.
@@ -91,7 +92,7 @@ class TBPSCLIP(nn.Module):
         text_layers: int,
         text_heads: int,
         embed_dim: int,
-        activation: str = "quick_gelu",
+        activation: str,
         dropout: float = 0.0,
         lock_bottom: bool = True,
         grad_checkpointing: bool = False,

@@ -15,8 +15,8 @@ class TextTransformer(nn.Module):
         width: D of the transformer.
         layers, heads: number of residual blocks, and of attention heads in each.
         embed_dim: width of the shared image-text space.
-        dropout: probability with which an attention weight is dropped in training (paper: 0.05).
         activation: of the MLPs, a key of `ACTIVATIONS`.
+        dropout: probability with which an attention weight is dropped in training (paper: 0.05).
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class TextTransformer(nn.Module):
         layers: int,
         heads: int,
         embed_dim: int,
+        activation: str,
         dropout: float = 0.0,
-        activation: str = "quick_gelu",
     ):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)

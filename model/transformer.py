@@ -16,7 +16,8 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+QUICK_GELU, GELU = "quick_gelu", "gelu"
+ACTIVATIONS = {QUICK_GELU: QuickGELU, GELU: nn.GELU}
 """OpenAI's, MetaCLIP's and DFN's weights were trained with the first, LAION's and DataComp's with the second."""
 
 
@@ -91,7 +92,7 @@ class Attention(nn.Module):
 class ResidualBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); the MLP is four times as wide."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, activation: str = "quick_gelu"):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, *, activation: str):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, dropout)
@@ -114,11 +115,13 @@ class Transformer(nn.Module):
             the same dropout: less memory, about a third more work, the same gradients.
     """
 
-    def __init__(self, width: int, layers: int, heads: int, *, dropout: float = 0.0, activation: str = "quick_gelu"):
+    def __init__(self, width: int, layers: int, heads: int, *, activation: str, dropout: float = 0.0):
         super().__init__()
         self.width = width
         self.grad_checkpointing = False
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, dropout, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            ResidualBlock(width, heads, dropout, activation=activation) for _ in range(layers)
+        )
 
     def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
         for block in self.resblocks:

@@ -27,7 +27,7 @@ class VisionTransformer(nn.Module):
         layers: int,
         heads: int,
         embed_dim: int,
-        activation: str = "quick_gelu",
+        activation: str,
     ):
         super().__init__()
         self.grid = (resolution[0] // patch_size, resolution[1] // patch_size)

@@ -52,6 +52,7 @@ VIT_B16 = {
     "text_layers": 12,
     "text_heads": 8,
     "embed_dim": 512,
+    "activation": "quick_gelu",
 }
 TINY_MODEL = {
     "resolution": (64, 32),
@@ -65,6 +66,7 @@ TINY_MODEL = {
     "text_layers": 2,
     "text_heads": 3,
     "embed_dim": 32,
+    "activation": "quick_gelu",
 }
 """Constructor arguments of the full model, and of the one whose weights are `clip_weights(**TINY)`."""
 

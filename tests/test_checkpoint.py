@@ -94,7 +94,7 @@ def test_the_file_is_complete_before_it_takes_the_name(checkpoint, monkeypatch):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    assert "does not exist" in refusal(tmp_path / "none.pth")
+    assert "No such file" in refusal(tmp_path / "none.pth")
     assert str(tmp_path) in refusal(tmp_path)
 
 

@@ -20,10 +20,11 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProce
 
 from misc import build
 from misc.config import load_config
+from misc.errors import UserError
 from misc.files import whole_folder
 from misc.transforms import EvaluationView
 from model.pretrained import export as exporting
-from model.pretrained.settings import OF_CLIP, OF_TBPS
+from model.pretrained.settings import CLIP_PREPROCESSING, TBPS_PREPROCESSING
 from model.pretrained.weights import read_weights
 from model.tbps_clip import TBPSCLIP
 from tests.golden_models import GOLDEN, TINY_MODEL, VIT_B16, seeded_model
@@ -50,7 +51,8 @@ def checkpoint(folder: Path, architecture: dict, activation: str) -> Source:
     """As a run leaves it, training heads included."""
     torch.manual_seed(0)
     sizes = {"resolution": architecture["resolution"], "context": architecture["text_length"]}
-    model = seeded_model(architecture, clip_weights(**TINY | sizes), activation=activation, simclr_widths=[32, 8, 32])
+    own = {"activation": activation, "simclr_widths": [32, 8, 32]}
+    model = seeded_model(architecture | own, clip_weights(**TINY | sizes))
     config = {
         "experiment": {
             "input_resolution": list(architecture["resolution"]),
@@ -77,8 +79,7 @@ def tall(tmp_path) -> Source:
 def export(form: str, source: Path, folder: Path, *overrides: str) -> str:
     """As `main.py --export` does it; gives the line for the log."""
     weights = read_weights(source)
-    config = build.as_saved(load_config(overrides=overrides), weights)
-    model, _ = build.build_saved_model(config, weights)
+    model, config, _ = build.build_saved_model(load_config(overrides=overrides), weights)
     return exporting.export(form, folder, build.build_export(config, model.eval(), weights, Tokenizer()))
 
 
@@ -92,10 +93,14 @@ def picture() -> Image.Image:
     return coarse.resize((90, 210), Image.Resampling.BICUBIC)
 
 
+def token_rows(length: int = 77) -> Tensor:
+    ids = [Tokenizer().encode(caption, 77) for caption in CAPTIONS]
+    return torch.tensor([row + [0] * (length - len(row)) for row in ids])
+
+
 @torch.no_grad()
 def text_features(model: TBPSCLIP) -> Tensor:
-    ids = [Tokenizer().encode(caption, 77) for caption in CAPTIONS]
-    return model.encode_text(torch.tensor([row + [0] * (77 - len(row)) for row in ids]))
+    return model.encode_text(token_rows())
 
 
 @torch.no_grad()
@@ -152,13 +157,9 @@ def test_transformers_computes_the_same(source, tmp_path):
     assert list(processor.image_processor.image_std) == [0.229, 0.224, 0.225]
 
 
-@pytest.mark.parametrize("form", ["huggingface", "onnx"])
-def test_transformers_reads_the_tokenizer(tall, tmp_path, form):
+def test_transformers_reads_the_tokenizer(tmp_path):
     """Captions of people get our ids, and so does the word whose token is the mask here."""
-    if form == "onnx":
-        export(form, tall.path, tmp_path / "out")
-    else:
-        export(form, checkpoint(tmp_path, SQUARE, "gelu").path, tmp_path / "out")
+    export("huggingface", checkpoint(tmp_path, SQUARE, "gelu").path, tmp_path / "out")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), Tokenizer()
     long = "a man in a red coat " * 30
     for caption in [*CAPTIONS, "Jekyll and Hyde", "", long]:
@@ -179,12 +180,11 @@ def test_onnxruntime_computes_the_same(tmp_path, kind):
         found = of_images.run(["features"], {"images": images(*size, count=count).numpy()})[0]
         assert_image_features(made.model, images(*size, count=count), found)
 
-    ids = [Tokenizer().encode(caption, 77) for caption in CAPTIONS]
-    expected = text_features(made.model)
-    for padded in (max(map(len, ids)), 77):
-        token_ids = np.array([row + [0] * (padded - len(row)) for row in ids])
-        assert_near(torch.as_tensor(of_text.run(["features"], {"token_ids": token_ids})[0]), expected)
-    alone = of_text.run(["features"], {"token_ids": np.array([ids[0]])})[0]  # without padding, a batch of one
+    expected, longest = text_features(made.model), int((token_rows() > 0).sum(dim=1).max())
+    for token_ids in (token_rows(), token_rows(longest)):
+        assert_near(torch.as_tensor(of_text.run(["features"], {"token_ids": token_ids.numpy()})[0]), expected)
+    caption = np.array([Tokenizer().encode(CAPTIONS[0], 77)])
+    alone = of_text.run(["features"], {"token_ids": caption})[0]  # without padding, a batch of one
     assert_near(torch.as_tensor(alone), expected[:1])
 
     metadata = of_text.get_modelmeta().custom_metadata_map
@@ -192,6 +192,15 @@ def test_onnxruntime_computes_the_same(tmp_path, kind):
     processor = CLIPImageProcessor.from_pretrained(folder)
     pixels = torch.as_tensor(np.asarray(processor(picture())["pixel_values"][0]))
     torch.testing.assert_close(pixels, EvaluationView(size)(picture()), rtol=0, atol=0.02)
+
+
+@pytest.mark.slow
+def test_onnx_models_beyond_the_format_s_two_gigabytes_keep_their_weights_beside(tall, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "ONE_FILE", 0)
+    export("onnx", tall.path, tmp_path / "out")
+    assert (tmp_path / "out/text_encoder.onnx").stat().st_size < 1_000_000 < 49408 * 48 * 4
+    session = onnxruntime.InferenceSession(tmp_path / "out/image_encoder.onnx")
+    assert_image_features(tall.model, images(64, 32), session.run(None, {"images": images(64, 32).numpy()})[0])
 
 
 @pytest.mark.slow
@@ -214,6 +223,13 @@ def test_vit_b16_is_the_same_in_all_three(tmp_path):
     for encode in found.values():
         assert_image_features(model, pixels, encode(pixels))
 
+    expected, token_ids = text_features(model), token_rows()
+    of_text = onnxruntime.InferenceSession(tmp_path / "onnx/text_encoder.onnx")
+    theirs = CLIPModel.from_pretrained(tmp_path / "huggingface")
+    assert_near(open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval().encode_text(token_ids), expected)
+    assert_near(theirs.get_text_features(token_ids, attention_mask=(token_ids > 0).long()).pooler_output, expected)
+    assert_near(torch.as_tensor(of_text.run(None, {"token_ids": token_ids.numpy()})[0]), expected)
+
 
 # ---- round trips ----------------------------------------------------------------------------------------------------
 
@@ -225,7 +241,7 @@ def test_out_and_in_again_are_the_same_tensors_and_settings(source, tmp_path, fo
     assert second.form == {"openclip": "folder of open_clip", "huggingface": "folder of Hugging Face"}[form]
     assert_same_weights(second, first)
     assert (second.settings, second.grid, second.sizes) == (first.settings, first.grid, first.sizes)
-    assert second.preprocessing == OF_TBPS and not second.heads
+    assert second.preprocessing == TBPS_PREPROCESSING and not second.heads
 
     export(form, tmp_path / "out", tmp_path / "again")
     for file in sorted((tmp_path / "out").iterdir()):
@@ -248,10 +264,22 @@ def test_from_tool_to_tool(source, tmp_path):
         assert (tmp_path / "3" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_a_single_file_of_an_export_is_read_where_the_activation_is_given(source, tmp_path):
+def test_a_single_file_of_an_export_needs_the_activation_to_be_given(source, tmp_path):
     for form, name in (("openclip", "open_clip_model.safetensors"), ("huggingface", "model.safetensors")):
         export(form, source.path, tmp_path / form)
-        assert_same_weights(read_weights(tmp_path / form / name), read_weights(source.path))
+        found = read_weights(tmp_path / form / name)
+        assert_same_weights(found, read_weights(source.path))
+        with pytest.raises(UserError, match="model.activation=quick_gelu"):
+            build.as_saved(load_config(), found)
+
+
+def test_what_transformers_saves_of_an_export_is_the_same_again(source, tmp_path):
+    export("huggingface", source.path, tmp_path / "out")
+    CLIPModel.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    CLIPProcessor.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    first, second = read_weights(source.path), read_weights(tmp_path / "again")
+    assert_same_weights(second, first)
+    assert (second.settings, second.preprocessing) == (first.settings, TBPS_PREPROCESSING)
 
 
 def test_a_published_checkpoint_is_exported(tmp_path):
@@ -271,7 +299,7 @@ def test_clip_that_was_not_trained_here_keeps_clip_s_preprocessing(tmp_path):
     state = {name: torch.as_tensor(value) for name, value in clip_weights(**TINY | {"resolution": (64, 64)}).items()}
     torch.save(state, tmp_path / "weights.pt")
     export("huggingface", tmp_path / "weights.pt", tmp_path / "out", "model.activation=gelu")
-    assert read_weights(tmp_path / "out").preprocessing == OF_CLIP
+    assert read_weights(tmp_path / "out").preprocessing == CLIP_PREPROCESSING
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "out")
     assert processor(picture())["pixel_values"][0].shape == (3, 64, 64)
     assert list(processor.image_mean) == pytest.approx([0.48145466, 0.4578275, 0.40821073])
@@ -309,7 +337,8 @@ def test_a_run_starts_from_an_export(run, data, source, tmp_path):
     assert "image position embeddings resized from 4 × 4 to 4 × 2 patches" in log
     found = read_weights(folder / "checkpoint_best.pth")
     expected = read_weights(source.path)
-    assert found.architecture() == expected.architecture() and found.resolution == (64, 32)
+    assert (found.sizes, found.grid) == (expected.sizes, (4, 2))
+    assert found.settings.activation == expected.settings.activation
 
 
 MISTAKES = {
@@ -333,6 +362,22 @@ MISTAKES = {
     "tall images": (
         lambda source, folder: ("--export", "huggingface", folder / "out", f"model.checkpoint={source.path}"),
         ["64 × 32", "openclip or onnx"],
+    ),
+    "no folder": (
+        lambda source, folder: ("--export", "openclip", f"model.checkpoint={source.path}"),
+        ["model.checkpoint=", "is a setting", "--export FORM OUT"],
+    ),
+    "a name that is too long": (
+        lambda source, folder: ("--export", "openclip", folder / ("x" * 300), f"model.checkpoint={source.path}"),
+        ["cannot be written (File name too long)"],
+    ),
+    "weights with a name that is too long": (
+        lambda source, folder: ("--export", "openclip", folder / "out", f"model.checkpoint={folder / ('x' * 300)}.pt"),
+        ["cannot be read (File name too long)"],
+    ),
+    "a pipe": (
+        lambda source, folder: ("--export", "openclip", folder / "out", "model.checkpoint=/dev/null"),
+        ["not a file"],
     ),
     "a file in its way": (
         lambda source, folder: ("--export", "openclip", source.path / "out", f"model.checkpoint={source.path}"),
@@ -396,8 +441,34 @@ def test_what_a_killed_export_leaves_is_in_nobody_s_way(tall, tmp_path):
     writing.wait()
     assert not (tmp_path / "out").exists()
     export("openclip", tall.path, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [tall.path.name, "out"]
     assert not (tmp_path / "out/half").exists()
+    (left,) = (path for path in tmp_path.iterdir() if path not in (tall.path, tmp_path / "out"))
+    assert left.name.startswith("out.") and left.name.endswith(".part")
+
+
+def test_a_folder_of_the_user_with_such_a_name_is_kept(tall, tmp_path):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part/precious").touch()
+    export("openclip", tall.path, tmp_path / "out")
+    assert (tmp_path / "out.part/precious").exists()
+
+
+def test_of_two_exports_to_one_folder_one_is_whole_and_the_other_told_so(tmp_path):
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "out") as second:
+        (second / "second").touch()
+        with whole_folder(tmp_path / "out") as first:
+            (first / "first").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_parents_that_were_made_go_with_a_failure(tmp_path):
+    with pytest.raises(ArithmeticError), whole_folder(tmp_path / "a/b/out") as folder:
+        (folder / "file").touch()
+        raise ArithmeticError
+    assert not list(tmp_path.iterdir())
+    with whole_folder(tmp_path / "a/b/out") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "a/b/out/file").exists()
 
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):

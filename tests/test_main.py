@@ -353,7 +353,7 @@ def clip_weights_of_an_unknown_tag(dataset, folder):
 
 
 def missing_clip_weights(dataset, folder):
-    return Mistake([f"model.checkpoint={folder / 'nowhere.pt'}"], [str(folder / "nowhere.pt"), "model.checkpoint"])
+    return Mistake([f"model.checkpoint={folder / 'nowhere.pt'}"], [str(folder / "nowhere.pt"), "No such file"])
 
 
 def batch_larger_than_the_training_set(dataset, folder):
@@ -388,6 +388,12 @@ def missing_start(dataset, folder):
     return Mistake(["model.ckpt_type=saved", f"model.saved_path={path}"], [str(path), "No such file"])
 
 
+def folder_for_a_start(dataset, folder):
+    (folder / "weights").mkdir()
+    own = ["model.ckpt_type=saved", f"model.saved_path={folder / 'weights'}"]
+    return Mistake(own, [str(folder / "weights"), "is a folder", "model.checkpoint"])
+
+
 def tensorboard_that_is_not_installed(dataset, folder):
     return Mistake(["log.tensorboard=true"], ["log.tensorboard", "pip install tensorboard"])
 
@@ -417,6 +423,7 @@ MISTAKES = [
     text_for_a_checkpoint,
     missing_checkpoint,
     missing_start,
+    folder_for_a_start,
     tensorboard_that_is_not_installed,
     wandb_that_is_not_installed,
 ]

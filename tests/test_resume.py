@@ -10,13 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from misc.checkpoint import read_checkpoint
+from misc.checkpoint import read_checkpoint, write_checkpoint
 from misc.config import load_config, plain
 from misc.distributed import Processes
 from misc.errors import UserError
 from misc.interruption import Interrupted, Interruption
 from misc.resume import Course
-from tests.runs import EVERYTHING, METRICS, Outcome, assert_same_run, at_step, finished, of_dataset, only_error, start
+from tests.runs import (
+    EVERYTHING,
+    METRICS,
+    QUICK,
+    Outcome,
+    assert_same_run,
+    at_step,
+    finished,
+    of_dataset,
+    only_error,
+    start,
+)
+from tests.seeded import clip_weights
 from tests.tiny_dataset import write_tiny_dataset
 
 pytestmark = pytest.mark.slow
@@ -78,6 +90,51 @@ def test_the_number_of_workers_may_change(train, unstopped, monkeypatch, tmp_pat
             train(f"data.num_workers={workers}", *(["--resume"] if workers == 3 else []))
     assert train("--resume").status == 0
     assert_same_run(tmp_path / "run", unstopped)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(run, data, tmp_path, monkeypatch):
+    """Nor does the configuration say their sizes: the checkpoint does."""
+    sizes = {"embed": 32, "resolution": (32, 32), "patch": 16, "vision_width": 32, "vision_layers": 1}
+    weights = clip_weights(**sizes, text_width=32, text_layers=1)
+    torch.save({name: torch.as_tensor(value) for name, value in weights.items()}, tmp_path / "clip.pt")
+    own = ("experiment.input_resolution=[32, 16]", f"model.checkpoint={tmp_path / 'clip.pt'}", "model.activation=gelu")
+    arguments = (
+        *QUICK,
+        *of_dataset(data),
+        *own,
+        "schedule.epoch=1",
+        "log.sheet=0",
+        f"model.saved_path={tmp_path / 'run'}",
+    )
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        at_step(patched, 3, crash)
+        run(*arguments)
+    (tmp_path / "clip.pt").unlink()
+    outcome = run(*arguments, "--resume")
+    assert outcome.status == 0 and "resumed" in outcome.out, outcome
+    config = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["config"]
+    assert (config["model"]["vision_layers"], config["model"]["activation"]) == (1, "gelu")
+    assert config["experiment"]["simclr_mlp"] == [32, 128, 32]
+
+
+def test_a_run_of_before_there_was_a_choice_of_activation_keeps_the_one_that_it_had(train, unstopped, tmp_path):
+    shutil.copytree(unstopped.folder, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint_last.pth"
+    content = read_checkpoint(path)
+    del content["config"]["model"]["activation"]
+    write_checkpoint(path, content)
+    refused = only_error(train("--resume", "model.activation=gelu"))
+    assert "model.activation is gelu here and quick_gelu there" in refused
+    assert train("--resume").status == 0
+
+
+def test_a_checkpoint_without_sizes_is_refused(train, unstopped, tmp_path):
+    shutil.copytree(unstopped.folder, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint_last.pth"
+    content = read_checkpoint(path)
+    del content["config"]["model"]["vision_width"]
+    write_checkpoint(path, content)
+    assert "model.vision_width" in only_error(train("--resume"))
 
 
 def test_a_run_that_is_complete_stays_as_it_is(train, unstopped, tmp_path):

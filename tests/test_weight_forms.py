@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -11,15 +10,15 @@ import torch
 from easydict import EasyDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from misc import build
-from misc.config import load_config
+from misc.config import ARCHITECTURE_KEYS, load_config
 from misc.errors import UserError
 from model.pretrained.architecture import read_sizes, usual_heads
 from model.pretrained.loading import load_weights
 from model.pretrained.names import from_hugging_face, ours_from_published, to_hugging_face
-from model.pretrained.settings import OF_CLIP, OF_TBPS, Preprocessing, Settings
+from model.pretrained.settings import CLIP_PREPROCESSING, TBPS_PREPROCESSING, Preprocessing, Settings
 from model.pretrained.weights import Weights, read_weights
 from model.tbps_clip import TBPSCLIP
 from tests.golden_models import GOLDEN, TINY_MODEL, VIT_B16
@@ -29,6 +28,15 @@ SIZES = {"embed": 32, "resolution": (64, 64), "patch": 16, "vision_width": 64, "
 SIZES |= {"text_width": 48, "text_layers": 2, "context": 24}
 HEADS = {"vision_heads": 2, "text_heads": 3}
 ACTIVATIONS = ("quick_gelu", "gelu")
+
+
+SMALL = {key: TINY_MODEL[key] for key in ARCHITECTURE_KEYS}
+
+
+def architecture(found: Weights) -> dict:
+    """As a model is built from it."""
+    saved = build.as_saved(load_config(), found)
+    return {key: saved.model[key] for key in ARCHITECTURE_KEYS}
 
 
 def weights() -> dict[str, Tensor]:
@@ -42,11 +50,9 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def features(found: Weights, activation: str | None = None) -> tuple[Tensor, Tensor]:
+def features(found: Weights, *overrides: str) -> tuple[Tensor, Tensor]:
     """What our model computes with the weights that were read."""
-    given = () if activation is None else (f"model.activation={activation}",)
-    config = build.as_saved(load_config(overrides=given), found)
-    model, _ = build.build_saved_model(config, found)
+    model, _, _ = build.build_saved_model(load_config(overrides=overrides), found)
     images, token_ids = inputs()
     return model.eval().encode_image(images), model.encode_text(token_ids)
 
@@ -130,8 +136,8 @@ def test_a_folder_of_hugging_face_tells_all(tmp_path, activation):
     model.save_pretrained(tmp_path)
     found = read_weights(tmp_path)
     assert found.form == "folder of Hugging Face"
-    assert found.architecture() == {key: TINY_MODEL[key] for key in found.sizes | HEADS} | {"activation": activation}
-    assert (found.resolution, found.text_length, found.preprocessing) == ((64, 64), 24, OF_CLIP)
+    assert architecture(found) == SMALL | {"activation": activation}
+    assert (found.grid, found.text_length, found.preprocessing) == ((4, 4), 24, CLIP_PREPROCESSING)
     assert_equal(features(found), hugging_face_features(model))
 
 
@@ -139,6 +145,56 @@ def test_the_two_activations_are_not_the_same():
     """So the tests above can fail."""
     quick, plain = hugging_face_model("quick_gelu"), hugging_face_model("gelu")
     assert_differ(hugging_face_features(quick), hugging_face_features(plain))
+
+
+def test_a_folder_that_transformers_saved_anew(tmp_path):
+    """It writes the settings of images into another file than we do."""
+    model = hugging_face_model("gelu")
+    model.save_pretrained(tmp_path)
+    own = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.1, 0.3], "do_center_crop": False, "resample": 2}
+    own |= {"size": {"height": 64, "width": 64}, "do_resize": True}
+    tokenizer = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
+    CLIPProcessor(CLIPImageProcessor(**own), tokenizer).save_pretrained(tmp_path)
+    assert (tmp_path / "processor_config.json").is_file() and not (tmp_path / "preprocessor_config.json").exists()
+    expected = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.1, 0.3), squash=True, interpolation="bilinear")
+    assert read_weights(tmp_path).preprocessing == expected
+
+
+def test_a_folder_of_old_whose_second_sections_overrule(tmp_path):
+    model = hugging_face_model("gelu")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for tower in ("vision", "text"):
+        config[f"{tower}_config_dict"] = config[f"{tower}_config"]
+        config[f"{tower}_config"] = {"hidden_act": "quick_gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_equal(hugging_face_features(CLIPModel.from_pretrained(tmp_path).eval()), hugging_face_features(model))
+    assert_equal(features(read_weights(tmp_path)), hugging_face_features(model))
+
+
+@pytest.mark.parametrize("weight_map", [None, [1], {"a": 3}, {"a": None}, {"a": ["x"]}, {"a": "../x"}, {"a": "none"}])
+def test_a_broken_index_is_refused(tmp_path, weight_map):
+    hugging_face_model("gelu").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "model.safetensors.index.json" in refusal(tmp_path)
+
+
+def test_json_without_end_is_refused(tmp_path):
+    hugging_face_model("gelu").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert "config.json cannot be read" in refusal(tmp_path)
+
+
+def test_of_two_configurations_the_one_with_weights_counts(tmp_path):
+    """Repositories of the hub hold the files of both tools; a download may be of one."""
+    model = hugging_face_model("gelu")
+    model.save_pretrained(tmp_path)
+    config = {"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    assert read_weights(tmp_path).form == "folder of Hugging Face"
+    save_file(open_clip_model("gelu").state_dict(), tmp_path / "open_clip_model.safetensors")
+    assert read_weights(tmp_path).form == "folder of open_clip"
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -149,8 +205,8 @@ def test_a_state_dict_in_hugging_face_names(tmp_path, suffix):
     save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
     found = read_weights(path)
     assert "names of Hugging Face" in found.form and found.settings.activation is None
-    found = replace(found, settings=Settings(**HEADS))  # which a file alone does not tell
-    assert_equal(features(found, "gelu"), hugging_face_features(model))
+    given = ("model.activation=gelu", "model.vision_heads=2", "model.text_heads=3")  # a file alone does not tell
+    assert_equal(features(found, *given), hugging_face_features(model))
 
 
 def test_a_folder_of_hugging_face_in_several_files(tmp_path):
@@ -174,7 +230,11 @@ def test_the_preprocessing_of_a_folder_is_read(tmp_path):
     ("change", "words"),
     [
         ({"model_type": "siglip"}, ["siglip", "CLIPModel"]),
-        ({"vision_config": {"hidden_act": "gelu"}}, ["hidden_act", "gelu and quick_gelu"]),
+        ({"vision_config": {"hidden_act": "gelu"}}, ["hidden_act", "'gelu' and 'quick_gelu'"]),
+        ({"vision_config": {"num_hidden_layers": 9}}, ["vision_layers 9", "vision_layers 2", "two models"]),
+        ({"text_config": {"hidden_size": 96}}, ["text_width 96", "text_width 48"]),
+        ({"projection_dim": 512}, ["embed_dim 512", "embed_dim 32"]),
+        ({"text_config": {"hidden_act": "re\nlu"}}, ["hidden_act"]),
         ({"text_config": {"hidden_act": "relu"}}, ["hidden_act", "relu"]),
         ({"vision_config": {"layer_norm_eps": 1e-6}}, ["layer_norm_eps", "1e-06"]),
         ({"vision_config": {"image_size": 96}}, ["16 patches", "96 × 96", "6 × 6"]),
@@ -197,7 +257,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path, change, words):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors", "pytorch_model.bin"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["a folder, but none of", "model.safetensors"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read"]),
         (lambda folder: (folder / "config.json").write_text("[]"), ["config.json holds a list"]),
         (lambda folder: (folder / "config.json").unlink(), ["a folder, but none of"]),
@@ -257,7 +317,7 @@ def test_a_folder_of_open_clip_tells_all(tmp_path, activation):
     model = open_clip_folder(tmp_path / "model", activation)
     found = read_weights(tmp_path / "model")
     assert found.form == "folder of open_clip"
-    assert found.architecture() == {key: TINY_MODEL[key] for key in found.sizes | HEADS} | {"activation": activation}
+    assert architecture(found) == SMALL | {"activation": activation}
     assert found.preprocessing == Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), squash=True)
     assert_equal(features(found), open_clip_features(model))
 
@@ -299,8 +359,14 @@ def test_a_folder_of_open_clip_with_another_kind_of_model_is_refused(tmp_path, s
         ({}, ["no vision_cfg"]),
         ({"model_cfg": 3}, ["no vision_cfg"]),
         ({"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {"mean": [0.5, 0.5]}}, ["[0.5, 0.5]"]),
+        ({"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {"mean": 0.5}}, ["[0.5]"]),
+        ({"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {"mean": [0, float("nan"), 1]}}, ["nan"]),
         ({"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {"std": ["a", 1, 2]}}, ["'a'"]),
+        ({"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {"std": [1, 0, 2]}}, ["[1, 0, 2]", "above 0"]),
+        ({"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {"interpolation": "random"}}, ["'random'"]),
+        ({"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {"resize_mode": "longest"}}, ["'longest'"]),
         ({"model_cfg": open_clip_config("gelu") | {"vision_cfg": {"width": 64, "head_width": 0}}}, ["64 / 0"]),
+        ({"model_cfg": open_clip_config("gelu") | {"embed_dim": 64}}, ["embed_dim 64", "embed_dim 32"]),
     ],
 )
 def test_a_folder_of_open_clip_with_broken_settings_is_refused(tmp_path, config, words):
@@ -327,7 +393,7 @@ def test_the_architecture_is_read_from_the_tensors(name):
         text_width=text["width"],
         text_layers=text["layers"],
     )
-    sizes = read_sizes({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    sizes = read_sizes(shapes)
     assert sizes == {
         "patch_size": vision["patch_size"],
         "vision_width": vision["width"],
@@ -381,9 +447,40 @@ def test_an_activation_that_is_told_is_logged_and_not_overruled(tmp_path):
 
 def test_the_architecture_of_the_weights_takes_the_place_of_auto(state_dict):
     config = settled(state_dict, "model.activation=gelu", "model.vision_heads=2")
-    sizes = {key: TINY_MODEL[key] for key in TINY_MODEL if key not in ("resolution", "text_length")}
-    assert {key: config.model[key] for key in sizes} == sizes | {"text_heads": 1}  # 64 channels, for want of better
+    expected = SMALL | {"activation": "gelu", "text_heads": 1}  # 64 channels, for want of better
+    assert {key: config.model[key] for key in SMALL} == expected
     assert config.experiment.simclr_mlp == [32, 128, 32]
+
+
+def test_all_contradictions_are_told_at_once(state_dict):
+    with pytest.raises(UserError) as error:
+        settled(state_dict, "model.activation=gelu", "model.patch_size=32", "experiment.simclr_mlp=[256, 128, 256]")
+    message = str(error.value)
+    assert "[256, 128, 256]" in message and f"model.patch_size: 32 does not fit {state_dict}" in message
+
+
+def test_what_a_configuration_says_of_other_weights_is_not_used_to_evaluate(tmp_path):
+    """The demo's configuration, say, and a CLIP of another size: neither its heads nor its activation are meant."""
+    open_clip_folder(tmp_path / "model", "gelu")
+    state = tmp_path / "weights.pt"
+    torch.save(weights(), state)
+    demo = ("model.vision_width=192", "model.vision_heads=32", "model.vision_layers=9", "model.activation=quick_gelu")
+    saved = build.as_saved(load_config(overrides=demo), read_weights(state))
+    assert (saved.model.vision_width, saved.model.vision_heads, saved.model.vision_layers) == (64, 1, 2)
+    _, saved, notes = build.build_saved_model(load_config(overrides=demo), read_weights(tmp_path / "model"))
+    assert (saved.model.activation, saved.model.vision_heads) == ("gelu", 2)
+    assert notes[-1].startswith("warning: model.activation: quick_gelu is not used")
+
+
+def test_heads_that_cannot_be_are_asked_for(tmp_path):
+    sizes = SIZES | {"vision_width": 200}
+    torch.save({name: torch.as_tensor(value) for name, value in clip_weights(**sizes).items()}, tmp_path / "weights.pt")
+    found = read_weights(tmp_path / "weights.pt")
+    for use in (build.settle, build.as_saved):
+        with pytest.raises(UserError, match=r"width 200, and 3 do not divide it: set model.vision_heads"):
+            use(load_config(overrides=("model.activation=gelu",)), found)
+        given = ("model.activation=gelu", "model.vision_heads=4", "experiment.input_resolution=64")
+        assert use(load_config(overrides=given), found).model.vision_heads == 4
 
 
 @pytest.mark.parametrize(
@@ -394,7 +491,7 @@ def test_the_architecture_of_the_weights_takes_the_place_of_auto(state_dict):
         ("model.embed_dim=512", ["model.embed_dim: 512", "embed_dim 32"]),
         ("experiment.simclr_mlp=[512, 128, 512]", ["experiment.simclr_mlp", "model.embed_dim: 32"]),
         ("experiment.input_resolution=72", ["experiment.input_resolution: 72", "multiples of model.patch_size: 16"]),
-        ("model.vision_heads=5", ["model.vision_heads: 5", "model.vision_width: 64"]),
+        ("model.vision_heads=5", ["width 64", "5 do not divide it", "model.vision_heads"]),
     ],
 )
 def test_a_configuration_that_contradicts_the_weights_is_refused(state_dict, override, words):
@@ -466,11 +563,10 @@ def test_a_published_checkpoint_is_read_with_its_easydict(tmp_path):
         torch.load(path, weights_only=True)  # so it needs the class
     found = read_weights(path)
     assert found.form == "checkpoint of the published code"
-    assert found.architecture() == {key: PUBLISHED[key] for key in found.sizes | HEADS} | {"activation": "quick_gelu"}
-    assert (found.resolution, found.text_length, found.preprocessing) == ((64, 32), 24, OF_TBPS)
-    config = build.settle(load_config(overrides=("experiment.simclr_mlp=[32, 16, 32]",)), found)
-    own = {"simclr_widths": config.experiment.simclr_mlp, "masked_language_depth": 1, "identities": 5}
-    loaded = build.build_towers(build.as_saved(config, found), **own)
+    assert architecture(found) == {key: PUBLISHED[key] for key in SMALL}
+    assert (found.grid, found.text_length, found.preprocessing) == ((4, 2), 24, TBPS_PREPROCESSING)
+    own = {"simclr_widths": [32, 16, 32], "masked_language_depth": 1, "identities": 5}
+    loaded = build.build_towers(build.as_saved(load_config(), found), **own)
     assert load_weights(loaded, found) == []
     expected = model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
@@ -494,8 +590,7 @@ def test_a_published_checkpoint_is_evaluated_with_its_architecture(tmp_path):
     model = TBPSCLIP(**PUBLISHED, simclr_widths=[32, 16, 32]).eval()
     with torch.enable_grad():
         found = read_weights(published(model, EasyDict(PUBLISHED_CONFIG), tmp_path / "published.pth"))
-    config = build.as_saved(load_config(), found)
-    loaded, notes = build.build_saved_model(config, found)
+    loaded, _, notes = build.build_saved_model(load_config(), found)
     assert "for 64 × 32 pixels, 24 tokens" in notes and "published code" in notes[0]
     images, tokens = torch.randn(2, 3, 64, 32), torch.randint(1, 59, (2, 24))
     loaded.eval()
@@ -525,9 +620,11 @@ def test_a_published_checkpoint_that_does_not_tell_its_grid(tmp_path):
     """Its 8 patches form no square; training can still start from them at the resolution that fits."""
     model = TBPSCLIP(**PUBLISHED)
     found = read_weights(published(model, EasyDict(experiment={"text_length": 24}), tmp_path / "published.pth"))
-    assert found.resolution is None
-    with pytest.raises(UserError, match="8 patches form no square grid"):
+    assert found.grid is None
+    with pytest.raises(UserError, match=r"8 patches of 16 pixels form no square: set experiment.input_resolution="):
         build.as_saved(load_config(), found)
+    given = load_config(overrides=("experiment.input_resolution=[64, 32]",))
+    assert build.as_saved(given, found).experiment.input_resolution == [64, 32]
     assert load_weights(TBPSCLIP(**PUBLISHED), found) == []
 
 
@@ -538,7 +635,7 @@ def test_a_grid_of_a_checkpoint_that_only_looks_square_is_resized_from_its_own(t
     model = TBPSCLIP(**sizes)
     torch.save({"model": model.state_dict(), "config": config}, tmp_path / "x.pth")
     found = read_weights(tmp_path / "x.pth")
-    assert (found.grid, found.resolution) == ((8, 2), (128, 32))
+    assert found.grid == (8, 2)
     other = TBPSCLIP(**TINY_MODEL | {"resolution": (64, 64)})
     assert load_weights(other, found) == ["image position embeddings resized from 8 × 2 to 4 × 4 patches"]
 
@@ -563,7 +660,29 @@ def test_a_checkpoint_with_broken_settings_is_refused(tmp_path, config, words):
 )
 def test_a_checkpoint_that_tells_little_is_read(tmp_path, config):
     torch.save({"model": TBPSCLIP(**TINY_MODEL).state_dict(), "config": config}, tmp_path / "x.pth")
-    assert read_weights(tmp_path / "x.pth").settings == Settings("quick_gelu", preprocessing=OF_TBPS)
+    found = read_weights(tmp_path / "x.pth")
+    assert found.settings == Settings("quick_gelu", preprocessing=TBPS_PREPROCESSING) and found.grid is None
+
+
+def test_a_bare_state_dict_of_ours_keeps_what_its_names_tell(tmp_path):
+    """Whose code trained it, and so with which pixels; not its activation, nor that its 8 × 2 patches are no 4 × 4."""
+    model = TBPSCLIP(**TINY_MODEL | {"resolution": (128, 32)})
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    found = read_weights(tmp_path / "x.pt")
+    assert found.settings == Settings(preprocessing=TBPS_PREPROCESSING) and found.grid is None
+    given = load_config(overrides=("experiment.input_resolution=[128, 32]", "model.activation=gelu"))
+    assert build.as_saved(given, found).experiment.input_resolution == [128, 32]
+    assert load_weights(TBPSCLIP(**TINY_MODEL | {"resolution": (128, 32)}), found) == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"progress": 0.5}, {"progress": None, "epoch": 7}, {"epoch": "last", "optimizer": {}}],
+)
+def test_a_checkpoint_of_others_that_looks_like_ours(tmp_path, other):
+    torch.save({"model": weights(), "config": {}} | other, tmp_path / "x.pt")
+    found = read_weights(tmp_path / "x.pt")
+    assert found.form == "torch.save, names of OpenAI" and found.settings == Settings()
 
 
 def test_a_folder_of_a_run_tells_which_file_to_give(tmp_path):

@@ -3,11 +3,11 @@
 import re
 
 import torch
-from torch import Tensor
 
 from misc.errors import UserError, first_of
 from model.pretrained.names import from_ours
 from model.tbps_clip import TBPSCLIP
+from model.transformer import QUICK_GELU
 from text_utils.tokenizer import VOCABULARY_SIZE
 
 Shapes = dict[str, tuple[int, ...]]
@@ -21,8 +21,8 @@ SIZES = {
     "vocab_size": (("token_embedding.weight", 0),),
 }
 LAYERS = {
-    "vision_layers": re.compile(r"visual\.transformer\.resblocks\.(\d+)\."),
-    "text_layers": re.compile(r"transformer\.resblocks\.(\d+)\."),
+    "vision_layers": re.compile(r"visual\.transformer\.resblocks\.(\d{1,4})\."),
+    "text_layers": re.compile(r"transformer\.resblocks\.(\d{1,4})\."),
 }
 NO_CLIP = "; only CLIP with a vision transformer and CLIP's own text encoder and vocabulary can be used"
 
@@ -30,21 +30,25 @@ NO_CLIP = "; only CLIP with a vision transformer and CLIP's own text encoder and
 _WIDTH_OF_H14 = 1280
 
 
-def read_sizes(state: dict[str, Tensor]) -> dict[str, int]:
+def read_sizes(shapes: Shapes) -> dict[str, int]:
     """Sizes of the towers, named as in the configuration's section `model`; all tensors agree with them.
 
     Args:
-        state: tensors under OpenAI's names.
+        shapes: of tensors under OpenAI's names.
 
     Raises: UserError, without the path, for tensors that are missing, unknown, misshapen or contradict each other.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if empty := [f"{name} is {shape}" for name, shape in shapes.items() if 0 in shape]:
+        raise UserError(f"{first_of(empty)}, which holds nothing; the file is damaged")
     sizes = _witnessed_sizes(shapes) | {key: _count_layers(shapes, key) for key in LAYERS}
     if sizes["vocab_size"] != VOCABULARY_SIZE:
         raise UserError(
             f"its vocabulary has {sizes['vocab_size']} tokens (token_embedding.weight), CLIP's has {VOCABULARY_SIZE}"
             + NO_CLIP
         )
+    shortest = {"visual.positional_embedding": 2, "positional_embedding": 3}  # class and a patch; start, a word, end
+    if short := [f"{name} is {shapes[name]}" for name, least in shortest.items() if shapes[name][0] < least]:
+        raise UserError(f"{first_of(short)}, too few positions for an image or a caption" + NO_CLIP)
     if problems := misfits(shapes, _expected_shapes(sizes, shapes)):
         raise UserError(f"{first_of(problems)}" + NO_CLIP)
     return sizes
@@ -87,6 +91,7 @@ def _expected_shapes(sizes: dict[str, int], shapes: Shapes) -> Shapes:
             text_length=shapes["positional_embedding"][0],
             vision_heads=1,  # leaves no trace in the shapes
             text_heads=1,
+            activation=QUICK_GELU,  # neither does this
             **sizes,
         )
     return {name: tuple(tensor.shape) for name, tensor in from_ours(model.state_dict()).items()}

@@ -3,9 +3,11 @@
 import io
 import pickle
 import re
+import stat
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +52,19 @@ def open_archive(path: Path) -> tuple[str, Any]:
 
 def _beginning(path: Path) -> bytes:
     """The first bytes of a file that may hold weights; what is no checkpoint at all is refused with what it is."""
+    expected = "give an existing file or folder of weights, or a tag of open_clip"
     try:
-        with path.open("rb") as file:
-            head = file.read(64)
+        regular = stat.S_ISREG(path.stat().st_mode)
+        with path.open("rb") if regular else nullcontext() as file:  # opening a pipe would wait
+            head = file.read(64) if regular else b""
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{error.strerror}: {expected}") from error
     except OSError as error:
-        raise UserError(
-            f"{error.strerror}: give an existing file or folder of weights, or a tag of open_clip"
-        ) from error
+        raise UserError(f"cannot be read ({error.strerror}): see to it, or give another one") from error
+    except ValueError as error:  # a name that cannot be
+        raise UserError(f"{error}: {expected}") from error
+    if not regular:
+        raise UserError(f"not a file: {expected}")
     if head.startswith((b"PK\x03\x04", OLD_TORCH_SAVE)) or _is_safetensors(head, path.stat().st_size):
         return head
     if not head:
@@ -70,7 +78,7 @@ def _beginning(path: Path) -> bytes:
 
 def _is_safetensors(head: bytes, size: int) -> bool:
     """The length of a JSON object in 8 bytes, and the object. The length alone may be cut off, or its file."""
-    return head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < max(size, 100_000_000)
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < max(size, 100_000_000)
 
 
 class _Damaged(Exception):
@@ -87,7 +95,7 @@ def _open_torch(path: Path) -> tuple[str, Any]:
                 return "TorchScript archive", dict(_named_tensors(_TorchScriptUnpickler(archive).load()))
             if damaged := archive.testzip():  # torch itself does not look at the checksums
                 raise _Damaged(f"the checksum of {damaged} is wrong")
-        # Mapped, so that what is not used (such as an optimizer's state) is never read.
+        # Mapped, so that what is not used (such as an optimizer's state) takes no memory.
         return "torch.save", torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -112,9 +120,13 @@ class _TorchScriptUnpickler(pickle.Unpickler):
 
     ALLOWED = {
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch", "BFloat16Storage"): torch.bfloat16,
         ("torch", "HalfStorage"): torch.float16,
         ("torch", "FloatStorage"): torch.float32,
+        ("torch", "DoubleStorage"): torch.float64,
         ("torch", "LongStorage"): torch.int64,
+        ("torch", "IntStorage"): torch.int32,
+        ("torch", "BoolStorage"): torch.bool,
         ("collections", "OrderedDict"): OrderedDict,  # a tensor's backward hooks, always empty
     }
 

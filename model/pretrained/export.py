@@ -3,9 +3,11 @@
 Each form is a folder with weights, the model's settings, how its images are prepared, and its tokenizer.
 """
 
+import errno
 import importlib.util
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +21,15 @@ from torch import Tensor, nn
 from misc.errors import DISK_FULL, UserError
 from misc.files import whole_folder
 from model.pretrained.names import from_ours, to_hugging_face
-from model.pretrained.settings import QUICK_GELU, Preprocessing
+from model.pretrained.settings import INTERPOLATIONS, Preprocessing
 from model.tbps_clip import TBPSCLIP
+from model.transformer import QUICK_GELU
 from text_utils.tokenizer import END, SPELLED, START, Tokenizer
 
 OPSET = 18
 """Of ONNX (2022), which runtimes of the last years know."""
+NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+"""Errors of a path at which nothing can be written."""
 ONE_FILE = 1_800_000_000
 """Bytes of weights up to which an ONNX model is one file; the format itself ends at 2 GB."""
 
@@ -69,8 +74,10 @@ def export(form: str, folder: Path, content: Export) -> str:
             files = sorted(unfinished.iterdir())
             size = sum(file.stat().st_size for file in files) / 1e6
     except OSError as error:
+        if error.errno not in (*DISK_FULL, *NO_PLACE):
+            raise
         remedy = "free some space" if error.errno in DISK_FULL else "choose another folder"
-        raise UserError(f"--export: {folder} cannot be written ({error.strerror or 'it exists'}): {remedy}") from error
+        raise UserError(f"--export: {folder} cannot be written ({error.strerror}): {remedy}") from error
     return f"exported for {form} to {folder}: {', '.join(file.name for file in files)} ({size:.1f} MB)"
 
 
@@ -78,7 +85,7 @@ def check_export(form: str, folder: Path, resolution: tuple[int, int] | None = N
     """Raises UserError for what `export` would refuse, as far as it is known before the weights are read."""
     if form not in FORMS:
         raise UserError(f"--export: {form} should be one of {', '.join(FORMS)}")
-    if folder.exists() or folder.is_symlink():
+    if os.path.lexists(folder):
         raise UserError(f"--export: {folder} exists: give a folder that does not, or remove it")
     if form == "onnx" and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise UserError("--export onnx needs two packages that are not installed: pip install onnx onnxscript")
@@ -117,7 +124,7 @@ def _write_open_clip(folder: Path, content: Export) -> None:
     preprocess = {
         "mean": list(preprocessing.mean),
         "std": list(preprocessing.deviation),
-        "interpolation": "bicubic",
+        "interpolation": preprocessing.interpolation,
         "resize_mode": "squash" if preprocessing.squash else "shortest",
     }
     _write_json(folder / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": preprocess})
@@ -173,7 +180,7 @@ def _write_image_processor(folder: Path, content: Export) -> None:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": height, "width": width} if preprocessing.squash else {"shortest_edge": min(height, width)},
-        "resample": 3,  # bicubic
+        "resample": INTERPOLATIONS[preprocessing.interpolation],
         "do_center_crop": not preprocessing.squash,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from misc.errors import UserError
 from model.pretrained.names import HEADS, to_ours
-from model.pretrained.weights import Weights
+from model.pretrained.weights import Weights, square_grid
 from model.tbps_clip import TBPSCLIP
 
 
@@ -34,7 +34,7 @@ def load_weights(model: TBPSCLIP, weights: Weights) -> list[str]:
     except UserError as error:
         raise UserError(f"{weights.name}: {error}") from error
     notes = []
-    source = weights.grid or grid
+    source = weights.grid or (grid if weights.patches == grid[0] * grid[1] else square_grid(weights.patches))
     if source != grid:
         notes.append("image position embeddings resized from {} × {} to {} × {} patches".format(*source, *grid))
     if len(text) != text_length:
@@ -68,14 +68,14 @@ def resize_image_position_embedding(
     Args:
         embedding: (P + 1, D) float, the class token first, then the patches row by row.
         grid: (height, width) wanted, in patches.
-        source: that of the embedding; None where it is no square and nothing tells, which fits `grid` alone.
+        source: that of the embedding; None where nothing tells: it is `grid` if that fits, else a square.
 
     Returns: (height * width + 1, D).
     Raises: UserError if the P patches are not known to form a grid.
     """
     patches = len(embedding) - 1
-    if source is None and patches == grid[0] * grid[1]:
-        source = grid
+    if source is None:
+        source = grid if patches == grid[0] * grid[1] else square_grid(patches)
     if source is None:
         raise UserError(
             f"visual.positional_embedding {tuple(embedding.shape)} is for {patches} patches, which form no square grid "

@@ -3,7 +3,7 @@ TBPS-CLIP code and here. D width of a tower, E width of the shared space.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ PUBLISHED = (
 
 HEADS = ("simclr_projector.", "masked_language_head.", "identity_classifier.")
 """How our names of the training heads begin, which CLIP does not have."""
+
+TBPS_SCHEMES = ("ours", "published")
+"""Whose names, as `scheme_of` tells it, TBPS-CLIP's own checkpoints have."""
+WHOSE = {"ours": "this project", "published": "the published code"}
+"""In words, where the name of the scheme is none."""
 
 # OpenAI's names and Hugging Face's outside of the blocks, but for the projections, which lie transposed there.
 _OUTSIDE = {
@@ -150,7 +155,7 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def scheme_of(names: Iterable[str]) -> str:
+def scheme_of(names: Collection[str]) -> str:
     """Whose names these are: `OpenAI` (and open_clip), `Hugging Face`, `published` or `ours`.
 
     Raises: UserError where they are nobody's, or those of several.
@@ -165,8 +170,7 @@ def scheme_of(names: Iterable[str]) -> str:
             return "published"
         examples["OpenAI"] = of_text[0]
     if len(examples) > 1:
-        whose = {"ours": "this project", "published": "the published code"}
-        mixture = " and ".join(f"of {whose.get(scheme, scheme)} ({name})" for scheme, name in sorted(examples.items()))
+        mixture = " and ".join(f"of {WHOSE.get(scheme, scheme)} ({name})" for scheme, name in sorted(examples.items()))
         raise UserError(f"names {mixture} are mixed: save the state dict of one model")
     if not examples:
         raise UserError(f"no tensor of a CLIP, but {first_of(list(names))}")

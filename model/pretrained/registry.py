@@ -4,8 +4,10 @@ open_clip downloads it, checks it and keeps it; it is imported only where a tag 
 """
 
 import difflib
+import hashlib
 import re
 import socket
+import tempfile
 import threading
 import time
 import urllib.request
@@ -16,14 +18,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from misc.errors import UserError
+from model.pretrained.archives import open_archive
 from model.pretrained.settings import Settings, of_open_clip
 
 USUAL_MODEL = "ViT-B-16"
 """Whose weights a tag without a model means, where it has some: the paper's backbone."""
 CACHE = "~/.cache/clip"
 """Where open_clip, like OpenAI's own code, keeps what it downloads from a plain address."""
-PATIENCE = 1.0
-"""Seconds in which a server has to answer. A download that cannot begin is otherwise tried again for 46 s."""
+CONNECT_TIMEOUT = 1.0
+"""Seconds in which a server has to answer; the hub's client would try again and again for most of a minute."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,18 @@ def find_entry(source: str) -> Entry:
 
 
 def fetch(entry: Entry) -> Path:
-    """The file of an entry: the one that was put in its place, one that was downloaded before, or a new download.
+    """The file of an entry: one that was put in its place or downloaded before, or a new download.
 
-    Raises: UserError, within about a second, where its server cannot be reached; and where the download fails.
+    Raises: UserError, after at most `CONNECT_TIMEOUT`, where no server can be reached; where the download fails or is
+        damaged; and where the file that is there is not that of the entry.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
     url, (repository, names) = entry.download.get("url", ""), _hub_files(entry)
-    place = Path(CACHE).expanduser() / (Path(urlsplit(url).path).name if url else entry.name.replace("/", "-"))
-    if place.is_file():  # with an address, open_clip checks the checksum that is in it
-        return _download(entry, place, [url]) if url else place
+    local_file = Path(CACHE).expanduser() / (Path(urlsplit(url).path).name if url else entry.name.replace("/", "-"))
+    if local_file.is_file():
+        _check_digest(local_file, url)
+        return local_file
     for name in names if repository else []:
         if isinstance(cached := try_to_load_from_cache(repository, name), str):
             return Path(cached)
@@ -95,9 +100,24 @@ def fetch(entry: Entry) -> Path:
     servers += [url] if url else []
     reached = _reachable(servers)
     if not reached:
-        hosts = " and ".join(_host(server)[0] for server in servers) or "the Hugging Face hub (HF_HUB_OFFLINE is set)"
-        raise UserError(f"{entry.name} is not on this machine, and {hosts} cannot be reached: {_by_hand(entry, place)}")
-    return _download(entry, place, reached)
+        hosts = " and ".join(filter(None, (urlsplit(server).hostname for server in servers)))
+        hosts = hosts or "the Hugging Face hub (HF_HUB_OFFLINE is set)"
+        raise UserError(
+            f"{entry.name} is not on this machine, and {hosts} cannot be reached: {_by_hand(entry, local_file)}"
+        )
+    reasons = []
+    for server in reached:
+        try:
+            return _download_from_url(entry, local_file) if server == url else _download_from_hub(entry)
+        except (
+            OSError,
+            HTTPException,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # all that open_clip lets through
+            reasons.append(" ".join(str(error).split()) or type(error).__name__)
+    raise UserError(f"{entry.name} cannot be downloaded ({'; '.join(reasons)}): {_by_hand(entry, local_file)}")
 
 
 def _hub_files(entry: Entry) -> tuple[str, list[str]]:
@@ -108,41 +128,62 @@ def _hub_files(entry: Entry) -> tuple[str, list[str]]:
     return repository, [name] if name else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
 
 
-def _download(entry: Entry, place: Path, servers: list[str]) -> Path:
-    """From the first of the servers that has it: the address of the entry, or the hub."""
+def _check_digest(path: Path, url: str) -> None:
+    """Raises UserError where a file is not that of its address, if this tells: it holds all of the SHA-256 for OpenAI's
+    files, its beginning for those of open_clip's releases."""
+    digest = {"openaipublic": r"/([0-9a-f]{64})/[^/]+$", "mlfoundations": r"-([0-9a-f]{8})\.\w+$"}
+    expected = next((re.search(pattern, url) for host, pattern in digest.items() if host in url), None)
+    if expected is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(expected[1]):
+        raise UserError(
+            f"{path} is not the file of {url}: its SHA-256 begins with {found[:8]}, not with {expected[1][:8]}: "
+            "remove it, or put the right one in its place"
+        )
+
+
+def _download_from_hub(entry: Entry) -> Path:
     from open_clip.pretrained import download_pretrained
 
-    reasons = []
-    for server in servers:
-        try:
-            return Path(download_pretrained(entry.download, prefer_hf_hub=server != entry.download.get("url")))
-        except (OSError, HTTPException, RuntimeError, ValueError) as error:
-            reasons.append(" ".join(str(error).split()) or type(error).__name__)
-    raise UserError(f"{entry.name} cannot be downloaded ({'; '.join(reasons)}): {_by_hand(entry, place)}")
+    return Path(download_pretrained(entry.download, prefer_hf_hub=True))  # the hub's client checks and keeps it
 
 
-def _by_hand(entry: Entry, place: Path) -> str:
+def _download_from_url(entry: Entry, local_file: Path) -> Path:
+    """open_clip leaves what came of a download that broke off, so it gets a folder of its own."""
+    from open_clip.pretrained import download_pretrained_from_url
+
+    local_file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=local_file.parent, prefix=f"{local_file.name}.") as folder:
+        downloaded = Path(download_pretrained_from_url(entry.download["url"], cache_dir=folder))
+        open_archive(downloaded)  # not every address has a checksum
+        downloaded.replace(local_file)
+    return local_file
+
+
+def _by_hand(entry: Entry, local_file: Path) -> str:
     repository, names = _hub_files(entry)
     what = entry.download.get("url") or f"{' or '.join(names)} of https://huggingface.co/{repository}"
-    return f"download {what} on another machine, and put it at {place}"
+    return f"download {what} on another machine, and put it at {local_file}"
 
 
 def _reachable(servers: list[str]) -> list[str]:
-    """Those that answer within `PATIENCE`, in their order."""
+    """Those that answer within `CONNECT_TIMEOUT`, in their order."""
     reached: dict[str, bool] = {}
 
-    def knock(server: str) -> None:
+    def connect(server: str) -> None:
         try:
-            socket.create_connection(_host(server), timeout=PATIENCE).close()
+            socket.create_connection(_host(server), timeout=CONNECT_TIMEOUT).close()
             reached[server] = True
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a proxy whose address is none
             reached[server] = False
 
     # Looking up a name has no time limit of its own, so nobody waits for these threads.
-    threads = [threading.Thread(target=knock, args=(server,), daemon=True) for server in servers]
+    threads = [threading.Thread(target=connect, args=(server,), daemon=True) for server in servers]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + CONNECT_TIMEOUT
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     return [server for server in servers if reached.get(server)]

@@ -1,12 +1,15 @@
 """What the tensors of a CLIP do not tell, and what is written beside them in the forms that have a place for it."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from misc.errors import UserError, first_of
 from misc.transforms import IMAGENET_DEVIATION, IMAGENET_MEAN
+from model.transformer import ACTIVATIONS, GELU, QUICK_GELU
 
-QUICK_GELU, GELU = "quick_gelu", "gelu"
+INTERPOLATIONS = {"bicubic": 3, "bilinear": 2}
+"""How open_clip calls them, and the number that Hugging Face has from Pillow."""
 
 
 @dataclass(frozen=True)
@@ -17,28 +20,45 @@ class Preprocessing:
         mean, deviation: of the three channels of images with values 0 … 1.
         squash: height and width are resized each for itself; otherwise the shorter side is resized and the middle cut
             out.
+        interpolation: a key of `INTERPOLATIONS`.
     """
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     squash: bool
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that cannot be: they come from files of others."""
+        for name, values in (("mean", self.mean), ("std", self.deviation)):
+            if len(values) != 3 or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+                raise UserError(f"its settings have {list(values)!r} for the {name} of an image, not three numbers")
+        if min(self.deviation) <= 0:
+            raise UserError(f"its settings have {list(self.deviation)} for the std of an image, not above 0")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(
+                f"its settings resize images by {self.interpolation!r}, not by {' or '.join(INTERPOLATIONS)}"
+            )
 
 
-OF_CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), squash=False)
+CLIP_PREPROCESSING = Preprocessing(
+    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), squash=False
+)
 """OpenAI's and open_clip's."""
-OF_TBPS = Preprocessing(tuple(IMAGENET_MEAN), tuple(IMAGENET_DEVIATION), squash=True)
+TBPS_PREPROCESSING = Preprocessing(tuple(IMAGENET_MEAN), tuple(IMAGENET_DEVIATION), squash=True)
 """What TBPS-CLIP is trained with, here and in the published code."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is told beside the tensors; None where nothing is.
+    """What is written beside the tensors; None where nothing is.
 
     Attributes:
-        activation: `quick_gelu` or `gelu`.
+        activation: a key of `ACTIVATIONS`.
         vision_heads, text_heads: attention heads.
         resolution: (height, width) in pixels.
         preprocessing: of images.
+        sizes: what the tensors tell themselves, as a check; named as in the configuration's section `model`.
     """
 
     activation: str | None = None
@@ -46,20 +66,34 @@ class Settings:
     text_heads: int | None = None
     resolution: tuple[int, int] | None = None
     preprocessing: Preprocessing | None = None
+    sizes: dict[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that no model can have: they come from files of others."""
-        counts = {"attention heads": (self.vision_heads, self.text_heads), "pixels": self.resolution or ()}
-        for what, values in counts.items():
-            for value in values:
-                if value is not None and not (isinstance(value, int) and value > 0):
+        """Raises UserError for values that cannot be: they come from files of others."""
+        for what, values in (("attention heads", (self.vision_heads, self.text_heads)), ("pixels", self.resolution)):
+            for value in values or ():
+                if value is not None and not _is_count(value):
                     raise UserError(f"its settings tell of {value!r} {what}, where a number must be")
-        if self.activation not in (None, QUICK_GELU, GELU):
-            raise UserError(f"its settings tell of the activation {self.activation!r}, not of {QUICK_GELU} or {GELU}")
-        if self.preprocessing is not None:
-            for values in (self.preprocessing.mean, self.preprocessing.deviation):
-                if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-                    raise UserError(f"its settings tell of {list(values)} for three channels of an image")
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"its settings tell of the activation {self.activation!r}, not of {' or '.join(ACTIVATIONS)}"
+            )
+
+    def check(self, sizes: dict[str, int]) -> None:
+        """Raises UserError where they are of another model than the tensors, whose sizes these are."""
+        differing = [f"{key} {value!r}" for key, value in self.sizes.items() if value != sizes[key]]
+        if differing:
+            found = ", ".join(f"{key} {sizes[key]}" for key, value in self.sizes.items() if value != sizes[key])
+            raise UserError(
+                f"its settings tell of {', '.join(differing)}, its tensors of {found}: they are of two models"
+            )
+        for heads, width in ((self.vision_heads, sizes["vision_width"]), (self.text_heads, sizes["text_width"])):
+            if heads and width % heads:
+                raise UserError(f"its settings are for {heads} attention heads, which do not divide the width {width}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
@@ -68,37 +102,54 @@ def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _three(values: Any, default: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(values) if isinstance(values, list | tuple) else default
+def _channels(values: Any, default: tuple[float, ...]) -> tuple[float, ...]:
+    return default if values is None else tuple(values) if isinstance(values, list | tuple) else (values,)
 
 
-def as_resolution(value: Any) -> tuple[int, int] | None:
+def _present(section: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    """The values of a section under our names, where it has them."""
+    return {ours: section[theirs] for ours, theirs in keys.items() if theirs in section}
+
+
+def _resolution(value: Any) -> tuple[int, int] | None:
     """(height, width) from one integer or two; None from anything else."""
     if isinstance(value, int):
         return value, value
-    whole = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value)
-    return (value[0], value[1]) if whole else None
+    return (value[0], value[1]) if isinstance(value, list | tuple) and len(value) == 2 else None
+
+
+# ---- checkpoints of TBPS-CLIP ---------------------------------------------------------------------------------------
 
 
 def of_checkpoint(config: dict[str, Any]) -> Settings:
-    """Of a checkpoint of TBPS-CLIP, from its configuration; the published code knows QuickGELU alone."""
+    """From the configuration in a checkpoint; the published code, and ours at first, knew QuickGELU alone."""
     model = _section(config, "model")
+    sizes = ("patch_size", "vision_width", "vision_layers", "text_width", "text_layers", "embed_dim", "vocab_size")
     return Settings(
         activation=model.get("activation", QUICK_GELU),
         vision_heads=model.get("vision_heads"),
         text_heads=model.get("text_heads"),
-        resolution=as_resolution(_section(config, "experiment").get("input_resolution")),
-        preprocessing=OF_TBPS,
+        resolution=_resolution(_section(config, "experiment").get("input_resolution")),
+        preprocessing=TBPS_PREPROCESSING,
+        sizes=_present(model, {key: key for key in sizes}),
     )
 
 
-# What else open_clip's configurations may hold and still be a plain CLIP.
+# ---- open_clip ------------------------------------------------------------------------------------------------------
+
+
+# What open_clip's configurations may hold of a plain CLIP, and further keys with the value that changes nothing.
 _PLAIN = {
     "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
-    "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size"},
+    "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size", "patch_dropout"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
 }
-_NO_CHANGE = {"mlp_ratio": 4.0, "pool_type": ("tok", "argmax"), "proj_type": "linear", "pos_embed_type": "learnable"}
+_NO_CHANGE = {
+    "mlp_ratio": (4, 4.0),
+    "pool_type": ("tok", "argmax"),
+    "proj_type": ("linear",),
+    "pos_embed_type": ("learnable",),
+}
 
 
 def of_open_clip(model: dict[str, Any], preprocess: dict[str, Any], *, quick_gelu: bool | None = None) -> Settings:
@@ -114,62 +165,74 @@ def of_open_clip(model: dict[str, Any], preprocess: dict[str, Any], *, quick_gel
     vision, text = model.get("vision_cfg"), model.get("text_cfg")
     if not isinstance(vision, dict) or not isinstance(text, dict):
         raise UserError("another kind of model than CLIP (no vision_cfg and text_cfg)")
-    strange = [] if isinstance(vision.get("layers", 12), int) else [f"vision_cfg.layers: {vision['layers']}"]
+    strange = [] if isinstance(vision.get("layers", 12), int) else [f"vision_cfg.layers: {vision['layers']!r}"]
     for section, allowed in _PLAIN.items():
         for key, value in (model[section] if section else model).items():
-            if key not in allowed and value and value not in _as_tuple(_NO_CHANGE.get(key)):
-                strange.append(f"{section}.{key}".lstrip(".") + f": {value}")
+            if key not in allowed and value and value not in _NO_CHANGE.get(key, ()):
+                strange.append(f"{section}.{key}".lstrip(".") + f": {value!r}")
     if strange:
         raise UserError(f"another kind of model than CLIP ({first_of(strange)})")
+    mode = preprocess.get("resize_mode", "shortest")
+    if mode not in ("shortest", "squash"):
+        raise UserError(f"its settings resize images in the mode {mode!r}, not in shortest or squash")
+    width, head_width = vision.get("width", 768), vision.get("head_width", 64)
+    told = _is_count(width) and _is_count(head_width)
     quick = model.get("quick_gelu", False) if quick_gelu is None else quick_gelu
     return Settings(
         activation=QUICK_GELU if quick else GELU,
-        vision_heads=_quotient(vision.get("width", 768), vision.get("head_width", 64)),
+        vision_heads=width // head_width if told else f"{width!r} / {head_width!r}",
         text_heads=text.get("heads", 8),
-        resolution=as_resolution(vision.get("image_size", 224)),
+        resolution=_resolution(vision.get("image_size", 224)),
         preprocessing=Preprocessing(
-            _three(preprocess.get("mean"), OF_CLIP.mean),
-            _three(preprocess.get("std"), OF_CLIP.deviation),
-            squash=preprocess.get("resize_mode") == "squash",
+            _channels(preprocess.get("mean"), CLIP_PREPROCESSING.mean),
+            _channels(preprocess.get("std"), CLIP_PREPROCESSING.deviation),
+            squash=mode == "squash",
+            interpolation=preprocess.get("interpolation", "bicubic"),
         ),
+        sizes=_present(vision, {"patch_size": "patch_size", "vision_width": "width", "vision_layers": "layers"})
+        | _present(text, {"vocab_size": "vocab_size", "text_width": "width", "text_layers": "layers"})
+        | _present(model, {"embed_dim": "embed_dim"}),
     )
 
 
-def _quotient(width: Any, head_width: Any) -> Any:
-    whole = isinstance(width, int) and isinstance(head_width, int) and head_width > 0
-    return width // head_width if whole else f"{width} / {head_width}"
+# ---- Hugging Face ---------------------------------------------------------------------------------------------------
 
 
-def _as_tuple(value: Any) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def of_hugging_face(model: dict[str, Any], preprocessor: dict[str, Any] | None) -> Settings:
-    """From a `config.json` of a `CLIPModel`, whose defaults are ViT-B/32's, and its `preprocessor_config.json`.
+def of_hugging_face(model: dict[str, Any], processor: dict[str, Any] | None) -> Settings:
+    """From the `config.json` of a `CLIPModel`, whose defaults are ViT-B/32's, and the settings of its image processor.
 
     Raises: UserError where it is another kind of model, or its towers are computed in another way than CLIP's.
     """
     if model.get("model_type") != "clip":
-        raise UserError(f"config.json is of a model of type {model.get('model_type')}, not of a CLIPModel (clip)")
-    vision, text = _section(model, "vision_config"), _section(model, "text_config")
+        raise UserError(f"config.json is of a model of type {model.get('model_type')!r}, not of a CLIPModel (clip)")
+    # Files of old hold a second section for each tower, which overrules the first.
+    vision, text = (_section(model, f"{t}_config") | _section(model, f"{t}_config_dict") for t in ("vision", "text"))
     activations = {str(tower.get("hidden_act", QUICK_GELU)) for tower in (vision, text)}
-    if len(activations) > 1 or not activations <= {QUICK_GELU, GELU}:
-        found = " and ".join(sorted(activations))
+    if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
+        found = " and ".join(map(repr, sorted(activations)))
         raise UserError(f"config.json: hidden_act is {found}, where both towers should have quick_gelu, or both gelu")
     epsilons = [tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)]
     if epsilons != [1e-5, 1e-5]:
-        raise UserError(f"config.json: layer_norm_eps {epsilons}, where CLIP has 1e-05")
-    preprocessing = None
-    if preprocessor is not None:
-        preprocessing = Preprocessing(
-            _three(preprocessor.get("image_mean"), OF_CLIP.mean),
-            _three(preprocessor.get("image_std"), OF_CLIP.deviation),
-            squash=not preprocessor.get("do_center_crop", True) and "height" in _section(preprocessor, "size"),
-        )
+        raise UserError(f"config.json: layer_norm_eps is {epsilons!r}, where CLIP has 1e-05")
+    common = {"width": "hidden_size", "layers": "num_hidden_layers"}
     return Settings(
         activation=activations.pop(),
         vision_heads=vision.get("num_attention_heads", 12),
         text_heads=text.get("num_attention_heads", 8),
-        resolution=as_resolution(vision.get("image_size", 224)),
-        preprocessing=preprocessing,
+        resolution=_resolution(vision.get("image_size", 224)),
+        preprocessing=None if processor is None else _of_image_processor(processor),
+        sizes=_present(vision, {"patch_size": "patch_size"} | {f"vision_{key}": name for key, name in common.items()})
+        | _present(text, {"vocab_size": "vocab_size"} | {f"text_{key}": name for key, name in common.items()})
+        | _present(model, {"embed_dim": "projection_dim"}),
+    )
+
+
+def _of_image_processor(processor: dict[str, Any]) -> Preprocessing:
+    names = {number: name for name, number in INTERPOLATIONS.items()}
+    resample = processor.get("resample", INTERPOLATIONS["bicubic"])
+    return Preprocessing(
+        _channels(processor.get("image_mean"), CLIP_PREPROCESSING.mean),
+        _channels(processor.get("image_std"), CLIP_PREPROCESSING.deviation),
+        squash=not processor.get("do_center_crop", True) and "height" in _section(processor, "size"),
+        interpolation=names.get(resample, str(resample)) if isinstance(resample, int) else str(resample),
     )
