@@ -5,11 +5,12 @@ Q queries, N gallery images.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-MAXIMUM_BLOCK = 1 << 24
-"""Similarities held at once: with their order and the counts along it, about half a gigabyte."""
+MAXIMUM_BLOCK = 1 << 23
+"""Similarities that are held at once: with what is made of them, about a tenth of a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,54 @@ def rank_queries(
 
 
 def rank_similarities(similarity: Tensor, query_identities: Tensor, gallery_identities: Tensor) -> QueryResults:
-    """The same from a (Q, N) similarity matrix. Of equal similarities the one earlier in the gallery ranks first."""
-    order = similarity.argsort(dim=1, descending=True, stable=True)
-    matches = gallery_identities[order] == query_identities[:, None]  # (Q, N), best first
-    ranks = torch.arange(1, matches.shape[1] + 1, device=matches.device)
-    found = matches.cumsum(dim=1)
-    number = matches.sum(dim=1)
-    precision_at_matches = torch.where(matches, found.double() / ranks, 0.0).sum(dim=1)
-    last_match = torch.where(matches, ranks, 0).amax(dim=1)
-    # A query without a match counts as a miss with AP 0 and INP 0; the clamps only keep 0 / 0 away.
+    """The same from a (Q, N) similarity matrix. Of equal similarities the one earlier in the gallery ranks first.
+
+    The similarities alone are sorted, without the images that they belong to: where a match stands among them is looked
+    up, and all other images have no part in the measures.
+    """
+    queries, gallery = similarity.shape
+    query, image = (gallery_identities == query_identities[:, None]).nonzero(as_tuple=True)  # the M matches, by query
+    number = query.bincount(minlength=queries)
+    last = number.cumsum(dim=0)
+    ranks = _ranks(similarity, query, image)
+    ranks = ranks[(query * (gallery + 1) + ranks).argsort()]  # best first within each query, whose place stays
+
+    found = torch.arange(1, len(query) + 1, device=query.device) - (last - number)[query]
+    precision = torch.zeros(queries, dtype=torch.float64, device=query.device)
+    precision.index_add_(0, query, found.double() / ranks)
+    # A query without a match counts as a miss with AP 0 and INP 0; what is looked up for it is never used.
+    ranks = torch.cat([ranks, ranks.new_ones(1)])
+    matched = number > 0
     return QueryResults(
-        first_match=torch.where(number > 0, matches.int().argmax(dim=1) + 1, 0),
-        average_precision=precision_at_matches / number.clamp(min=1),
-        inverse_negative_penalty=number.double() / last_match.clamp(min=1),
+        first_match=torch.where(matched, ranks[last - number], 0),
+        average_precision=precision / number.clamp(min=1),
+        inverse_negative_penalty=torch.where(matched, number.double() / ranks[last - 1], 0.0),
     )
+
+
+def _ranks(similarity: Tensor, query: Tensor, image: Tensor) -> Tensor:
+    """Ranks from 1 of M images, each among the (Q, N) similarities of its query; `query` (M,) is in ascending order."""
+    gallery = similarity.shape[1]
+    number = query.bincount(minlength=len(similarity))
+    column = torch.arange(len(query), device=query.device) - (number.cumsum(dim=0) - number)[query]
+    own = similarity.new_zeros(len(similarity), int(number.amax()) if len(number) else 0)
+    own[query, column] = similarity[query, image]
+    ascending = _sorted(similarity)
+    below, not_above = (torch.searchsorted(ascending, own, right=right)[query, column] for right in (False, True))
+    ranks = 1 + gallery - not_above
+    tied = (not_above - below > 1).nonzero()[:, 0]  # rare, so one by one
+    for match in tied.tolist():
+        equals = similarity[query[match], : image[match]] == similarity[query[match], image[match]]
+        ranks[match] += equals.sum()
+    return ranks
+
+
+def _sorted(similarity: Tensor) -> Tensor:
+    """Each row in ascending order."""
+    if similarity.device.type != "cpu":
+        return similarity.sort(dim=1).values
+    # On a CPU, numpy sorts numbers several times as fast as torch, which sorts their places as well.
+    return torch.from_numpy(np.sort(similarity.numpy(), axis=1))
 
 
 def summarise(results: QueryResults) -> dict[str, float]:

@@ -52,9 +52,10 @@ class TextTransformer(nn.Module):
         Returns: (B, embed_dim), or (B, L, embed_dim); not L2-normalised.
         """
         x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
-        x = self.transformer(x, causal=True)
-        if not all_tokens:
-            x = x[torch.arange(x.shape[0], device=x.device), end_positions(token_ids)]
+        if all_tokens:
+            x = self.transformer(x, causal=True)
+        else:
+            x = self.transformer.pooled(x, end_positions(token_ids), causal=True)
         return project(x, self.ln_final, self.text_projection)
 
 

@@ -3,6 +3,9 @@
 Shapes: N sequences, L tokens, D width, H heads. Parameter names are OpenAI's, so that CLIP's weights fit unchanged.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,12 +70,12 @@ class Attention(nn.Module):
         query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         return self._attend(query, key, value, causal=causal, valid=valid)
 
-    def cross(self, x: Tensor, context: Tensor) -> Tensor:
-        """Cross-attention: x (N, L, D) queries context (N, P, D). Returns: (N, L, D)."""
+    def cross(self, x: Tensor, context: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        """Cross-attention: x (N, L, D) queries context (N, P, D), but where `valid` (N, P) bool is False: (N, L, D)."""
         width = x.shape[-1]
         query = F.linear(x, self.in_proj_weight[:width], self.in_proj_bias[:width])
         key, value = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
-        return self._attend(query, key, value, causal=False, valid=None)
+        return self._attend(query, key, value, causal=False, valid=valid)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, valid: Tensor | None) -> Tensor:
         query, key, value = (
@@ -106,6 +109,23 @@ class ResidualBlock(nn.Module):
         x = x + self.attn(self.ln_1(x), causal=causal, valid=valid)
         return x + self.mlp(self.ln_2(x))
 
+    def pooled(self, x: Tensor, position: Tensor, *, causal: bool = False) -> Tensor:
+        """The block's output at one token of each sequence alone: all tokens are keys and values, one is a query.
+
+        Args:
+            x: (N, L, D).
+            position: (N,) int64, of the token.
+            causal: it attends to itself and to those before it.
+
+        Returns: (N, D).
+        """
+        rows = torch.arange(x.shape[0], device=x.device)
+        valid = torch.arange(x.shape[1], device=x.device) <= position[:, None] if causal else None
+        normed = self.ln_1(x)
+        attended = self.attn.cross(normed[rows, position][:, None], normed, valid=valid)
+        token = x[rows, position] + attended[:, 0]
+        return token + self.mlp(self.ln_2(token))
+
 
 class Transformer(nn.Module):
     """A stack of `layers` residual blocks over (N, L, D).
@@ -125,11 +145,21 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
         for block in self.resblocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, causal=causal, valid=valid, use_reentrant=False)
-            else:
-                x = block(x, causal=causal, valid=valid)
+            x = self._run(block, x, causal=causal, valid=valid)
         return x
+
+    def pooled(self, x: Tensor, position: Tensor, *, causal: bool = False) -> Tensor:
+        """What `forward` gives at the token of each sequence at `position` (N,) int64: (N, D), for the work of all
+        blocks but most of the last one."""
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = self._run(block, x, causal=causal)
+        return self._run(last.pooled, x, position, causal=causal)
+
+    def _run(self, function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, **options, use_reentrant=False)
+        return function(*inputs, **options)
 
     def initialise(self) -> None:
         """Draws the weights as CLIP draws those of its text transformer: normal, residual branches scaled by depth."""

@@ -54,7 +54,9 @@ class VisionTransformer(nn.Module):
         # Not len(patches), which would fix the size of the batch in an exported graph.
         class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x))
-        if not all_tokens:
-            x = x[:, 0]
+        x = self.ln_pre(x)
+        if all_tokens:
+            x = self.transformer(x)
+        else:
+            x = self.transformer.pooled(x, torch.zeros(x.shape[0], dtype=torch.int64, device=x.device))
         return project(x, self.ln_post, self.proj)

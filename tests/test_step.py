@@ -188,14 +188,14 @@ def ranks(request) -> list[dict[str, dict]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["full", "heads", "chunks"])
 def test_ranks_make_the_step_of_one(one_rank, ranks, recipe):
-    """Losses, and the gradient as a whole, within 1e-6; chunks are compared with the whole batch of one rank."""
+    """Losses within 1e-6, the gradient as a whole within 2e-6; chunks are compared with the whole batch of one rank."""
     alone = one_rank["heads" if recipe == "chunks" else recipe]
     for rank in ranks:
         together = rank[recipe]
         assert set(together["losses"]) == set(alone["losses"])
         for name, loss in alone["losses"].items():
             assert_close(together["losses"][name], loss, 1e-6, name)
-        assert distance(together["gradients"], alone["gradients"]) <= 1e-6
+        assert distance(together["gradients"], alone["gradients"]) <= 2e-6
 
 
 @pytest.mark.slow
