@@ -1,11 +1,12 @@
 # make demo: a fresh machine trains and evaluates TBPS-CLIP on generated pedestrians. make test: it runs all tests.
+# make bench: how fast this is, beside the published way of doing the same work; tables, and benchmarks.json.
 # make soak: it kills a training KILLS times (about ten seconds each) and compares it with one that was left alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
 KILLS ?= 200
 
-.PHONY: demo test soak lint
+.PHONY: demo test bench soak lint
 
 # Installed anew when the requirements change.
 .venv/installed: requirements.txt requirements-dev.txt
@@ -23,6 +24,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks --json benchmarks.json
 
 soak: .venv/installed
 	SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_faults.py

@@ -21,6 +21,7 @@ from misc.errors import DISK_FULL, UserError
 from misc.evaluation import Evaluator, Retrieval
 from misc.interruption import Interrupted, Interruption
 from misc.precision import Precision
+from misc.profiling import traced_steps
 from misc.progress import Progress
 from misc.resume import LAST, Course, Keeper, find_start
 from misc.retrieval_sheet import draw_retrieval_sheet
@@ -112,17 +113,21 @@ def train(config, here: Processes, interruption: Interruption, *, overwrite: boo
         trainer.load_state(saved)
     del saved  # three times the weights
 
-    with RunLog(
-        folder,
-        is_main=here.is_main,
-        held=held,
-        overwrite=overwrite,
-        resume=progress if resumed else None,
-        tensorboard=config.log.tensorboard,
-        wandb_project=wandb_project(config.log.wandb),
-        run_id=run_id,
-        config=plain(config),
-    ) as log:
+    profiled = folder if config.log.profile and here.is_main else None
+    with (
+        RunLog(
+            folder,
+            is_main=here.is_main,
+            held=held,
+            overwrite=overwrite,
+            resume=progress if resumed else None,
+            tensorboard=config.log.tensorboard,
+            wandb_project=wandb_project(config.log.wandb),
+            run_id=run_id,
+            config=plain(config),
+        ) as log,
+        traced_steps(profiled) as after_step,
+    ):
         keeper.save_last()  # from here on torchrun can restart the run, and a full disk is found before the training
         if here.is_main:
             save_config(config, folder / "config.yaml")
@@ -142,6 +147,7 @@ def train(config, here: Processes, interruption: Interruption, *, overwrite: boo
                     save_period=config.log.checkpoint_period,
                     save=keeper.save_last,
                     stop=lambda: interruption.agreed(here),
+                    after_step=after_step,
                 )
                 keeper.save_last()
                 if interruption.number:

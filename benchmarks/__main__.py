@@ -1,6 +1,6 @@
 """How fast this code is, beside the published way of doing the same work: `make bench`.
 
-python -m benchmarks [--only NAME ...] [--batch N] [--precision P] [--device D] [--rounds N] [--json FILE]
+python -m benchmarks [--only NAME ...] [--batch N] [--precision P] [--device D] [--rounds N] [--json FILE] [key=value]
 
 Both ways run in turn in one process; medians and ratios are printed. Before a step is timed, its losses and gradients
 are compared with the baseline's.
@@ -43,8 +43,8 @@ RETRIEVALS = ((6_156, 3_074), (20_000, 20_000))
 ALPHA = 0.3
 """Weight of the soft labels."""
 WORDS = (
-    "man woman wearing red blue grey dark green white black shirt trousers shoes backpack carrying holding bag with short "
-    "long hair sleeved striped walking"
+    "man woman wearing red blue grey dark green white black shirt trousers shoes backpack carrying holding bag with "
+    "short long hair sleeved striped walking"
 )
 
 
@@ -56,11 +56,16 @@ class Setup:
     precision: Precision
     batch: int
     rounds: int
+    overrides: tuple[str, ...] = ()
+
+    def configuration(self, recipe: str) -> config.EasyDict:
+        """A recipe, without dropout so that both ways compute the same."""
+        own = (f"data.batch_size={self.batch}", "model.checkpoint=null", "experiment.dropout=0", *self.overrides)
+        return build.settle(config.load_config(simplified=RECIPES[recipe], overrides=own), None)
 
     def recipe(self, name: str) -> tuple[config.EasyDict, Objectives, TBPSCLIP]:
-        """A recipe, without dropout so that both ways compute the same, and its model with random weights."""
-        own = (f"data.batch_size={self.batch}", "model.checkpoint=null", "experiment.dropout=0")
-        merged = build.settle(config.load_config(simplified=RECIPES[name], overrides=own), None)
+        """Its configuration, its losses, and its model with random weights."""
+        merged = self.configuration(name)
         objectives = build.build_objectives(merged, Processes(0, 1, self.device))
         model, _ = build.build_model(merged, objectives, IDENTITIES, weights=None)
         return merged, objectives, model.to(self.device).train()
@@ -157,8 +162,8 @@ def bench_loader(setup: Setup) -> Iterator[Comparison]:
     with tempfile.TemporaryDirectory() as folder:
         split = write_images(Path(folder), 48)
         torch.set_num_threads(1)
-        for recipe, simplified in RECIPES.items():
-            merged = build.settle(config.load_config(simplified=simplified, overrides=("model.checkpoint=null",)), None)
+        for recipe in RECIPES:
+            merged = setup.configuration(recipe)
             experiment = merged.experiment
             everything = baseline.Augmentation(config.resolution(merged))
             dataset = TrainingSet(
@@ -315,10 +320,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured there")
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    arguments = parser.parse_intermixed_args()
     device = torch.device(arguments.device)
     batch = arguments.batch or (80 if device.type == "cuda" else 4)
-    setup = Setup(device, Precision.choose(arguments.precision, device), batch, arguments.rounds)
+    setup = Setup(
+        device, Precision.choose(arguments.precision, device), batch, arguments.rounds, tuple(arguments.overrides)
+    )
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor()} CPU",
         "threads": torch.get_num_threads(),

@@ -162,6 +162,7 @@ RULES: dict[str, Rule] = {
     "log.tensorboard": SWITCH,
     "log.wandb": SWITCH,
     "log.sheet": _integer(0),
+    "log.profile": SWITCH,
     "data.dataset": _choice("CUHK-PEDES", "ICFG-PEDES", "RSTPReid", None),
     "data.back_translation_file": TEXT_OR_NULL,
     "data.evaluate_on": _choice("test", "val"),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from misc.errors import UserError
 from misc.files import unfinished, whole_file
+from misc.profiling import TRACE
 from misc.progress import Progress
 
 LOG = "train.log"
@@ -26,6 +27,7 @@ RUN_FILES = (
     LOG,
     "curve.png",
     "retrieval.png",
+    TRACE,
     "checkpoint_last.pth",
     "checkpoint_best.pth",
 )

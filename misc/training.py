@@ -110,6 +110,7 @@ class Trainer:
         save_period: int,
         save: Callable[[], None],
         stop: Callable[[], bool],
+        after_step: Callable[[], None],
     ) -> None:
         """What is left of the epoch that `progress` is in; moves `progress` on.
 
@@ -120,6 +121,7 @@ class Trainer:
             save_period: iterations between two calls of `save`; 0 for none.
             save: keeps `progress` and the training state.
             stop: asked after each step, by all ranks and with the same answer; the rest of the epoch is left then.
+            after_step: called after each step.
 
         Raises NonFiniteLoss, before anything is saved after that step. The losses are looked at on every log line and
         before each `save`, since it means waiting for the device.
@@ -137,6 +139,7 @@ class Trainer:
                 iteration = progress.epoch * steps + progress.step
                 meter.add(self.step(batch, iteration, steps), batch.paths)
                 progress.step += 1
+                after_step()
                 stopping = stop()
                 ends = stopping or progress.step == steps
                 shows = ends or progress.step % print_period == 0

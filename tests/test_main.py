@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import socket
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,18 @@ from PIL import Image
 import main as program
 from misc.checkpoint import read_checkpoint
 from misc.run_log import RUN_FILES
-from tests.runs import ARCHITECTURE, METRICS, QUICK, Outcome, Run, of_dataset, only_error, start
+from tests.runs import (
+    ARCHITECTURE,
+    METRICS,
+    QUICK,
+    Outcome,
+    Run,
+    assert_same_run,
+    command,
+    of_dataset,
+    only_error,
+    start,
+)
 from tests.seeded import TINY, clip_weights
 from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 
@@ -68,7 +81,7 @@ def printed_statistics(out: str) -> dict[str, list[str]]:
 
 def test_a_run_ends_well_and_writes_its_files(full):
     assert full.outcome.status == 0, full.outcome.err
-    assert sorted(path.name for path in full.folder.iterdir()) == sorted(RUN_FILES)
+    assert sorted(path.name for path in full.folder.iterdir()) == sorted(set(RUN_FILES) - {"trace.json"})
     assert full.log == full.outcome.out
 
 
@@ -143,10 +156,36 @@ def test_two_ranks_train_without_gathering(data, tmp_path):
     outcome = start(*ARCHITECTURE, *QUICK, *of_dataset(data), *own, ranks=2)
     assert outcome.status == 0, outcome.err
     two = Run(tmp_path / "run", outcome)
-    assert sorted(path.name for path in two.folder.iterdir()) == sorted(RUN_FILES)
+    assert sorted(path.name for path in two.folder.iterdir()) == sorted(set(RUN_FILES) - {"trace.json"})
     assert two.log == outcome.out and "2 process(es)" in two.log
     (record,) = two.records
     assert record["samples_per_second"] == pytest.approx(48 / record["seconds"], rel=0.01)  # of both ranks: 6 · 2 · 4
+
+
+def test_two_machines_train_as_one_does(data, tmp_path):
+    """Two torchruns with one process each, as on two machines, and one with two: the same to the bit."""
+    folders = {nodes: tmp_path / str(nodes) for nodes in (1, 2)}
+    for nodes, folder in folders.items():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            meeting = ("--master_addr=127.0.0.1", f"--master_port={probe.getsockname()[1]}")
+        own = ("schedule.epoch=1", "log.sheet=1", f"model.saved_path={folder}")
+        arguments = (*ARCHITECTURE, *QUICK, *of_dataset(data), *own)
+        torchruns = []
+        for node in range(nodes):
+            run = command(arguments, 2)
+            at = run["args"].index("--standalone")
+            run["args"][at : at + 2] = [
+                f"--nnodes={nodes}",
+                f"--node_rank={node}",
+                f"--nproc_per_node={2 // nodes}",
+                *meeting,
+            ]
+            torchruns.append(subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        for torchrun in torchruns:
+            out, _ = torchrun.communicate(timeout=300)
+            assert torchrun.returncode == 0, out
+    assert_same_run(folders[2], Run(folders[1], Outcome(0, "", "")))
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +237,14 @@ def test_mlm_id_and_mixgen_train(train, mixgen_type):
     )
     assert {"loss_mlm", "loss_id"} <= mixed.records[0].keys()
     assert mixed.records[0]["loss_id"] > 0 and mixed.records[0]["loss_mlm"] > 0
+
+
+def test_a_trace_of_some_steps_is_written(train):
+    traced = train("log.profile=true")
+    events = json.loads((traced.folder / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 3  # of the twelve
+    assert any("scaled_dot_product" in event.get("name", "") for event in events)
 
 
 def test_the_val_split_can_be_evaluated(train):
