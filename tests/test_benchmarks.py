@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import __main__ as benchmarks
 from benchmarks import baseline
+from benchmarks import suite as benchmarks
 from benchmarks.comparison import counted, in_turn
 from misc import metrics
 from misc.optimizer import build_optimizer, parameter_groups
 from misc.precision import Precision
 from tests.golden_models import tiny_model
+from tests.runs import ROOT
 
 OVERRIDES = (
     "experiment.input_resolution=[64, 32]",
@@ -91,7 +93,17 @@ def test_both_run_in_turn_and_the_first_round_does_not_count():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(benchmarks.BENCHMARKS) - {"flops"}))
+def test_the_command_starts():
+    arguments = ["--only", "memory", "--batch", "2", "--rounds", "1", *OVERRIDES]
+    own = "import benchmarks.suite as s, runpy; s.RETRIEVALS = ((60, 40),); runpy.run_module('benchmarks')"
+    finished = subprocess.run(
+        [sys.executable, "-c", own, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0 and "memory of a step, full, batch 2" in finished.stdout, finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(benchmarks.BENCHMARKS) - {"flops", "memory"}))
 def test_each_benchmark_runs_and_is_written_down(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "RETRIEVALS", ((60, 40),))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of the process that tests
