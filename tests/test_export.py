@@ -223,7 +223,7 @@ def test_vit_b16_is_the_same_in_all_three(tmp_path):
     for encode in found.values():
         assert_image_features(model, pixels, encode(pixels))
 
-    expected, token_ids = text_features(model), token_rows()
+    expected, token_ids = text_features(model)[:16], token_rows()[:16]
     of_text = onnxruntime.InferenceSession(tmp_path / "onnx/text_encoder.onnx")
     theirs = CLIPModel.from_pretrained(tmp_path / "huggingface")
     assert_near(open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval().encode_text(token_ids), expected)
