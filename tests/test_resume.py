@@ -21,6 +21,7 @@ from tests.runs import (
     METRICS,
     QUICK,
     Outcome,
+    Run,
     assert_same_run,
     at_step,
     finished,
@@ -117,23 +118,23 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(run, data, tmp_pat
     assert config["experiment"]["simclr_mlp"] == [32, 128, 32]
 
 
+def copy_without(run: Run, folder: Path, key: str) -> None:
+    """A copy of a run whose checkpoint does not tell model.`key`."""
+    shutil.copytree(run.folder, folder)
+    content = read_checkpoint(folder / "checkpoint_last.pth")
+    del content["config"]["model"][key]
+    write_checkpoint(folder / "checkpoint_last.pth", content)
+
+
 def test_a_run_of_before_there_was_a_choice_of_activation_keeps_the_one_that_it_had(train, unstopped, tmp_path):
-    shutil.copytree(unstopped.folder, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint_last.pth"
-    content = read_checkpoint(path)
-    del content["config"]["model"]["activation"]
-    write_checkpoint(path, content)
+    copy_without(unstopped, tmp_path / "run", "activation")
     refused = only_error(train("--resume", "model.activation=gelu"))
     assert "model.activation is gelu here and quick_gelu there" in refused
     assert train("--resume").status == 0
 
 
 def test_a_checkpoint_without_sizes_is_refused(train, unstopped, tmp_path):
-    shutil.copytree(unstopped.folder, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint_last.pth"
-    content = read_checkpoint(path)
-    del content["config"]["model"]["vision_width"]
-    write_checkpoint(path, content)
+    copy_without(unstopped, tmp_path / "run", "vision_width")
     assert "model.vision_width" in only_error(train("--resume"))
 
 
