@@ -4,6 +4,7 @@ python main.py [--config FILE] [--simplified] [key=value ...]
 torchrun --standalone --nproc_per_node=4 main.py ...
 ... main.py --resume
 ... main.py --evaluate CHECKPOINT
+... main.py --contribution CHECKPOINT
 python main.py --export {openclip,huggingface,onnx} OUT [model.checkpoint=CHECKPOINT]
 """
 
@@ -13,9 +14,13 @@ import time
 import uuid
 from pathlib import Path
 
+from easydict import EasyDict
+
 from misc import build
-from misc.config import DEFAULT_CONFIG, RULES, load_config, plain, save_config
-from misc.datasets import check_images, read_annotations, statistics_table
+from misc.checkpoint import read_checkpoint
+from misc.config import DEFAULT_CONFIG, RULES, flatten, load_config, plain, save_config
+from misc.contribution import contribution_folder, contribution_table, measure_contribution, write_contribution
+from misc.datasets import check_images, few_shot, read_annotations, statistics_table
 from misc.distributed import Launch, Processes, local_rank, processes
 from misc.errors import DISK_FULL, UserError
 from misc.evaluation import Evaluator, Retrieval
@@ -42,6 +47,8 @@ def main() -> int:
         ):
             if arguments.evaluate:
                 evaluate(config, here, arguments.evaluate)
+            elif arguments.contribution:
+                contribution(config, here, arguments.contribution)
             elif arguments.export:
                 export_weights(config, here, *arguments.export)
             else:
@@ -49,7 +56,7 @@ def main() -> int:
     except UserError as error:
         return refuse(error)
     except OSError as error:
-        if error.errno not in DISK_FULL or arguments.evaluate or arguments.export:
+        if error.errno not in DISK_FULL or arguments.evaluate or arguments.contribution or arguments.export:
             raise
         folder = build.run_folder(config)
         return refuse(UserError(f"{folder}: {error.strerror}: free some space, then go on with --resume"))
@@ -70,6 +77,11 @@ def parse_arguments() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--evaluate", metavar="CHECKPOINT", help="evaluate weights in any form that model.checkpoint takes; no training"
+    )
+    mode.add_argument(
+        "--contribution",
+        metavar="CHECKPOINT",
+        help="measure what each module of a run's checkpoint contributes, into the new folder CHECKPOINT_contribution",
     )
     mode.add_argument(
         "--export",
@@ -196,6 +208,61 @@ def evaluate(config, here: Processes, source: str) -> None:
         report(log, f"{source}, {config.data.evaluate_on}", *timed_evaluation(evaluator, model.to(here.device)))
 
 
+def contribution(config, here: Processes, source: str) -> None:
+    """Measures what each module of a run's checkpoint contributes on the configured dataset."""
+    began = beginning(source)
+    folder = contribution_folder(Path(source))
+    precision = Precision.choose(config.misc.precision, here.device)
+    tokenizer = Tokenizer()
+    model, config, weight_notes = build.build_saved_model(config, build.weights_of(source, here))
+    initial, initial_notes = initial_model(config, here, source, began)
+    splits, statistics = read_dataset(config)
+    evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
+    weight_notes += [f"initially: {note}" for note in initial_notes]
+    with RunLog(None, is_main=here.is_main) as log:
+        for line in [*run_notes(here, precision), *weight_notes, *statistics]:
+            log.line(line)
+        measured = measure_contribution(evaluator, model.to(here.device), initial.to(here.device).state_dict(), log)
+        log.line(contribution_table(measured))
+        if here.is_main:
+            write_contribution(folder, measured)
+        log.line(f"{source}, {config.data.evaluate_on}: written to {folder} after {measured.seconds:.1f} s")
+
+
+def beginning(source: str) -> dict:
+    """What in the configuration of a run's checkpoint decides the weights that the run began with."""
+    needed = "--contribution needs the checkpoint of a run, which alone tells the weights that the run began with"
+    try:
+        config = {"model.dropped_text_layers": []} | flatten(read_checkpoint(Path(source))["config"])
+    except UserError as error:
+        raise UserError(f"{needed}: {error}") from error
+    keys = (
+        "misc.seed",
+        *(f"model.{name}" for name in ("ckpt_type", "checkpoint", "saved_path", "dropped_text_layers")),
+    )
+    if unknown := [key for key in keys if key not in config or not RULES[key].accepts(config[key])]:
+        raise UserError(f"{needed}: {source} has no valid {unknown[0]}: give another one")
+    return {key: config[key] for key in keys}
+
+
+def initial_model(config, here: Processes, source: str, began: dict):
+    """The towers as they were before the training that `source` comes from, and lines for the log."""
+    config = EasyDict(plain(config))
+    for key, value in began.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    config.model.text_layers += len(config.model.dropped_text_layers)
+    # What is not part of the towers is drawn after them, and not needed.
+    config.experiment.update(ss=False, ss_text=False, mlm=False, id=False)
+    config.model.update(adaptation=None, frozen_text_layers=[])
+    try:
+        weights = build.starting_weights(config, here)
+        config = build.settle(config, weights)
+    except UserError as error:
+        raise UserError(f"the weights that the run of {source} began with: {error}") from error
+    return build.build_model(config, build.build_objectives(config, here), identities=0, weights=weights)
+
+
 def export_weights(config, here: Processes, form: str, out: str) -> None:
     """Writes the weights that a run would begin with for another tool, at their own resolution and text length."""
     if out.partition("=")[0] in RULES:
@@ -219,7 +286,15 @@ def read_dataset(config):
     )
     check_images(splits, config.image_dir)
     table, warnings = statistics_table(splits, config.data.dataset)
-    return splits, [table, *(f"warning: {warning}" for warning in warnings)]
+    notes = [table, *(f"warning: {warning}" for warning in warnings)]
+    if config.data.train_share < 1:
+        splits["train"] = few_shot(splits["train"], config.data.train_share, config.misc.seed)
+        counts = splits["train"].counts
+        notes.append(
+            f"few-shot: {config.data.train_share:.0%} of the training images are used: {counts.identities:,} "
+            f"identities, {counts.images:,} images, {counts.captions:,} captions"
+        )
+    return splits, notes
 
 
 def run_notes(here: Processes, precision: Precision) -> list[str]:

@@ -174,10 +174,15 @@ def bench_loader(setup: Setup) -> Iterator[Comparison]:
                     resolution=config.resolution(merged),
                     text_length=experiment.text_length,
                     second_view=experiment.mvs_image,
+                    second_caption=False,
                     simclr_views=experiment.ss,
+                    simclr_captions=False,
                     masked_captions=False,
+                    image_operations=experiment.image_operations,
+                    image_pool=experiment.image_pool,
                     back_translation_probability=0.0,
-                    deletion_probability=experiment.eda_alpha,
+                    text_operation="random_deletion",
+                    text_strength=experiment.eda_alpha,
                 ),
                 seed=1,
             )
@@ -275,6 +280,64 @@ def encode_all(tokenizer: Tokenizer, captions: list[str]) -> None:
         tokenizer.encode(caption)
 
 
+def bench_changes(setup: Setup) -> Iterator[Comparison]:
+    """Each change alone: a part of the work before and after it, forward and backward, in the full recipe."""
+    merged, objectives, model = setup.recipe("full")
+    other = baseline.Baseline(model).to(setup.device).train()
+    everything = random_batch(objectives, config.resolution(merged), setup.batch, torch.Generator().manual_seed(0))
+    views = everything.to(setup.device).views
+    images = [views.image, views.second_image, *views.simclr_images]
+    padded = F.pad(views.token_ids, (0, baseline.TEXT_LENGTH - views.token_ids.shape[1]))
+    encoder, blocks = model.image_encoder, model.image_encoder.transformer
+    tokens = torch.randn(setup.batch, encoder.positional_embedding.shape[0], blocks.width, device=setup.device)
+    first = torch.zeros(setup.batch, dtype=torch.int64, device=setup.device)
+
+    def back(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            with setup.precision.autocast():
+                encoded = forward()
+            encoded.float().square().mean().backward()
+
+        return run
+
+    def soft_labels_recomputed() -> torch.Tensor:
+        with torch.no_grad():
+            encoder(views.image)
+        return encoder(views.image)
+
+    compiled = torch.compile(encoder)
+    pairs = {
+        "attention that keeps no weights, one block": (
+            lambda: other.visual.transformer.resblocks[0](tokens.transpose(0, 1), None),
+            lambda: blocks.resblocks[0](tokens),
+        ),
+        "the last block at one token, image encoder": (
+            lambda: blocks(tokens)[:, 0],
+            lambda: blocks.pooled(tokens, first),
+        ),
+        "soft labels from the features, one view": (soft_labels_recomputed, lambda: encoder(views.image)),
+        "four views in one pass": (
+            lambda: torch.cat([encoder(view) for view in images]),
+            lambda: encoder(torch.cat(images)),
+        ),
+        "captions as long as they are": (
+            lambda: model.text_encoder(padded),
+            lambda: model.text_encoder(views.token_ids),
+        ),
+        "compilation, image encoder": (lambda: encoder(views.image), lambda: compiled(views.image)),
+    }
+    for name, pair in pairs.items():
+        yield in_turn(name, *map(back, pair), setup.rounds)
+    captions, tokenizer = captions_of(2_000), Tokenizer()
+    known = {caption: tokenizer.encode(caption) for caption in captions}
+    yield in_turn(
+        "cached tokens, 2,000 captions",
+        lambda: encode_all(tokenizer, captions),
+        lambda: [known[caption] for caption in captions],
+        setup.rounds,
+    )
+
+
 def bench_memory(setup: Setup) -> Iterator[Comparison]:
     """Peak of a process of its own, beyond what it had before the work."""
     works = [(f"memory of a step, {recipe}, batch {setup.batch}", step_memory, (setup, recipe)) for recipe in RECIPES]
@@ -308,6 +371,7 @@ BENCHMARKS: dict[str, Callable[[Setup], Iterator[Comparison]]] = {
     "evaluation": bench_evaluation,
     "tokenizer": bench_tokenizer,
     "memory": bench_memory,
+    "changes": bench_changes,
     "loader": bench_loader,  # last: it sets the number of threads
 }
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from misc import config as configuration
 from misc.datasets import Split
-from misc.distributed import Processes, gather
+from misc.distributed import Processes, gather, gather_detached
 from misc.errors import UserError
 from misc.evaluation import Evaluator
 from misc.files import is_folder
@@ -25,7 +25,9 @@ from model.pretrained.loading import load_weights
 from model.pretrained.weights import Weights, find_weights, read_weights, square_grid
 from model.tbps_clip import TBPSCLIP
 from model.transformer import QUICK_GELU
+from text_utils.augmentation import NEEDS_SYNONYMS
 from text_utils.tokenizer import VOCABULARY_SIZE, Tokenizer
+from text_utils.wordnet import WordNet
 
 RANDOM_ARCHITECTURE = {
     "patch_size": 16,
@@ -40,6 +42,10 @@ RANDOM_ARCHITECTURE = {
 """What random weights are drawn for where the configuration says nothing: ViT-B/16."""
 
 
+CONTEXT, ADAPTER_RATIO = "prompt.context", "image_adapter.ratio"
+"""What tells, among the tensors of a checkpoint, that its CLIP was adapted."""
+
+
 def run_folder(config: EasyDict) -> Path:
     """Where the run writes. With `ckpt_type: saved`, `saved_path` is the file to start from, and the run goes into a
     folder beside it of the same name without its suffix."""
@@ -51,8 +57,9 @@ def build_objectives(config: EasyDict, processes: Processes) -> Objectives:
     """The losses that are on. Without `use_gather`, a rank contrasts with its own samples alone."""
     experiment = config.experiment
     together = config.model.use_gather
+    gathering = gather if config.model.gather_gradient else gather_detached
     return Objectives(
-        gather=gather if together else lambda rows: rows,
+        gather=gathering if together else lambda rows: rows,
         rank=processes.rank if together else 0,
         nitc=experiment.nitc_ratio,
         ritc=experiment.ritc_ratio if experiment.ritc else 0.0,
@@ -60,11 +67,17 @@ def build_objectives(config: EasyDict, processes: Processes) -> Objectives:
         ss=experiment.ss_ratio if experiment.ss else 0.0,
         mlm=experiment.mlm_ratio if experiment.mlm else 0.0,
         identity=experiment.id_ratio if experiment.id else 0.0,
+        ss_text=experiment.ss_ratio if experiment.ss_text else 0.0,
+        sdm=experiment.sdm_ratio if experiment.sdm else 0.0,
+        pair_labels=experiment.nitc_labels == "pair",
         multi_view=experiment.mvs_image,
+        multi_view_text=experiment.mvs_text,
         ritc_epsilon=experiment.ritc_eps,
         citc_in_modal=experiment.citc_lambda1,
         citc_cross_modal=experiment.citc_lambda2,
         ss_temperature=experiment.simclr_temperature,
+        sdm_scale=experiment.sdm_scale,
+        sdm_epsilon=experiment.sdm_eps,
     )
 
 
@@ -173,27 +186,58 @@ def build_model(
 
     What `weights` do not fill is drawn from `misc.seed`, so every rank builds the same. A model that is `resumed` gets
     its weights later.
+
+    Raises UserError where the context of CoOp leaves no room for a caption.
     """
+    context = _context(config)
     torch.manual_seed(config.misc.seed)
     model = build_towers(
         config,
         simclr_widths=config.experiment.simclr_mlp if objectives.ss > 0 else None,
+        text_simclr_widths=config.experiment.simclr_mlp if objectives.ss_text > 0 else None,
         masked_language_depth=config.experiment.cmt_depth if objectives.mlm > 0 else None,
         identities=identities if objectives.identity > 0 else None,
+        context_length=len(context) or None,
+        adapter_ratio=config.model.adapter_ratio if config.model.adaptation == "clip_adapter" else None,
     )
-    if resumed:
-        return model, []
-    if weights is None:
-        return model, [
+    notes = []
+    if weights is not None:
+        notes = [*weight_notes(config, weights), *load_weights(model, weights)]
+    elif not resumed:
+        notes = [
             "warning: model.checkpoint is null, so all weights are drawn at random, as CLIP's were before its training"
         ]
-    return model, [*weight_notes(config, weights), *load_weights(model, weights)]
+    if context and (weights is None or CONTEXT not in weights.heads):
+        with torch.no_grad():
+            model.prompt.context.copy_(model.text_encoder.token_embedding.weight[context])
+    model.logit_scale.requires_grad_(model.logit_scale.requires_grad and objectives.uses_temperature)
+    model.text_encoder.freeze_layers(config.model.frozen_text_layers)
+    model.text_encoder.drop_layers(config.model.dropped_text_layers)
+    return model, notes
+
+
+def _context(config: EasyDict) -> list[int]:
+    """Token ids that CoOp's context begins as; none without CoOp."""
+    if config.model.adaptation != "coop":
+        return []
+    ids = Tokenizer().encode(config.model.context, 1024)[1:-1]
+    longest = config.experiment.text_length - 3  # start, a word, end
+    if not 0 < len(ids) <= longest:
+        raise UserError(
+            f"model.context: {config.model.context!r} has {len(ids)} tokens: 1 to {longest} leave room for a caption"
+        )
+    return ids
 
 
 def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, EasyDict, list[str]]:
     """The towers of the weights, the configuration with what they decide, and lines for the log."""
     saved = as_saved(config, weights)
-    model = build_towers(saved)
+    context, ratio = weights.heads.get(CONTEXT), weights.heads.get(ADAPTER_RATIO)
+    model = build_towers(
+        saved,
+        context_length=None if context is None else len(context),
+        adapter_ratio=None if ratio is None else float(ratio),
+    )
     notes = [
         *weight_notes(saved, weights),
         "for {} × {} pixels, {} tokens".format(*configuration.resolution(saved), saved.experiment.text_length),
@@ -206,6 +250,10 @@ def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, Eas
 
 def build_export(config: EasyDict, model: TBPSCLIP, weights: Weights, tokenizer: Tokenizer) -> Export:
     """What is written for other tools; `config` and `model` come from `build_saved_model`."""
+    if model.prompt is not None or model.image_adapter is not None:
+        raise UserError(
+            f"--export: {weights.name} is adapted (model.adaptation), which no other tool reads: evaluate it here"
+        )
     return Export(
         model=model,
         architecture={key: config.model[key] for key in configuration.ARCHITECTURE_KEYS},
@@ -235,14 +283,23 @@ def build_loader(
             f"data.batch_size: {config.data.batch_size} on {processes.world_size} processes is more than the training "
             f"set's {len(split)} samples: set data.batch_size to at most {len(split) // processes.world_size}"
         )
+    synonyms = None
+    if experiment.text_operation in NEEDS_SYNONYMS and experiment.eda_alpha > 0:
+        synonyms = WordNet(Path(experiment.wordnet)).synonyms
     augmentation = Augmentation(
         resolution=configuration.resolution(config),
         text_length=experiment.text_length,
         second_view=objectives.needs_second_view,
+        second_caption=objectives.needs_second_caption,
         simclr_views=objectives.needs_simclr_views,
+        simclr_captions=objectives.needs_simclr_captions,
         masked_captions=objectives.needs_masked_captions,
+        image_operations=experiment.image_operations,
+        image_pool=experiment.image_pool,
         back_translation_probability=experiment.backtrans_p if experiment.back_trans else 0.0,
-        deletion_probability=experiment.eda_alpha,
+        text_operation=experiment.text_operation if experiment.eda_alpha > 0 else None,
+        text_strength=experiment.eda_alpha,
+        synonyms=synonyms,
         mixgen=experiment.mixgen_type if experiment.mixgen else None,
     )
     dataset = TrainingSet(split, Path(config.image_dir), tokenizer, augmentation, config.misc.seed)

@@ -16,8 +16,10 @@ from easydict import EasyDict
 
 from misc.errors import UserError
 from misc.files import whole_file
+from misc.image_operations import wrong_operations
 from model.heads import attention_heads
 from model.transformer import ACTIVATIONS
+from text_utils.augmentation import TEXT_OPERATIONS
 from text_utils.tokenizer import VOCABULARY_SIZE
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "config"
@@ -81,6 +83,7 @@ POSITIVE = _number(0, open_low=True)
 BELOW_ONE = Rule(
     "a number, at least 0 and below 1", lambda value: PROBABILITY.accepts(value) and value < 1, number=True
 )
+SHARE = Rule("a number, above 0 and at most 1", lambda value: PROBABILITY.accepts(value) and value > 0, number=True)
 COUNT = _integer(1)
 COUNT_OR_NULL = Rule(f"{COUNT.says}, or null", lambda value: value is None or COUNT.accepts(value))
 AUTO = "auto"
@@ -91,6 +94,13 @@ WIDTHS_OR_AUTO = Rule(
 RESOLUTION = Rule(
     "[height, width] in pixels, or one integer",
     lambda value: COUNT.accepts(value) or _list_of(2, COUNT).accepts(value),
+)
+OPERATIONS = Rule(
+    "operations with their strengths, see config.yaml", lambda value: not wrong_operations(plain(value)), number=True
+)
+LAYERS = Rule(
+    "a list of layers, counted from 1",
+    lambda value: isinstance(value, list) and all(map(COUNT.accepts, value)) and len(set(value)) == len(value),
 )
 DEVICE = Rule(
     "auto, cpu, cuda, or the index of a GPU",
@@ -106,7 +116,11 @@ RULES: dict[str, Rule] = {
     "experiment.input_resolution": RESOLUTION,
     "experiment.text_length": _integer(3, 1024),
     "experiment.dropout": PROBABILITY,
+    "experiment.image_operations": OPERATIONS,
+    "experiment.image_pool": COUNT_OR_NULL,
+    "experiment.text_operation": _choice(*TEXT_OPERATIONS, None),
     "experiment.eda_alpha": PROBABILITY,
+    "experiment.wordnet": TEXT,
     "experiment.back_trans": SWITCH,
     "experiment.backtrans_p": PROBABILITY,
     "experiment.mixgen": SWITCH,
@@ -114,8 +128,11 @@ RULES: dict[str, Rule] = {
     "experiment.mixgen_p": PROBABILITY,
     "experiment.mixgen_ratio": _number(0, 0.5),
     "experiment.nitc_ratio": RATIO,
+    "experiment.nitc_labels": _choice("identity", "pair"),
     "experiment.mvs_image": SWITCH,
+    "experiment.mvs_text": SWITCH,
     "experiment.ss": SWITCH,
+    "experiment.ss_text": SWITCH,
     "experiment.ss_ratio": RATIO,
     "experiment.simclr_mlp": WIDTHS_OR_AUTO,
     "experiment.simclr_temperature": POSITIVE,
@@ -131,6 +148,10 @@ RULES: dict[str, Rule] = {
     "experiment.cmt_depth": COUNT,
     "experiment.id": SWITCH,
     "experiment.id_ratio": RATIO,
+    "experiment.sdm": SWITCH,
+    "experiment.sdm_ratio": RATIO,
+    "experiment.sdm_scale": POSITIVE,
+    "experiment.sdm_eps": POSITIVE,
     "schedule.epoch": COUNT,
     "schedule.epoch_warmup": _integer(0),
     "schedule.lr": POSITIVE,
@@ -144,7 +165,13 @@ RULES: dict[str, Rule] = {
     "model.checkpoint": TEXT_OR_NULL,
     "model.saved_path": TEXT,
     "model.use_gather": SWITCH,
+    "model.gather_gradient": SWITCH,
     "model.lock_bottom": SWITCH,
+    "model.frozen_text_layers": LAYERS,
+    "model.dropped_text_layers": LAYERS,
+    "model.adaptation": _choice("coop", "clip_adapter", None),
+    "model.context": TEXT,
+    "model.adapter_ratio": PROBABILITY,
     "model.grad_checkpointing": SWITCH,
     "model.softlabel_ratio": PROBABILITY,
     "model.activation": _choice(AUTO, *ACTIVATIONS),
@@ -164,6 +191,7 @@ RULES: dict[str, Rule] = {
     "log.sheet": _integer(0),
     "log.profile": SWITCH,
     "data.dataset": _choice("CUHK-PEDES", "ICFG-PEDES", "RSTPReid", None),
+    "data.train_share": SHARE,
     "data.back_translation_file": TEXT_OR_NULL,
     "data.evaluate_on": _choice("test", "val"),
     "data.batch_size": COUNT,
@@ -217,7 +245,8 @@ def load_config(path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, 
                 continue
             value = _read_numbers(value) if rule.number else value
             if not rule.accepts(value):
-                problems.append(f"{key}: {_as_yaml(value)} in {source} should be {rule.says}")
+                says = "; ".join(wrong_operations(value)) if rule is OPERATIONS else f"should be {rule.says}"
+                problems.append(f"{key}: {_as_yaml(value)} in {source} {says}")
             merged[key] = value
     problems += [f"{key} is missing from config/config.yaml" for key in RULES.keys() - merged.keys()]
     if not problems:
@@ -296,13 +325,28 @@ def _contradictions(values: dict[str, Any]) -> Iterator[str]:
             values["schedule.epoch"]
         )
     width, widths = values["model.embed_dim"], values["experiment.simclr_mlp"]
-    if values["experiment.ss"] and AUTO not in (width, widths) and widths[0] != width:
+    if (values["experiment.ss"] or values["experiment.ss_text"]) and AUTO not in (width, widths) and widths[0] != width:
         yield f"experiment.simclr_mlp: {widths} should begin with model.embed_dim: {width}"
     if values["experiment.mlm"] and width != AUTO and width % attention_heads(width):
         yield f"model.embed_dim: {width} should be a multiple of 64 for experiment.mlm, whose heads have 64 channels"
-    reversed_off = not values["experiment.ritc"] or values["experiment.ritc_ratio"] == 0
-    if values["experiment.nitc_ratio"] == 0 and reversed_off:
-        yield "experiment.nitc_ratio: 0 without experiment.ritc gives the temperature no loss: turn one on"
+    off = [not values[f"experiment.{loss}"] or values[f"experiment.{loss}_ratio"] == 0 for loss in ("ritc", "sdm")]
+    if values["experiment.nitc_ratio"] == 0 and all(off):
+        yield "experiment.nitc_ratio: 0 without experiment.ritc or sdm leaves no loss that ranks: turn one on"
+    layers, dropped = values["model.text_layers"], values["model.dropped_text_layers"]
+    for key in ("frozen", "dropped"):
+        beyond = [] if layers == AUTO else [n for n in values[f"model.{key}_text_layers"] if n > layers]
+        if beyond:
+            yield f"model.{key}_text_layers: there is no layer {beyond[0]} among model.text_layers: {layers}"
+    if layers != AUTO and len(dropped) >= layers:
+        yield f"model.dropped_text_layers: {dropped} leaves none of model.text_layers: {layers}"
+    if both := sorted(set(dropped) & set(values["model.frozen_text_layers"])):
+        yield f"model.frozen_text_layers: {both[0]} is in model.dropped_text_layers too: delete one"
+    heads = [loss for loss in ("ss", "ss_text", "mlm", "id") if values[f"experiment.{loss}"]]
+    if values["model.adaptation"] is not None and heads:
+        yield (
+            f"experiment.{heads[0]}: its head cannot train with model.adaptation: {values['model.adaptation']}, which "
+            f"freezes all else: set experiment.{heads[0]}=false"
+        )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -403,6 +447,8 @@ def _read_numbers(value: Any) -> Any:
     """YAML reads 1e-4 as a text (only 1.0e-4 is a number to it); people mean the number."""
     if isinstance(value, list):
         return [_read_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _read_numbers(item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
     try:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from random import Random
 from reprlib import repr as shortened
 from typing import NamedTuple
 
@@ -129,6 +130,13 @@ def read_annotations(
     }
 
 
+def read_captions(path: str | Path) -> list[tuple[str, list[str]]]:
+    """Reads image path and captions, as annotated, of each entry of one annotation file: a raw one of any dataset, or a
+    `*_reid.json`. Raises UserError for a missing file and for a path or captions that are wrong in it.
+    """
+    return [(_image_path(entry, where), _captions(entry, where)) for where, entry in _read_json_list(Path(path))]
+
+
 def check_images(splits: dict[str, Split], image_dir: str | Path) -> None:
     """Raises UserError where annotated images are missing: how many, and the first five."""
     paths = dict.fromkeys(path for split in splits.values() for path in split.image_paths)
@@ -139,6 +147,22 @@ def check_images(splits: dict[str, Split], image_dir: str | Path) -> None:
             f"{len(missing):,} of {len(paths):,} annotated images are missing under {image_dir}: "
             f"{examples}; set `image_dir` to the folder that these paths start from, or unpack them again"
         )
+
+
+def few_shot(split: Split, share: float, seed: int) -> Split:
+    """A share of the images with all their captions, at least one, drawn by `seed`; identities are renumbered."""
+    images = len(split.image_paths)
+    kept = sorted(Random(f"few-shot {seed}").sample(range(images), max(1, round(share * images))))
+    places = {image: place for place, image in enumerate(kept)}
+    identities: dict[int, int] = {}
+    captions = [number for number, image in enumerate(split.caption_images) if image in places]
+    return Split(
+        image_paths=[split.image_paths[image] for image in kept],
+        image_identities=[identities.setdefault(split.image_identities[image], len(identities)) for image in kept],
+        captions=[split.captions[number] for number in captions],
+        back_translations=[split.back_translations[number] for number in captions],
+        caption_images=[places[split.caption_images[number]] for number in captions],
+    )
 
 
 def statistics_table(splits: dict[str, Split], dataset: str | None) -> tuple[str, list[str]]:
@@ -225,9 +249,7 @@ def _parse_entry(entry: dict, where: str, split: str | None) -> _Entry:
             raise _wrong(entry, where, "split", f"one of {', '.join(SPLITS)}")
     if type(entry.get("id")) is not int:  # to isinstance, true and false are integers
         raise _wrong(entry, where, "id", "an integer")
-    captions = entry.get("captions")
-    if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
-        raise _wrong(entry, where, "captions", "a list of at least one text")
+    captions = _captions(entry, where)
     back_translations = _back_translations(entry, where)
     return _Entry(split, _image_path(entry, where), entry["id"], captions, back_translations)
 
@@ -241,6 +263,13 @@ def _image_path(entry: dict, where: str) -> str:
     if location.is_absolute() or ".." in location.parts:
         raise _wrong(entry, where, field, "a path inside the image folder, without `..`")
     return path
+
+
+def _captions(entry: dict, where: str) -> list[str]:
+    captions = entry.get("captions")
+    if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
+        raise _wrong(entry, where, "captions", "a list of at least one text")
+    return captions
 
 
 def _back_translations(entry: dict, where: str) -> list[str | None]:

@@ -225,6 +225,14 @@ def gather(rows: Tensor) -> Tensor:
     return _GatherWithGradient.apply(rows)
 
 
+def gather_detached(rows: Tensor) -> Tensor:
+    """`gather` with gradient to this rank's own rows alone, as CLIP is usually trained."""
+    if not _several():
+        return rows
+    gathered, start = _all_gather(rows.detach()), dist.get_rank() * len(rows)
+    return torch.cat([gathered[:start], rows, gathered[start + len(rows) :]])
+
+
 def gather_strided(rows: Tensor, total: int) -> Tensor:
     """Puts together what was dealt out in turn: rank r holds items r, r + W, r + 2W, … of `total`.
 

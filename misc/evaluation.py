@@ -3,6 +3,7 @@
 W ranks, Q queries (captions), N gallery images, D width of the shared space.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from misc.metrics import QueryResults, queries_without_match, rank_queries, summ
 from misc.precision import Precision
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import Tokenizer
+
+Encoder = Callable[[Tensor], Tensor]
+"""A batch in, features (B, D) out, not L2-normalised."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,10 @@ class Evaluator:
     def __call__(self, model: TBPSCLIP) -> Retrieval:
         was_training = model.training
         model.eval()
-        gallery = gather_strided(self._encode_images(model), len(self.split.image_paths))
-        own_queries = self._encode_captions(model)
-        results = self._rank(own_queries, gallery)
+        (own_images,) = self.encode_images([model.encode_image], model.embed_dim)
+        (own_queries,) = self.encode_captions([model.encode_text], model.embed_dim)
+        gallery = gather_strided(own_images, len(self.split.image_paths))
+        results = self.rank(own_queries, gallery)
         model.train(was_training)
         return Retrieval(
             metrics=summarise(results),
@@ -84,35 +89,40 @@ class Evaluator:
             gallery=gallery,
         )
 
-    def _own(self, total: int) -> range:
-        """What this rank encodes: every W-th of `total`, so that no item is encoded twice."""
-        return range(self.processes.rank, total, self.processes.world_size)
+    @torch.no_grad()
+    def encode_images(self, encoders: Sequence[Encoder], width: int) -> list[Tensor]:
+        """What each encoder makes of this rank's gallery images, which are decoded once for all encoders.
 
-    def _encode_images(self, model: TBPSCLIP) -> Tensor:
+        Args:
+            encoders: (B, 3, H, W) → (B, D).
+            width: D.
+
+        Returns: for each encoder (n, D) float32, L2-normalised, in the order that `gather_strided` takes.
+        """
         device = self.processes.device
         images = EvaluationImages(self.split, self.image_dir, self.resolution, self._own(len(self.split.image_paths)))
         loader = gallery_loader(images, self.batch_size, workers=self.workers, pin_memory=device.type == "cuda")
-        encoded = [self._encode(model.encode_image, batch.to(device, non_blocking=True)) for batch in batches(loader)]
-        return torch.cat(encoded) if encoded else self._nothing(model)
+        return self._encode(encoders, batches(loader), width)
 
-    def _encode_captions(self, model: TBPSCLIP) -> Tensor:
+    @torch.no_grad()
+    def encode_captions(self, encoders: Sequence[Encoder], width: int) -> list[Tensor]:
+        """The same for this rank's captions; encoders are (B, L) int64 → (B, D)."""
         own = [self.split.captions[number] for number in self._own(len(self.split))]
-        encoded = []
-        for start in range(0, len(own), self.batch_size):
-            ids = [self.tokenizer.encode(c, self.text_length) for c in own[start : start + self.batch_size]]
-            encoded.append(self._encode(model.encode_text, pad_tokens(ids).to(self.processes.device)))
-        return torch.cat(encoded) if encoded else self._nothing(model)
+        token_ids = (
+            pad_tokens([self.tokenizer.encode(c, self.text_length) for c in own[start : start + self.batch_size]])
+            for start in range(0, len(own), self.batch_size)
+        )
+        return self._encode(encoders, token_ids, width)
 
-    def _encode(self, encoder, inputs: Tensor) -> Tensor:
-        with self.precision.autocast():
-            features = encoder(inputs)
-        return F.normalize(features.float(), dim=1)
+    def rank(self, own_queries: Tensor, gallery: Tensor) -> QueryResults:
+        """Ranks the gallery for each query.
 
-    def _nothing(self, model: TBPSCLIP) -> Tensor:
-        """A rank beyond the last item still takes part in the gathers."""
-        return torch.zeros(0, model.embed_dim, device=self.processes.device)
+        Args:
+            own_queries: this rank's captions, as `encode_captions` gives them.
+            gallery: (N, D), the images of all ranks.
 
-    def _rank(self, own_queries: Tensor, gallery: Tensor) -> QueryResults:
+        Returns: the results of the queries of all ranks, the same on every rank.
+        """
         device = self.processes.device
         identities = torch.tensor(self.split.caption_identities, device=device)[self._own(len(self.split))]
         own = rank_queries(own_queries, gallery, identities, torch.tensor(self.split.image_identities, device=device))
@@ -122,3 +132,19 @@ class Evaluator:
             gather_strided(own.average_precision, total),
             gather_strided(own.inverse_negative_penalty, total),
         )
+
+    def _own(self, total: int) -> range:
+        """What this rank encodes: every W-th of `total`, so that no item is encoded twice."""
+        return range(self.processes.rank, total, self.processes.world_size)
+
+    def _encode(self, encoders: Sequence[Encoder], inputs: Iterable[Tensor], width: int) -> list[Tensor]:
+        device = self.processes.device
+        nothing = torch.zeros(0, width, device=device)  # a rank beyond the last item still takes part in the gathers
+        features = [[nothing] for _ in encoders]
+        for batch in inputs:
+            batch = batch.to(device, non_blocking=True)
+            for encoder, encoded in zip(encoders, features, strict=True):
+                with self.precision.autocast():
+                    raw = encoder(batch)
+                encoded.append(F.normalize(raw.float(), dim=1))
+        return [torch.cat(encoded) for encoded in features]

@@ -67,9 +67,9 @@ def backward_in_chunks(
             outputs = [
                 (view, gradient[number])
                 for view, gradient in zip(_per_row(features), gradients, strict=True)
-                if gradient is not None  # a view that no loss looks at
+                if gradient is not None and view.requires_grad  # looked at by a loss, from an encoder that trains
             ]
-            if last:  # one temperature serves all rows, so its gradient goes back once
+            if last and features.scale.requires_grad:  # one temperature serves all rows, so its gradient goes back once
                 outputs.append((features.scale, whole.scale.grad))
             classified = objectives.classify(
                 features, chunk.identities, chunk.views.masked_labels, rows=len(batch), picked=picked
@@ -94,7 +94,8 @@ def _compared(features: Features) -> Features:
 
 def _per_row(features: Features) -> list[Tensor]:
     """Features of the contrastive losses, with a row for each sample."""
-    views = (features.image, features.text, features.second_image, *(features.simclr or ()))
+    pairs = (*(features.simclr or ()), *(features.simclr_text or ()))
+    views = (features.image, features.text, features.second_image, features.second_text, *pairs)
     return [view for view in views if view is not None]
 
 
@@ -106,5 +107,7 @@ def _joined(parts: list[Features]) -> Features:
         text=text,
         scale=parts[0].scale.detach().requires_grad_(),
         second_image=others.pop(0) if parts[0].second_image is not None else None,
-        simclr=tuple(others) if parts[0].simclr is not None else None,
+        second_text=others.pop(0) if parts[0].second_text is not None else None,
+        simclr=(others.pop(0), others.pop(0)) if parts[0].simclr is not None else None,
+        simclr_text=(others.pop(0), others.pop(0)) if parts[0].simclr_text is not None else None,
     )

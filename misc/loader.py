@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from misc.datasets import Split
 from misc.errors import UserError
+from misc.image_operations import build_operations
 from misc.randomness import derive_seed, seeded, single_threaded
 from misc.transforms import EvaluationView, PoolView, SimCLRView, mix_captions, mix_images, to_tensor
 from model.tbps_clip import Views
@@ -41,10 +42,10 @@ class Draw(NamedTuple):
 
 @dataclass
 class Sample:
-    """One augmented (image, caption) pair: `images` by view, each (3, H, W)."""
+    """One augmented (image, caption) pair: `images` by view, each (3, H, W), and token ids of `captions` by view."""
 
     images: dict[str, Tensor]
-    token_ids: list[int]
+    captions: dict[str, list[int]]
     masked_ids: list[int] | None
     masked_labels: list[int] | None
     identity: int
@@ -92,18 +93,31 @@ class Augmentation:
     Attributes:
         resolution: (height, width) in pixels.
         text_length: longest caption in tokens.
-        second_view, simclr_views, masked_captions: the views of MVS-I, SS-I and MLM.
-        back_translation_probability, deletion_probability: of the text augmentation.
+        second_view, second_caption: the views of MVS-I and MVS-T.
+        simclr_views, simclr_captions: those of SS-I and SS-T.
+        masked_captions: those of MLM.
+        image_operations: names of operations on the training view with their strengths (`misc.image_operations`).
+        image_pool: how many of them are drawn for a view; None for all, one after another.
+        back_translation_probability: how often a caption is replaced by its back-translation.
+        text_operation: a name in `TEXT_OPERATIONS`, or None.
+        text_strength: its alpha.
+        synonyms: of a word, for the operations in `NEEDS_SYNONYMS`; goes to the workers, so it must be picklable.
         mixgen: `ori`, `cat` or None.
     """
 
     resolution: tuple[int, int]
     text_length: int
     second_view: bool
+    second_caption: bool
     simclr_views: bool
+    simclr_captions: bool
     masked_captions: bool
+    image_operations: Mapping[str, Any]
+    image_pool: int | None
     back_translation_probability: float
-    deletion_probability: float
+    text_operation: str | None
+    text_strength: float
+    synonyms: Callable[[str], list[str]] | None = None
     mixgen: str | None = None
 
 
@@ -116,7 +130,8 @@ class TrainingSet(Dataset):
         self.tokenizer = tokenizer
         self.augmentation = augmentation
         self.seed = seed
-        self.pool_view = PoolView(augmentation.resolution)
+        operations = build_operations(augmentation.image_operations, augmentation.resolution)
+        self.pool_view = PoolView(augmentation.resolution, operations, augmentation.image_pool)
         self.simclr_view = SimCLRView(augmentation.resolution)
 
     def __len__(self) -> int:
@@ -133,21 +148,27 @@ class TrainingSet(Dataset):
     def _sample(self, draw: Draw) -> Sample:
         decoded = self._decode(draw.index)
         images = self._pool_views(draw.epoch, draw.index, decoded)
-        caption = self._caption(draw.epoch, draw.index)
+        captions = self._captions(draw.epoch, draw.index)
         if draw.partner is not None:
             partners = self._pool_views(draw.epoch, draw.partner, self._decode(draw.partner))
             images = {name: mix_images(view, partners[name], self.augmentation.mixgen) for name, view in images.items()}
-            caption = mix_captions(caption, self._caption(draw.epoch, draw.partner))
+            others = self._captions(draw.epoch, draw.partner)
+            captions = {name: mix_captions(caption, others[name]) for name, caption in captions.items()}
         if self.augmentation.simclr_views:
             images |= self._simclr_views(draw.epoch, draw.index, decoded)
-        token_ids = self.tokenizer.encode(caption, self.augmentation.text_length)
+        if self.augmentation.simclr_captions:
+            for name in ("first_simclr", "second_simclr"):
+                captions[name] = self._caption(draw.epoch, draw.index, name)
+        ids = {
+            name: self.tokenizer.encode(caption, self.augmentation.text_length) for name, caption in captions.items()
+        }
         masked_ids = masked_labels = None
         if self.augmentation.masked_captions:
-            masked_ids, masked_labels = mask_tokens(token_ids, Random(derive_seed(self.seed, *draw[:2], "mask")))
+            masked_ids, masked_labels = mask_tokens(ids["caption"], Random(derive_seed(self.seed, *draw[:2], "mask")))
         image = self.split.caption_images[draw.index]
         return Sample(
             images=images,
-            token_ids=token_ids,
+            captions=ids,
             masked_ids=masked_ids,
             masked_labels=masked_labels,
             identity=self.split.image_identities[image],
@@ -175,13 +196,20 @@ class TrainingSet(Dataset):
                 views[name] = view(image)
         return views
 
-    def _caption(self, epoch: int, index: int) -> str:
+    def _captions(self, epoch: int, index: int) -> dict[str, str]:
+        """One augmented caption, or two where a loss needs them."""
+        names = ("caption", "second_caption") if self.augmentation.second_caption else ("caption",)
+        return {name: self._caption(epoch, index, name) for name in names}
+
+    def _caption(self, epoch: int, index: int, name: str) -> str:
         return augment_caption(
             self.split.captions[index],
             self.split.back_translations[index],
             back_translation_probability=self.augmentation.back_translation_probability,
-            deletion_probability=self.augmentation.deletion_probability,
-            random=Random(derive_seed(self.seed, epoch, index, "caption")),
+            operation=self.augmentation.text_operation,
+            alpha=self.augmentation.text_strength,
+            synonyms=self.augmentation.synonyms,
+            random=Random(derive_seed(self.seed, epoch, index, name)),
         )
 
 
@@ -272,11 +300,15 @@ def collate(samples: "list[Sample | UserError]") -> "Batch | UserError":
     names = samples[0].images.keys()
     images = {name: torch.stack([sample.images[name] for sample in samples]) for name in names}
     masked = samples[0].masked_ids is not None
+    rows = [sample.captions[name] for name in samples[0].captions for sample in samples]
+    captions = dict(zip(samples[0].captions, pad_tokens(rows).split(len(samples)), strict=True))
     views = Views(
         image=images["image"],
-        token_ids=pad_tokens([sample.token_ids for sample in samples]),
+        token_ids=captions["caption"],
         second_image=images.get("second_image"),
         simclr_images=(images["first_simclr"], images["second_simclr"]) if "first_simclr" in images else None,
+        second_token_ids=captions.get("second_caption"),
+        simclr_token_ids=(captions["first_simclr"], captions["second_simclr"]) if "first_simclr" in captions else None,
         masked_token_ids=pad_tokens([sample.masked_ids for sample in samples]) if masked else None,
         masked_labels=pad_tokens([sample.masked_labels for sample in samples], IGNORED_LABEL) if masked else None,
     )

@@ -1,4 +1,4 @@
-"""Images to normalised tensors: augmentation pool, SimCLR view, evaluation view, MixGen (SPEC sections 2 and 3).
+"""Images to normalised tensors: training view, SimCLR view, evaluation view, MixGen (SPEC sections 2 and 3).
 
 Tensors are (3, H, W) float32; before normalisation their values are in [0, 1]. All draws come from torch's default CPU
 generator, which the caller seeds for each sample.
@@ -12,10 +12,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from misc.image_operations import Operation
+
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_DEVIATION = [0.229, 0.224, 0.225]
-OPERATIONS_PER_VIEW = 2
-"""Operations drawn from the pool for one view (paper: augmentation pool)."""
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -39,24 +39,21 @@ class EvaluationView:
 
 
 class PoolView:
-    """The paper's augmentation pool: two operations, drawn independently and with replacement, in the order drawn.
+    """Augmentation of the training view: some of the operations, drawn independently and with replacement, in the order
+    drawn (the paper's augmentation pool: two of six); or all of them, one after another.
 
     Resizing is apart (`resize`), so that two views of an image share it.
+
+    Args:
+        resolution: (height, width) in pixels.
+        operations: on (3, H, W) in [0, 1].
+        drawn: how many are drawn for a view; None for all.
     """
 
-    def __init__(self, resolution: tuple[int, int]):
+    def __init__(self, resolution: tuple[int, int], operations: list[Operation], drawn: int | None):
         self.resolution = list(resolution)
-        # The paper's aspect ratios are for its square input. Taken literally, no such crop of a tall input exists, and
-        # torchvision would always cut the same square out of its middle, without head and legs.
-        aspect = resolution[1] / resolution[0]
-        self.pool = [
-            v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0),
-            v2.RandomRotation(15),
-            v2.RandomResizedCrop(self.resolution, scale=(0.9, 1.0), ratio=(3 / 4 * aspect, 4 / 3 * aspect)),
-            v2.RandomGrayscale(p=0.1),
-            v2.RandomHorizontalFlip(p=0.5),
-            v2.RandomErasing(p=0.5, scale=(0.10, 0.20), ratio=(0.3, 3.3), value=0),
-        ]
+        self.operations = operations
+        self.drawn = drawn
 
     def resize(self, image: Image.Image) -> Tensor:
         """RGB image → (3, H, W) in [0, 1], bilinear and antialiased."""
@@ -64,8 +61,11 @@ class PoolView:
 
     def __call__(self, resized: Tensor) -> Tensor:
         """(3, H, W) of `resize` → an augmented, normalised view of the same shape."""
-        for index in torch.randint(len(self.pool), (OPERATIONS_PER_VIEW,)).tolist():
-            resized = self.pool[index](resized)
+        chosen = self.operations
+        if self.operations and self.drawn is not None:
+            chosen = [chosen[index] for index in torch.randint(len(chosen), (self.drawn,)).tolist()]
+        for operation in chosen:
+            resized = operation(resized)
         return normalise(resized)
 
 

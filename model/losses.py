@@ -25,6 +25,19 @@ def matching_distribution(
     return matches / matches.sum(dim=1, keepdim=True)
 
 
+def pair_distribution(rows: int, columns: int, offset: int, like: Tensor) -> Tensor:
+    """One-hot labels of ITC: a row's own pair alone matches.
+
+    Args:
+        rows, columns: B and G.
+        offset: column of the first row's pair.
+        like: whose dtype and device are taken.
+
+    Returns: (B, G).
+    """
+    return torch.eye(columns, dtype=like.dtype, device=like.device)[offset : offset + rows]
+
+
 def normalised_contrastive(logits: Tensor, targets: Tensor, soft_label_ratio: float) -> Tensor:
     """N-ITC in one direction: cross-entropy against the matching distribution, softened by the model's own belief.
 
@@ -39,7 +52,7 @@ def normalised_contrastive(logits: Tensor, targets: Tensor, soft_label_ratio: fl
 
 
 def reversed_contrastive(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
-    """R-ITC in one direction: KL(softmax(logits) ‖ q̂ + ε).
+    """R-ITC in one direction: KL(softmax(logits) ‖ q̂ + ε). IRRA's SDM is the same with another scale and ε.
 
     Args:
         logits: (B, G) scaled cosines.
@@ -68,7 +81,7 @@ def cyclic_contrastive(images: Tensor, texts: Tensor, in_modal_weight: float, cr
 
 
 def nt_xent(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, offset: int, temperature: float):
-    """SS-I: NT-Xent (SimCLR) between two views; the negatives are all other samples of both views on all ranks.
+    """SS-I, SS-T: NT-Xent (SimCLR) between two views; the negatives are all other samples of both views on all ranks.
 
     Args:
         first, second: (B, D) L2-normalised features of this rank's two views.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +20,14 @@ class Objectives:
     Attributes:
         gather: (B, …) tensor of this rank → (G, …) of all ranks, in rank order, with gradient to every rank.
         rank: of this process among those that `gather` joins; its rows begin at rank · B of the gathered ones.
-        nitc, ritc, citc, ss, mlm, identity: weights of N-ITC, R-ITC, C-ITC, SS-I, MLM and ID.
+        nitc, ritc, citc, ss, ss_text, mlm, identity, sdm: weights of N-ITC, R-ITC, C-ITC, SS-I, SS-T, MLM, ID and SDM.
+        pair_labels: N-ITC becomes ITC: of each row, its own pair alone matches.
         multi_view: N-ITC is the mean over two pool views (MVS-I).
+        multi_view_text: N-ITC is the mean over two augmented captions (MVS-T); of both, over all four combinations.
         ritc_epsilon: ε of R-ITC.
         citc_in_modal, citc_cross_modal: λ1 and λ2 of C-ITC.
         ss_temperature: temperature of NT-Xent.
+        sdm_scale, sdm_epsilon: fixed scale of the cosines in SDM, and what is added to its labels.
     """
 
     gather: Callable[[Tensor], Tensor]
@@ -34,15 +38,33 @@ class Objectives:
     ss: float = 0.4
     mlm: float = 0.0
     identity: float = 0.0
+    ss_text: float = 0.0
+    sdm: float = 0.0
+    pair_labels: bool = False
     multi_view: bool = True
+    multi_view_text: bool = False
     ritc_epsilon: float = 0.01
     citc_in_modal: float = 0.25
     citc_cross_modal: float = 0.25
     ss_temperature: float = 0.1
+    sdm_scale: float = 50.0
+    sdm_epsilon: float = 1e-8
+
+    @property
+    def uses_temperature(self) -> bool:
+        return self.nitc > 0 or self.ritc > 0
 
     @property
     def needs_second_view(self) -> bool:
         return self.multi_view and self.nitc > 0
+
+    @property
+    def needs_second_caption(self) -> bool:
+        return self.multi_view_text and self.nitc > 0
+
+    @property
+    def needs_simclr_captions(self) -> bool:
+        return self.ss_text > 0
 
     @property
     def needs_simclr_views(self) -> bool:
@@ -72,37 +94,74 @@ class Objectives:
         return weighted | self.classify(features, identities, masked_labels, rows=len(identities), picked=picked)
 
     def contrast(self, features: Features, identities: Tensor, soft_label_ratio: float) -> dict[str, Tensor]:
-        """N-ITC, R-ITC, C-ITC and SS-I, which compare the samples of a batch and need all B rows at once."""
+        """N-ITC, R-ITC, C-ITC, SS-I, SS-T and SDM, which compare the samples of a batch and need all B rows at once."""
         weighted = {}
-        image = F.normalize(widened(features.image), dim=1)
-        text = F.normalize(widened(features.text), dim=1)
+        image, text = _normalised(features.image), _normalised(features.text)
         all_images, all_texts = self.gather(image), self.gather(text)
 
-        if self.nitc > 0 or self.ritc > 0:
-            targets = losses.matching_distribution(identities, self.gather(identities), image.dtype)
-            logits = self._logits(features.scale, image, text, all_images, all_texts)
+        if self.nitc > 0 or self.ritc > 0 or self.sdm > 0:
+            all_identities = self.gather(identities)
+            targets = losses.matching_distribution(identities, all_identities, image.dtype)
+            cosines = (image @ all_texts.T, text @ all_images.T)
         if self.nitc > 0:
-            loss = self._normalised(logits, targets, soft_label_ratio)
+            labels = targets
+            if self.pair_labels:
+                start = self.rank * len(identities)
+                labels = losses.pair_distribution(len(identities), len(all_identities), start, like=image)
+            images, texts = [(image, all_images)], [(text, all_texts)]
             if self.multi_view:
-                second = F.normalize(widened(features.second_image), dim=1)
-                second_logits = self._logits(features.scale, second, text, self.gather(second), all_texts)
-                loss = (loss + self._normalised(second_logits, targets, soft_label_ratio)) / 2
-            weighted["nitc"] = self.nitc * loss
+                second = _normalised(features.second_image)
+                images.append((second, self.gather(second)))
+            if self.multi_view_text:
+                second = _normalised(features.second_text)
+                texts.append((second, self.gather(second)))
+            views = [
+                self._normalised_contrastive(
+                    cosines if number == 0 else (own_image @ every_text.T, own_text @ every_image.T),
+                    features.scale,
+                    labels,
+                    soft_label_ratio,
+                )
+                for number, ((own_image, every_image), (own_text, every_text)) in enumerate(product(images, texts))
+            ]
+            weighted["nitc"] = self.nitc * sum(views) / len(views)
         if self.ritc > 0:
             image_to_text, text_to_image = (
-                losses.reversed_contrastive(direction, targets, self.ritc_epsilon) for direction in logits
+                losses.reversed_contrastive(features.scale * direction, targets, self.ritc_epsilon)
+                for direction in cosines
             )
             weighted["ritc"] = self.ritc * (image_to_text + text_to_image) / 2
+        if self.sdm > 0:
+            image_to_text, text_to_image = (
+                losses.reversed_contrastive(self.sdm_scale * direction, targets, self.sdm_epsilon)
+                for direction in cosines
+            )
+            weighted["sdm"] = self.sdm * (image_to_text + text_to_image)
         if self.citc > 0:
             weighted["citc"] = self.citc * losses.cyclic_contrastive(
                 all_images, all_texts, self.citc_in_modal, self.citc_cross_modal
             )
         if self.ss > 0:
-            first, second = (F.normalize(widened(view), dim=1) for view in features.simclr)
-            weighted["ss"] = self.ss * losses.nt_xent(
-                first, second, self.gather(first), self.gather(second), self.rank * len(first), self.ss_temperature
-            )
+            weighted["ss"] = self.ss * self._self_supervised(features.simclr)
+        if self.ss_text > 0:
+            weighted["ss_text"] = self.ss_text * self._self_supervised(features.simclr_text)
         return weighted
+
+    def _self_supervised(self, views: tuple[Tensor, Tensor]) -> Tensor:
+        first, second = map(_normalised, views)
+        return losses.nt_xent(
+            first, second, self.gather(first), self.gather(second), self.rank * len(first), self.ss_temperature
+        )
+
+    @staticmethod
+    def _normalised_contrastive(
+        cosines: tuple[Tensor, Tensor], scale: Tensor, labels: Tensor, soft_label_ratio: float
+    ) -> Tensor:
+        """Mean of both directions."""
+        image_to_text, text_to_image = (
+            losses.normalised_contrastive(scale * direction, labels, soft_label_ratio) for direction in cosines
+        )
+        return (image_to_text + text_to_image) / 2
 
     def classify(
         self,
@@ -136,17 +195,10 @@ class Objectives:
         own = (masked_labels != IGNORED_LABEL).sum().float()
         return self.gather(own[None]).mean()
 
-    @staticmethod
-    def _logits(scale: Tensor, image: Tensor, text: Tensor, all_images: Tensor, all_texts: Tensor):
-        """Scaled cosines, image to text and text to image, (B, G) each."""
-        return scale * image @ all_texts.T, scale * text @ all_images.T
 
-    @staticmethod
-    def _normalised(logits: tuple[Tensor, Tensor], targets: Tensor, soft_label_ratio: float) -> Tensor:
-        image_to_text, text_to_image = (
-            losses.normalised_contrastive(direction, targets, soft_label_ratio) for direction in logits
-        )
-        return (image_to_text + text_to_image) / 2
+def _normalised(features: Tensor) -> Tensor:
+    """L2-normalised rows in float32."""
+    return F.normalize(widened(features), dim=1)
 
 
 def soft_label_ratio_at(step: int, steps_per_epoch: int, ratio: float) -> float:

@@ -1,6 +1,7 @@
 """TBPS-CLIP: CLIP's dual encoder with a temperature and the heads that training needs. Views in, features out.
 
-B samples of this rank, D width of the shared space, L tokens, M tokens picked for masked language modelling.
+B samples of this rank, D width of the shared space, L tokens (all captions of a batch are padded to the same), M tokens
+picked for masked language modelling.
 """
 
 import math
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.adaptation import ContextPrompt, ImageAdapter
 from model.heads import MaskedLanguageHead, identity_classifier, simclr_projector
 from model.text_transformer import TextTransformer, valid_tokens
 from model.transformer import Transformer
@@ -28,6 +30,8 @@ class Views:
         token_ids: (B, L) int64, zero-padded.
         second_image: (B, 3, H, W), the second pool view (MVS-I).
         simclr_images: two times (B, 3, H, W) (SS-I).
+        second_token_ids: (B, L) int64, the captions augmented once more (MVS-T).
+        simclr_token_ids: two times (B, L) int64 (SS-T).
         masked_token_ids: (B, L) int64, and masked_labels: (B, L) int64, -100 where nothing is predicted (MLM).
     """
 
@@ -35,6 +39,8 @@ class Views:
     token_ids: Tensor
     second_image: Tensor | None = None
     simclr_images: tuple[Tensor, Tensor] | None = None
+    second_token_ids: Tensor | None = None
+    simclr_token_ids: tuple[Tensor, Tensor] | None = None
     masked_token_ids: Tensor | None = None
     masked_labels: Tensor | None = None
 
@@ -46,8 +52,8 @@ class Features:
     Attributes:
         image, text: (B, D).
         scale: 0-dim, exp of the temperature parameter, at most 100.
-        second_image: (B, D) (MVS-I).
-        simclr: two times (B, D), behind the projector (SS-I).
+        second_image: (B, D) (MVS-I), and second_text: (B, D) (MVS-T).
+        simclr: two times (B, D), behind the projector (SS-I), and simclr_text: two times (B, D), behind its own (SS-T).
         masked_logits: (M, vocabulary) (MLM).
         identity_logits: image's and text's (B, identities) (ID).
     """
@@ -56,7 +62,9 @@ class Features:
     text: Tensor
     scale: Tensor
     second_image: Tensor | None = None
+    second_text: Tensor | None = None
     simclr: tuple[Tensor, Tensor] | None = None
+    simclr_text: tuple[Tensor, Tensor] | None = None
     masked_logits: Tensor | None = None
     identity_logits: tuple[Tensor, Tensor] | None = None
 
@@ -74,8 +82,11 @@ class TBPSCLIP(nn.Module):
         lock_bottom: freezes the patch-embedding convolution (paper's trick "locked bottom layer").
         grad_checkpointing: computes every transformer block once more in the backward pass instead of keeping it.
         simclr_widths: layer widths of the SimCLR projector, or None without SS-I.
+        text_simclr_widths: the same of the captions' projector, or None without SS-T.
         masked_language_depth: layers of the masked-language head, or None without MLM.
         identities: classes of the identity classifier, or None without ID.
+        context_length: learned vectors in front of each caption (CoOp), or None; then they alone train.
+        adapter_ratio: share of the image feature that an adapter makes (CLIP-Adapter), or None; then that alone trains.
     """
 
     def __init__(
@@ -97,8 +108,11 @@ class TBPSCLIP(nn.Module):
         lock_bottom: bool = True,
         grad_checkpointing: bool = False,
         simclr_widths: list[int] | None = None,
+        text_simclr_widths: list[int] | None = None,
         masked_language_depth: int | None = None,
         identities: int | None = None,
+        context_length: int | None = None,
+        adapter_ratio: float | None = None,
     ):
         super().__init__()
         self.embed_dim = embed_dim
@@ -123,24 +137,32 @@ class TBPSCLIP(nn.Module):
         )
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.simclr_projector = simclr_projector(simclr_widths) if simclr_widths else None
+        self.text_simclr_projector = simclr_projector(text_simclr_widths) if text_simclr_widths else None
         self.masked_language_head = (
             MaskedLanguageHead(width=embed_dim, depth=masked_language_depth, vocab_size=vocab_size)
             if masked_language_depth
             else None
         )
         self.identity_classifier = identity_classifier(embed_dim, identities) if identities else None
+        self.prompt = ContextPrompt(context_length, text_width) if context_length else None
+        self.image_adapter = None if adapter_ratio is None else ImageAdapter(embed_dim, adapter_ratio)
         self.image_encoder.conv1.requires_grad_(not lock_bottom)
+        if adaptations := [module for module in (self.prompt, self.image_adapter) if module is not None]:
+            self.requires_grad_(False)
+            for module in adaptations:
+                module.requires_grad_(True)
         for module in self.modules():
             if isinstance(module, Transformer):
                 module.grad_checkpointing = grad_checkpointing
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels → (B, D), not L2-normalised."""
-        return self.image_encoder(images)
+        features = self.image_encoder(images)
+        return features if self.image_adapter is None else self.image_adapter(features)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
         """(B, L) int64, zero-padded → (B, D), not L2-normalised."""
-        return self.text_encoder(token_ids)
+        return self.text_encoder(token_ids, prompt=self.prompt)
 
     def scale(self) -> Tensor:
         """exp of the temperature parameter, never above 100. The gradient passes through the bound, so that the
@@ -152,16 +174,25 @@ class TBPSCLIP(nn.Module):
         """Encodes all views of a batch: one pass over the images, one over the captions."""
         batch = len(views.image)
         masked = views.masked_token_ids is not None
-        simclr_images = views.simclr_images or ()
-        image_views = [v for v in (views.image, views.second_image, *simclr_images) if v is not None]
-        encoded = self.image_encoder(torch.cat(image_views), all_tokens=masked)
-        image_features = list((encoded[:, 0] if masked else encoded).split(batch))
+        image_views = _present(views.image, views.second_image, *(views.simclr_images or ()))
+        text_views = _present(views.token_ids, views.second_token_ids, *(views.simclr_token_ids or ()))
+        if masked:  # the one loss that looks at every token
+            encoded = self.image_encoder(torch.cat(image_views), all_tokens=True)
+            of_images = encoded[:, 0] if self.image_adapter is None else self.image_adapter(encoded[:, 0])
+        else:
+            of_images = self.encode_image(torch.cat(image_views))
+        image_features = list(of_images.split(batch))
+        text_features = list(self.encode_text(torch.cat(text_views)).split(batch))
 
-        features = Features(image=image_features.pop(0), text=self.text_encoder(views.token_ids), scale=self.scale())
+        features = Features(image=image_features.pop(0), text=text_features.pop(0), scale=self.scale())
         if views.second_image is not None:
             features.second_image = image_features.pop(0)
+        if views.second_token_ids is not None:
+            features.second_text = text_features.pop(0)
         if views.simclr_images is not None:
             features.simclr = tuple(self.simclr_projector(torch.cat(image_features)).split(batch))
+        if views.simclr_token_ids is not None:
+            features.simclr_text = tuple(self.text_simclr_projector(torch.cat(text_features)).split(batch))
         if masked:
             features.masked_logits = self.masked_language_head(
                 self.text_encoder(views.masked_token_ids, all_tokens=True),
@@ -175,6 +206,10 @@ class TBPSCLIP(nn.Module):
                 self.identity_classifier(features.text),
             )
         return features
+
+
+def _present(*views: Tensor | None) -> list[Tensor]:
+    return [view for view in views if view is not None]
 
 
 def count_trainable(model: nn.Module) -> int:

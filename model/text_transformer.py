@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from model.adaptation import ContextPrompt
 from model.transformer import Transformer, project
 
 
@@ -42,21 +43,39 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.text_projection, std=width**-0.5)
         self.transformer.initialise()
 
-    def forward(self, token_ids: Tensor, *, all_tokens: bool = False) -> Tensor:
+    def forward(self, token_ids: Tensor, *, all_tokens: bool = False, prompt: ContextPrompt | None = None) -> Tensor:
         """Encodes captions. What stands behind the end-of-text token has no influence, since attention is causal.
 
         Args:
             token_ids: (B, L) int64, zero-padded, L at most `text_length`.
             all_tokens: every token's output instead of the end-of-text token's alone.
+            prompt: a context that is read in front of each caption.
 
-        Returns: (B, embed_dim), or (B, L, embed_dim); not L2-normalised.
+        Returns: (B, embed_dim), or (B, L, embed_dim), longer by the context; not L2-normalised.
         """
-        x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
+        context = 0
+        if prompt is not None:
+            token_ids, context = prompt.room(token_ids, len(self.positional_embedding)), len(prompt.context)
+        x = self.token_embedding(token_ids)
+        if prompt is not None:
+            x = prompt.insert(x)
+        x = x + self.positional_embedding[: x.shape[1]]
         if all_tokens:
             x = self.transformer(x, causal=True)
         else:
-            x = self.transformer.pooled(x, end_positions(token_ids), causal=True)
+            x = self.transformer.pooled(x, end_positions(token_ids) + context, causal=True)
         return project(x, self.ln_final, self.text_projection)
+
+    def drop_layers(self, numbers: list[int]) -> None:
+        """Leaves out residual blocks, counted from 1; the others close ranks."""
+        blocks = self.transformer.resblocks
+        kept = [block for number, block in enumerate(blocks, start=1) if number not in numbers]
+        self.transformer.resblocks = nn.ModuleList(kept)
+
+    def freeze_layers(self, numbers: list[int]) -> None:
+        """Residual blocks, counted from 1, that do not train."""
+        for number in numbers:
+            self.transformer.resblocks[number - 1].requires_grad_(False)
 
 
 def end_positions(token_ids: Tensor) -> Tensor:

@@ -220,6 +220,7 @@ def peak_of_a_step(golden: dict, rows: int, chunk_size: int | None, **architectu
             **{
                 name: tuple(view[repeated] for view in value) if isinstance(value, tuple) else value[repeated]
                 for name, value in vars(batch.views).items()
+                if value is not None
             }
         ),
         identities=torch.arange(rows) % 4,

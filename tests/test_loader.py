@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from misc import loader as loader_module
+from misc.config import load_config
 from misc.datasets import Split, read_annotations
 from misc.errors import UserError
 from misc.loader import (
@@ -35,13 +36,25 @@ ALL_VIEWS = Augmentation(
     resolution=RESOLUTION,
     text_length=24,
     second_view=True,
+    second_caption=True,
     simclr_views=True,
+    simclr_captions=True,
     masked_captions=True,
+    image_operations=load_config().experiment.image_operations,
+    image_pool=2,
     back_translation_probability=0.1,
-    deletion_probability=0.3,
+    text_operation="random_deletion",
+    text_strength=0.3,
 )
-ONE_VIEW = dataclasses.replace(ALL_VIEWS, second_view=False, simclr_views=False, masked_captions=False)
-PLAIN = dataclasses.replace(ONE_VIEW, back_translation_probability=0.0, deletion_probability=0.0)
+ONE_VIEW = dataclasses.replace(
+    ALL_VIEWS,
+    second_view=False,
+    second_caption=False,
+    simclr_views=False,
+    simclr_captions=False,
+    masked_captions=False,
+)
+PLAIN = dataclasses.replace(ONE_VIEW, back_translation_probability=0.0, text_strength=0.0)
 TOKENIZER = Tokenizer()
 
 
@@ -193,7 +206,7 @@ def test_pool_views_and_captions_change_with_the_draw(training_set, split, chang
     samples = [sample(number) for number in range(10)]
     for name in ("image", "second_image"):
         assert len({sample.images[name].numpy().tobytes() for sample in samples}) >= 5
-    assert len({tuple(sample.token_ids) for sample in samples}) >= 5
+    assert len({tuple(sample.captions["caption"]) for sample in samples}) >= 5
     assert len({tuple(sample.masked_labels) for sample in samples}) >= 5
 
 
@@ -212,7 +225,7 @@ def test_a_view_more_changes_no_other_part_of_a_sample(training_set):
         draw = Draw(1, index)
         everything, one = training_set(ALL_VIEWS)[draw], training_set(ONE_VIEW)[draw]
         assert torch.equal(everything.images["image"], one.images["image"])
-        assert everything.token_ids == one.token_ids
+        assert everything.captions["caption"] == one.captions["caption"]
         second = training_set(dataclasses.replace(ONE_VIEW, second_view=True))[draw].images
         assert torch.equal(second["second_image"], everything.images["second_image"])
 
@@ -267,7 +280,7 @@ class CountedView:
 def test_a_sample_carries_its_pair(training_set, split):
     sample = training_set(PLAIN)[Draw(0, 7)]
     image = split.caption_images[7]
-    assert sample.token_ids == TOKENIZER.encode(split.captions[7], 24)
+    assert sample.captions["caption"] == TOKENIZER.encode(split.captions[7], 24)
     assert sample.identity == split.image_identities[image] and sample.path == split.image_paths[image]
 
 
@@ -275,7 +288,7 @@ def test_masked_captions_hide_tokens_of_the_caption(training_set):
     picked = 0
     for index in range(20):
         sample = training_set()[Draw(0, index)]
-        originals = zip(sample.token_ids, sample.masked_ids, sample.masked_labels, strict=True)
+        originals = zip(sample.captions["caption"], sample.masked_ids, sample.masked_labels, strict=True)
         for token, seen, label in originals:
             assert label in (IGNORED_LABEL, token)
             assert seen == token or label == token
@@ -300,15 +313,25 @@ def test_any_caption_makes_a_sample(training_set, split, caption, tokens):
     data = training_set(split=dataclasses.replace(split, captions=[caption] * len(split)))
     for index in range(5):
         sample = data[Draw(0, index)]
-        assert sample.token_ids[0] == START and sample.token_ids[-1] == END
-        assert not {START, END} & set(sample.token_ids[1:-1])
-        assert tokens is None or len(sample.token_ids) == tokens + 2
-        assert len(sample.masked_ids) == len(sample.token_ids)
+        assert sample.captions["caption"][0] == START and sample.captions["caption"][-1] == END
+        assert not {START, END} & set(sample.captions["caption"][1:-1])
+        assert tokens is None or len(sample.captions["caption"]) == tokens + 2
+        assert len(sample.masked_ids) == len(sample.captions["caption"])
+
+
+def test_the_text_operation_finds_its_strength_and_synonyms(training_set, split):
+    captions = dataclasses.replace(split, captions=["red shirt and red shoes"] * len(split))
+    synonyms = {"red": ["crimson"], "shirt": ["jersey"], "shoes": ["boots"]}
+    words = {"text_operation": "synonym_replacement", "synonyms": lambda word: synonyms.get(word, [])}
+    for strength, expected in [(0.4, 2), (1.0, 3)]:
+        data = training_set(dataclasses.replace(PLAIN, text_strength=strength, **words), split=captions)
+        seen = TOKENIZER.decode(data[Draw(0, 0)].captions["caption"][1:-1]).split()
+        assert len(set(seen) & {"crimson", "jersey", "boots"}) == expected
 
 
 @pytest.mark.parametrize("kind", ["ori", "cat"])
 def test_mixgen_mixes_the_pool_views_and_captions_of_two_samples(training_set, kind):
-    augmentation = dataclasses.replace(ALL_VIEWS, deletion_probability=0.0, mixgen=kind)
+    augmentation = dataclasses.replace(ALL_VIEWS, text_strength=0.0, mixgen=kind)
     data = training_set(augmentation)
     own, partner, mixed = data[Draw(1, 3)], data[Draw(1, 30)], data[Draw(1, 3, partner=30)]
     for name in ("image", "second_image"):
@@ -322,7 +345,7 @@ def test_mixgen_mixes_the_pool_views_and_captions_of_two_samples(training_set, k
             assert torch.allclose(mixed.images[name][:, :, :half], left[0], atol=1e-5)
     for name in ("first_simclr", "second_simclr"):
         assert torch.equal(mixed.images[name], own.images[name])
-    assert mixed.token_ids == [*own.token_ids[:-1], *partner.token_ids[1:-1]][:23] + [END]
+    assert mixed.captions["caption"] == [*own.captions["caption"][:-1], *partner.captions["caption"][1:-1]][:23] + [END]
     assert (mixed.identity, mixed.path) == (own.identity, own.path)
 
 
@@ -372,7 +395,7 @@ def test_a_batch_moves_whole(training_set, monkeypatch, augmentation):
     moved = batch.to(torch.device("meta"))
     assert isinstance(moved, Batch) and isinstance(moved.views, Views) and moved.paths == batch.paths
     pairs = list(zip(tensors(batch), tensors(moved), strict=True))
-    assert len(pairs) == (8 if augmentation is ALL_VIEWS else 3)
+    assert len(pairs) == (11 if augmentation is ALL_VIEWS else 3)
     assert all(tensor.shape == found.shape and found.device.type == "meta" for tensor, found in pairs)
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # pinning needs a GPU
@@ -382,7 +405,24 @@ def test_a_batch_moves_whole(training_set, monkeypatch, augmentation):
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
     views = [value for value in vars(batch.views).values() if value is not None and not isinstance(value, tuple)]
-    return [*views, *(batch.views.simclr_images or ()), batch.identities]
+    pairs = (*(batch.views.simclr_images or ()), *(batch.views.simclr_token_ids or ()))
+    return [*views, *pairs, batch.identities]
+
+
+def test_the_captions_of_a_sample_are_augmented_each_for_itself(training_set):
+    """Two words in three go, so that equal draws would be seen."""
+    strong = dataclasses.replace(ALL_VIEWS, text_strength=0.6)
+    samples = [training_set(strong)[Draw(0, index)] for index in range(12)]
+    names = ("caption", "second_caption", "first_simclr", "second_simclr")
+    assert all(tuple(sample.captions) == names for sample in samples)
+    for one, other in itertools.combinations(names, 2):
+        assert sum(sample.captions[one] != sample.captions[other] for sample in samples) >= 9
+    batch = collate(samples)
+    ids = (batch.views.token_ids, batch.views.second_token_ids, *batch.views.simclr_token_ids)
+    for rows, name in zip(ids, names, strict=True):
+        for row, sample in zip(rows, samples, strict=True):
+            assert row[: len(sample.captions[name])].tolist() == sample.captions[name]
+    assert len({rows.shape for rows in ids}) == 1
 
 
 # Loaders
@@ -426,12 +466,18 @@ def rows_of(batch: Batch) -> list[Batch]:
     """Its samples one by one, without the padding, which depends on the longest of a batch."""
     rows = [batch.rows(number, number + 1) for number in range(len(batch))]
     for row in rows:
-        length = int((row.views.token_ids == END).nonzero()[0, 1]) + 1
         views = row.views
+        length = length_of(views.token_ids)
         views.token_ids, views.masked_token_ids, views.masked_labels = (
             tokens[:, :length] for tokens in (views.token_ids, views.masked_token_ids, views.masked_labels)
         )
+        views.second_token_ids = views.second_token_ids[:, : length_of(views.second_token_ids)]
+        views.simclr_token_ids = tuple(ids[:, : length_of(ids)] for ids in views.simclr_token_ids)
     return rows
+
+
+def length_of(token_ids: torch.Tensor) -> int:
+    return int((token_ids == END).nonzero()[0, 1]) + 1
 
 
 def test_a_loader_goes_on_in_the_middle_of_an_epoch(training_set):

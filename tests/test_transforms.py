@@ -11,6 +11,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from misc import transforms
+from misc.config import load_config
+from misc.image_operations import KINDS, build_operations, wrong_operations
 from misc.randomness import derive_seed, seeded
 from misc.transforms import (
     EvaluationView,
@@ -47,8 +49,14 @@ def as_seen(pixels: np.ndarray) -> torch.Tensor:
     return (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - MEAN) / DEVIATION
 
 
+def paper_pool(resolution: tuple[int, int]) -> PoolView:
+    """The view of the full recipe."""
+    experiment = load_config().experiment
+    return PoolView(resolution, build_operations(experiment.image_operations, resolution), experiment.image_pool)
+
+
 def operation(view: PoolView, kind: type) -> torch.nn.Module:
-    (found,) = [op for op in view.pool if isinstance(op, kind)]
+    (found,) = [op for op in view.operations if isinstance(op, kind)]
     return found
 
 
@@ -71,7 +79,7 @@ def test_the_evaluation_view_is_pillow_s_bicubic_resize():
 def test_the_pool_view_is_resized_bilinearly():
     image = noise_image(150, 70)
     expected = np.asarray(image.resize((32, 64), Image.Resampling.BILINEAR))
-    resized = PoolView(TALL).resize(image)
+    resized = paper_pool(TALL).resize(image)
     assert_close(normalise(resized), as_seen(expected), 1e-6)
     assert resized.min() >= 0 and resized.max() <= 1
 
@@ -81,11 +89,87 @@ def test_resolution_is_height_and_width():
     halves[:, 10:] = 255
     for tensor in (
         EvaluationView((60, 20))(Image.fromarray(halves)),
-        PoolView((60, 20)).resize(Image.fromarray(halves)),
+        paper_pool((60, 20)).resize(Image.fromarray(halves)),
     ):
         assert tensor.shape == (3, 60, 20)
         assert tensor.std(dim=1).max() < 1e-6  # the same from top to bottom
         assert (tensor[:, :, 16:] > tensor[:, :, :4]).all()
+
+
+# The operations of the study by name
+
+
+STRENGTHS = {
+    "color_jitter_bcs": 0.4,
+    "random_rotation": 30,
+    "random_resized_crop": 0.3,
+    "random_grayscale": 1,
+    "random_horizontal_flip": 1,
+    "random_erasing": [0.02, 0.1],
+    "gaussian_blur": 7,
+    "color_jitter_hue": 0.4,
+    "random_vertical_flip": 1,
+    "auto_augment": "imagenet",
+    "rand_augment": [2, 9],
+    "trivial_augment": 31,
+}
+
+
+def test_every_operation_changes_an_image_and_keeps_its_shape_and_range():
+    assert STRENGTHS.keys() == KINDS.keys()
+    image = to_tensor(noise_image(64, 32))
+    for name, strength in STRENGTHS.items():
+        (operation,) = build_operations({name: strength}, TALL)
+        with seeded("operations"):
+            views = [operation(image) for _ in range(20)]
+        assert all(view.shape == image.shape and view.dtype == torch.float32 for view in views), name
+        assert all(view.min() >= 0 and view.max() <= 1 for view in views), name
+        assert any(not torch.equal(view, image) for view in views), name
+
+
+def test_operations_have_the_parameters_that_the_paper_names():
+    def built(name, strength):
+        (operation,) = build_operations({name: strength}, (224, 224))
+        return operation
+
+    image = to_tensor(noise_image(8, 4))
+    assert torch.equal(built("random_vertical_flip", 1)(image), image.flip(1))
+    assert torch.equal(built("random_horizontal_flip", 1)(image), image.flip(2))
+    blur = built("gaussian_blur", 11)
+    assert tuple(blur.kernel_size) == (11, 11) and tuple(blur.sigma) == (0.1, 2.0)
+    hue = built("color_jitter_hue", 0.2)
+    assert tuple(hue.hue) == (-0.2, 0.2) and hue.brightness is hue.contrast is hue.saturation is None
+    random = built("rand_augment", [2, 9])
+    assert (random.num_ops, random.magnitude) == (2, 9)
+    assert built("trivial_augment", 31).num_magnitude_bins == 31
+    assert tuple(built("random_resized_crop", 0.3).scale) == (0.3, 1.0)
+    erasing = built("random_erasing", [0.2, 0.3])
+    assert erasing.p == 0.5 and tuple(erasing.scale) == (0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "word"),
+    [
+        ({"random_rotaton": 15}, "random_rotaton"),
+        ({"gaussian_blur": 4}, "odd"),
+        ({"random_erasing": [0.3, 0.2]}, "least"),
+        ({"random_grayscale": 1.5}, "probability"),
+        ({"rand_augment": 2}, "magnitude"),
+        ({"auto_augment": "mine"}, "imagenet"),
+        ([], "mapping"),
+    ],
+)
+def test_a_wrong_operation_or_strength_is_named(strengths, word):
+    (problem,) = wrong_operations(strengths)
+    assert word in problem
+
+
+def test_without_a_number_to_draw_all_operations_follow_one_another():
+    image = torch.full((3, 1, 1), 2.0)
+    view = PoolView((1, 1), [lambda image: image + 1, lambda image: image * 3], None)
+    assert round((view(image) * DEVIATION + MEAN)[0].item(), 4) == 9
+    untouched = PoolView((1, 1), [], 2)
+    assert round((untouched(image) * DEVIATION + MEAN)[0].item(), 4) == 2
 
 
 # The augmentation pool
@@ -93,7 +177,7 @@ def test_resolution_is_height_and_width():
 
 def recorded_draws(times: int) -> list[list[int]]:
     """Numbers of the pool's operations that each view applied."""
-    view = PoolView(TALL)
+    view = paper_pool(TALL)
     applied: list[int] = []
 
     def recorder(number: int):
@@ -103,7 +187,7 @@ def recorded_draws(times: int) -> list[list[int]]:
 
         return record
 
-    view.pool = [recorder(number) for number in range(len(view.pool))]
+    view.operations = [recorder(number) for number in range(len(view.operations))]
     draws = []
     image = torch.zeros(3, 2, 2)
     with seeded("draws"):
@@ -126,8 +210,8 @@ def test_a_view_draws_two_operations_of_the_pool_with_replacement():
 
 
 def test_operations_are_applied_in_the_order_drawn():
-    view = PoolView(TALL)
-    view.pool = [lambda image: image + 1, lambda image: image * 3]
+    view = paper_pool(TALL)
+    view.operations = [lambda image: image + 1, lambda image: image * 3]
     image = torch.full((3, 1, 1), 2.0)
     with seeded("order"):
         results = {round((view(image) * DEVIATION + MEAN)[0].item(), 3) for _ in range(100)}
@@ -135,8 +219,8 @@ def test_operations_are_applied_in_the_order_drawn():
 
 
 def test_the_pool_holds_the_six_operations_with_the_parameters_of_the_paper():
-    view = PoolView((224, 224))
-    assert len(view.pool) == 6
+    view = paper_pool((224, 224))
+    assert len(view.operations) == 6
     jitter = operation(view, v2.ColorJitter)
     for strength in (jitter.brightness, jitter.contrast, jitter.saturation):
         assert tuple(strength) == pytest.approx((0.9, 1.1))
@@ -152,7 +236,7 @@ def test_the_pool_holds_the_six_operations_with_the_parameters_of_the_paper():
 
 def test_crops_of_a_tall_input_keep_nine_tenths_of_it():
     """The paper's aspect ratios, meant for a square input, would leave no crop of a tall one but its middle."""
-    crop = operation(PoolView(TALL), v2.RandomResizedCrop)
+    crop = operation(paper_pool(TALL), v2.RandomResizedCrop)
     with seeded("crop"):
         boxes = [crop.make_params([torch.zeros(3, *TALL)]) for _ in range(200)]
     areas = [box["height"] * box["width"] / (TALL[0] * TALL[1]) for box in boxes]
@@ -163,7 +247,7 @@ def test_crops_of_a_tall_input_keep_nine_tenths_of_it():
     ("kind", "probability"), [(v2.RandomGrayscale, 0.1), (v2.RandomHorizontalFlip, 0.5), (v2.RandomErasing, 0.5)]
 )
 def test_how_often_an_operation_of_the_pool_does_something(kind, probability):
-    chosen = operation(PoolView(TALL), kind)
+    chosen = operation(paper_pool(TALL), kind)
     image = to_tensor(noise_image(16, 12))
     with seeded(kind.__name__):
         changed = sum(not torch.equal(chosen(image), image) for _ in range(1000))
@@ -172,8 +256,8 @@ def test_how_often_an_operation_of_the_pool_does_something(kind, probability):
 
 @pytest.mark.parametrize("kind", [v2.RandomRotation, v2.RandomErasing])
 def test_what_is_rotated_in_or_erased_is_black_before_normalising(kind):
-    view = PoolView((40, 40))
-    view.pool = [operation(view, kind)]
+    view = paper_pool((40, 40))
+    view.operations = [operation(view, kind)]
     white = view.resize(Image.new("RGB", (40, 40), "white"))
     blackened = 0
     with seeded("fill"):
@@ -188,7 +272,7 @@ def test_what_is_rotated_in_or_erased_is_black_before_normalising(kind):
 
 def test_the_pool_s_crop_takes_most_of_a_square_image():
     resolution = (48, 48)
-    areas = crop_areas(operation(PoolView(resolution), v2.RandomResizedCrop), resolution)
+    areas = crop_areas(operation(paper_pool(resolution), v2.RandomResizedCrop), resolution)
     assert min(areas) == pytest.approx(0.9, abs=0.02) and max(areas) == pytest.approx(1.0, abs=0.02)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.errors import UserError
-from model.pretrained.names import HEADS, to_ours
+from model.pretrained.names import ADAPTATIONS, HEADS, to_ours
 from model.pretrained.weights import Weights, square_grid
 from model.tbps_clip import TBPSCLIP
 
@@ -49,6 +49,10 @@ def load_weights(model: TBPSCLIP, weights: Weights) -> list[str]:
         new |= offered if fits else wanted
         if wanted and weights.heads and not fits:
             notes.append(f"{head.removesuffix('.')} starts afresh: {weights.name} holds none of its shape")
+        if offered and not wanted and head in ADAPTATIONS:
+            notes.append(
+                f"warning: {head.removesuffix('.')} of {weights.name} is left out: model.adaptation is another"
+            )
     if _shapes(new) != _shapes(own):
         raise ValueError(f"{weights.name} is of another architecture than the model")
     for name, value in own.items():

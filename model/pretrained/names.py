@@ -25,8 +25,17 @@ PUBLISHED = (
 )
 """How names of the published code begin, and ours; `logit_scale` is the same."""
 
-HEADS = ("simclr_projector.", "masked_language_head.", "identity_classifier.")
-"""How our names of the training heads begin, which CLIP does not have."""
+ADAPTATIONS = ("prompt.", "image_adapter.")
+"""How our names of CoOp's context and of CLIP-Adapter begin, which are evaluated with the towers."""
+
+HEADS = (
+    "simclr_projector.",
+    "text_simclr_projector.",
+    "masked_language_head.",
+    "identity_classifier.",
+    *ADAPTATIONS,
+)
+"""How our names of what CLIP does not have begin: the training heads, and what adapts it."""
 
 TBPS_SCHEMES = ("ours", "published")
 """Whose names, as `scheme_of` tells it, TBPS-CLIP's own checkpoints have."""

@@ -125,6 +125,9 @@ def of_checkpoint(config: dict[str, Any]) -> Settings:
     """From the configuration in a checkpoint; the published code, and ours at first, knew QuickGELU alone."""
     model = _section(config, "model")
     sizes = ("patch_size", "vision_width", "vision_layers", "text_width", "text_layers", "embed_dim", "vocab_size")
+    dropped, layers = model.get("dropped_text_layers"), model.get("text_layers")
+    if isinstance(dropped, list) and _is_count(layers):  # counted before they were dropped
+        model = model | {"text_layers": layers - len(dropped)}
     return Settings(
         activation=model.get("activation", QUICK_GELU),
         vision_heads=model.get("vision_heads"),
