@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node=4 main.py ...
 ... main.py --resume
 ... main.py --evaluate CHECKPOINT
 ... main.py --contribution CHECKPOINT
+... main.py --study ROW, and python main.py --study {list,report}
 python main.py --export {openclip,huggingface,onnx} OUT [model.checkpoint=CHECKPOINT]
 """
 
@@ -31,6 +32,8 @@ from misc.progress import Progress
 from misc.resume import LAST, Course, Keeper, find_start
 from misc.retrieval_sheet import draw_retrieval_sheet
 from misc.run_log import RunLog, hold_run, wandb_project
+from misc.study import STUDY_FOLDER, find_row, read_study, row_folder, starting_checkpoint, study_list
+from misc.study_report import write_report
 from misc.training import Trainer
 from model.pretrained.export import check_export, export
 from model.tbps_clip import count_trainable
@@ -40,7 +43,10 @@ from text_utils.tokenizer import Tokenizer
 def main() -> int:
     arguments = parse_arguments()
     try:
-        config = load_config(arguments.config, simplified=arguments.simplified, overrides=tuple(arguments.overrides))
+        if arguments.study in STUDY_TABLES:
+            print(STUDY_TABLES[arguments.study](read_study(), study_root(arguments.overrides)))
+            return 0
+        config = configuration(arguments)
         with (
             Interruption() as interruption,
             processes(config.device, config.distributed.backend, config.distributed.url) as here,
@@ -67,6 +73,32 @@ def main() -> int:
     return 0
 
 
+STUDY_TABLES = {"list": lambda rows, root: study_list(rows), "report": write_report}
+
+
+def study_root(overrides: list[str]) -> Path:
+    """The folder of the study's runs: `model.saved_path`, where the command line gives it."""
+    given = [
+        value for key, _, value in (override.partition("=") for override in overrides) if key == "model.saved_path"
+    ]
+    return Path(given[-1] if given else STUDY_FOLDER)
+
+
+def configuration(arguments: argparse.Namespace):
+    """What the command line asks for, merged and checked."""
+    overrides = tuple(arguments.overrides)
+    if arguments.study is None:
+        return load_config(arguments.config, simplified=arguments.simplified, overrides=overrides)
+    if arguments.simplified or arguments.evaluate or arguments.contribution or arguments.export:
+        raise UserError("--study trains a row of the paper: leave --simplified and the other modes out")
+    row, root = find_row(read_study(), arguments.study), study_root(arguments.overrides)
+    config = load_config(arguments.config, row=row, overrides=overrides)
+    config.model.saved_path = str(row_folder(root, row.name, config.misc.seed))
+    if row.start and not any(override.startswith("model.checkpoint=") for override in overrides):
+        config.model.checkpoint = str(starting_checkpoint(root, row, config.misc.seed))
+    return config
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Trains and evaluates TBPS-CLIP for text-based person search.",
@@ -74,6 +106,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: config/config.yaml")
     parser.add_argument("--simplified", action="store_true", help="N-ITC and R-ITC alone (config/s.config.yaml)")
+    parser.add_argument(
+        "--study",
+        metavar="ROW",
+        help="a row of the paper, as in losses/ss_i; list: all of them; report: what was run, beside what is published",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--evaluate", metavar="CHECKPOINT", help="evaluate weights in any form that model.checkpoint takes; no training"
@@ -173,7 +210,12 @@ def end_epoch(
     config, here: Processes, log: RunLog, trainer: Trainer, evaluator: Evaluator, progress: Progress, keeper: Keeper
 ) -> None:
     """Evaluates what was trained and keeps the result. A run that is ended before the last line does it all again."""
-    record = {"epoch": progress.epoch + 1, **trainer.summary(progress)}
+    record = {
+        "epoch": progress.epoch + 1,
+        "epochs": config.schedule.epoch,
+        "parameters": count_trainable(trainer.bare_model),
+        **trainer.summary(progress),
+    }
     iterations = (progress.epoch + 1) * progress.step
     retrieval, seconds = timed_evaluation(evaluator, trainer.bare_model)
     report(log, f"epoch {progress.epoch + 1}, {config.data.evaluate_on}", retrieval, seconds)
@@ -236,10 +278,7 @@ def beginning(source: str) -> dict:
         config = {"model.dropped_text_layers": []} | flatten(read_checkpoint(Path(source))["config"])
     except UserError as error:
         raise UserError(f"{needed}: {error}") from error
-    keys = (
-        "misc.seed",
-        *(f"model.{name}" for name in ("ckpt_type", "checkpoint", "saved_path", "dropped_text_layers")),
-    )
+    keys = ("misc.seed", "model.ckpt_type", "model.checkpoint", "model.saved_path", "model.dropped_text_layers")
     if unknown := [key for key in keys if key not in config or not RULES[key].accepts(config[key])]:
         raise UserError(f"{needed}: {source} has no valid {unknown[0]}: give another one")
     return {key: config[key] for key in keys}

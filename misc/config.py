@@ -218,22 +218,28 @@ ARCHITECTURE_KEYS = (
 """Keys of the section `model` that decide what the towers compute, named as `TBPSCLIP` takes them."""
 
 
-def load_config(path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, overrides: tuple[str, ...] = ()):
+def load_config(
+    path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, row: Any = None, overrides: tuple[str, ...] = ()
+):
     """Reads a configuration file with what it is based on, and checks it.
 
     Args:
         path: a YAML file; a relative `base:` in it is looked for beside it.
         simplified: takes the losses of `config/s.config.yaml`, and its other values where the file keeps the default.
+        row: of the paper's study (`misc.study.Row`), whose settings count more than the file's.
         overrides: `key=value` or `section.key=value`, the value in YAML; they count last.
 
     Returns: an EasyDict with every key of `RULES`.
 
     Raises UserError, naming every unknown or misspelt key, wrong type and value out of range.
     """
-    layers = [("config/config.yaml", _flatten(_read_yaml(DEFAULT_CONFIG), DEFAULT_CONFIG))]
+    layers = [("config/config.yaml", _flatten(read_yaml(DEFAULT_CONFIG), DEFAULT_CONFIG))]
     layers += _read_with_base(Path(path), seen=())
     if simplified:
         layers.append((str(SIMPLIFIED_CONFIG), _simplified(layers)))
+    if row is not None:
+        file = {key: value for _, values in layers for key, value in values.items()}
+        layers.append((f"the study's row {row.name}", row.settings_over(layers[0][1], file)))
     layers += [("command line", dict([_parse_override(override)])) for override in overrides]
 
     problems, merged = [], {}
@@ -369,7 +375,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return mapping
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """Keys and values of a YAML file. Raises UserError where it does not exist, is none, or has a key twice."""
     if not path.is_file():
         raise UserError(f"configuration file {path} does not exist: give an existing YAML file to --config")
     try:
@@ -390,7 +397,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[
     """The file's layers, its base's first."""
     if path.resolve() in seen:
         raise UserError(f"{path}: its base leads back to itself: remove one `base:`")
-    content = _read_yaml(path)
+    content = read_yaml(path)
     base = content.get(BASE)
     layers = []
     if base is not None:
@@ -405,7 +412,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[
 def _simplified(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """The simplified recipe's losses; its seed and folder only where the user's file has none of its own."""
     default, file = layers[0][1], {key: value for _, values in layers for key, value in values.items()}
-    simplified = _flatten(_read_yaml(SIMPLIFIED_CONFIG), SIMPLIFIED_CONFIG)
+    simplified = _flatten(read_yaml(SIMPLIFIED_CONFIG), SIMPLIFIED_CONFIG)
     return {
         key: value
         for key, value in simplified.items()

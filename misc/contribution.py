@@ -247,9 +247,9 @@ def _needed_of_each(tower: _Tower, whole: int, queries: int, log: RunLog) -> dic
     for alpha in ALPHAS[:-1]:
         hits = tower.count([tower.blended(module, alpha) for module in pending], f"α {alpha}", log)
         # In whole numbers: as differences of percentages, a loss of exactly 3 points may come out as less.
-        lost = {module: 100 * (whole - found) for module, found in zip(pending, hits, strict=True)}
-        needed |= {module: alpha for module in pending if lost[module] < POINTS * queries}
-        pending = [module for module in pending if lost[module] >= POINTS * queries]
+        enough = {m for m, found in zip(pending, hits, strict=True) if 100 * (whole - found) < POINTS * queries}
+        needed |= dict.fromkeys(enough, alpha)
+        pending = [module for module in pending if module not in enough]
         log.line(f"{tower.title}, α {alpha}: {len(pending)} of {len(needed)} modules lose {POINTS} points or more")
         if not pending:
             break

@@ -122,7 +122,7 @@ class RunLog:
     def _keep_epochs(self, count: int) -> None:
         """Drops what metrics.jsonl holds beyond the checkpoint: an epoch that is done again, or half a line."""
         path = self.folder / METRICS
-        kept = [json.dumps(record) + "\n" for record in _records(path) if record["epoch"] <= count]
+        kept = [json.dumps(record) + "\n" for record in read_records(path) if record["epoch"] <= count]
         with whole_file(path) as file:
             file.write("".join(kept).encode())
 
@@ -176,7 +176,7 @@ class RunLog:
             return
         from matplotlib.figure import Figure  # takes half a second, and rank 0 alone draws
 
-        records = _records(self.folder / METRICS)
+        records = read_records(self.folder / METRICS)
         epochs = [record["epoch"] for record in records]
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         loss, retrieval = figure.subplots(1, 2)
@@ -218,8 +218,8 @@ def _locked(path: Path) -> TextIO:
     return file
 
 
-def _records(path: Path) -> list[dict[str, float]]:
-    """The epochs of a metrics.jsonl, whose last line may have been cut off."""
+def read_records(path: Path) -> list[dict[str, float]]:
+    """The epochs of a metrics.jsonl, whose last line may have been cut off; none where there is no such file."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

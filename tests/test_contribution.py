@@ -157,10 +157,12 @@ def test_both_measures_of_a_case_computed_by_hand():
     assert evaluator.encodings == {"image": 1 + 6 + 9 + 1 + 9 + 4 + 1 + 1, "text": 1 + 6 + 10 + 6 + 10 + 10 + 1 + 10}
 
 
-def test_c1_is_0_where_nothing_is_lost_without_any_module():
-    found, _ = measured_by_hand(500, [0, -1, 0, 0], [0, 0, -20, 0])
+@pytest.mark.parametrize("points", [0, -2], ids=["the same", "better"])
+def test_c1_is_0_where_nothing_is_lost_without_any_module(points):
+    found, _ = measured_by_hand(500, [points] * 4, [points] * 4)
     assert table(found.image, "c1") == table(found.text, "c1") == [[0, 0, 0], [0, 0, 0]]
-    assert table(found.text, "r1_removed") == [pytest.approx([50, 50, 50]), pytest.approx([70, 50, 70])]
+    expected = pytest.approx([50 - points, 50 - points, 50 - 2 * points])
+    assert table(found.text, "r1_removed") == [expected, expected]
 
 
 # ---- what is encoded, against a forward pass written out ----------------------------------------------------------

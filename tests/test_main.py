@@ -35,7 +35,17 @@ from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 
 pytestmark = pytest.mark.slow
 
-KEYS = {"epoch", *METRICS, "loss", "seconds", "samples_per_second", "data_wait", "peak_memory_gigabytes"}
+KEYS = {
+    "epoch",
+    "epochs",
+    "parameters",
+    *METRICS,
+    "loss",
+    "seconds",
+    "samples_per_second",
+    "data_wait",
+    "peak_memory_gigabytes",
+}
 STATISTICS = {"train": ["12", "24", "48"], "val": ["4", "8", "16"], "test": ["5", "10", "20"]}
 """Identities, images and captions of the tiny dataset: two images per identity, two captions per image."""
 

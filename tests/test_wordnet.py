@@ -2,19 +2,17 @@
 
 import multiprocessing
 import pickle
-import re
 import shutil
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from misc.errors import UserError
+from tests.tiny_wordnet import LICENCE, write_wordnet
 from text_utils.wordnet import WordNet
 
 INSTALLED = Path("/usr/share/wordnet")
-LICENCE = "  1 This software is provided under a licence.  \n  2 It has index.noun and 00000000 n 01 in it.  \n"
 MANY = [f"many{number}" for number in range(17)]
 SYNSETS = {
     "noun": [
@@ -35,25 +33,7 @@ SYNSETS = {
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A database with `SYNSETS`."""
-    folder = tmp_path / "dict"
-    folder.mkdir()
-    for part, synsets in SYNSETS.items():
-        data, offsets = LICENCE, defaultdict(list)
-        for kind, words in synsets:
-            offset = f"{len(data.encode()):08d}"
-            spelled = " ".join(f"{word} {number % 16:x}" for number, word in enumerate(words))
-            data += (
-                f"{offset} 03 {kind} {len(words):02x} {spelled} 002 @ 00000042 n 0000 ~ 00000043 n 0000 | a gloss  \n"
-            )
-            for lemma in {re.sub(r"\(.*\)", "", word).lower() for word in words}:
-                offsets[lemma].append(offset)
-        index = LICENCE
-        for number, (lemma, found) in enumerate(sorted(offsets.items())):
-            pointers = " ".join([str(number % 4), *["@", "~", "#m", "+"][: number % 4]])
-            index += f"{lemma} {part[0]} {len(found)} {pointers} {len(found)} 0 {' '.join(found)}  \n"
-        (folder / f"data.{part}").write_text(data)
-        (folder / f"index.{part}").write_text(index)
-    return folder
+    return write_wordnet(tmp_path / "dict", SYNSETS)
 
 
 @pytest.mark.parametrize(
