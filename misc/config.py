@@ -355,7 +355,7 @@ def _contradictions(values: dict[str, Any]) -> Iterator[str]:
         )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # written in C where there is a library for it
     """PyYAML keeps the last of two equal keys silently; this one refuses them."""
 
     def construct_mapping(self, node, deep=False):

@@ -13,6 +13,7 @@ from misc.config import RULES, flatten, load_config
 from misc.distributed import Processes
 from misc.errors import UserError
 from misc.pedestrians import draw_dataset
+from misc.run_log import RunLog
 from misc.study import Row, find_row, read_study, row_folder, study_list
 from misc.study_report import write_report
 from model.tbps_clip import count_trainable
@@ -66,8 +67,10 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def study(run, pedestrians, many_pedestrians, wordnet, root):
+def study(run, monkeypatch, pedestrians, many_pedestrians, wordnet, root):
     """A function: runs a row in two steps."""
+
+    monkeypatch.setattr(RunLog, "curve", lambda log: None)  # takes as long as all the rest, and has its own tests
 
     def call(row: Row):
         share = row.settings.get("data.train_share", 1)
