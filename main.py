@@ -15,11 +15,8 @@ import time
 import uuid
 from pathlib import Path
 
-from easydict import EasyDict
-
 from misc import build
-from misc.checkpoint import read_checkpoint
-from misc.config import DEFAULT_CONFIG, RULES, flatten, load_config, plain, save_config
+from misc.config import DEFAULT_CONFIG, RULES, load_config, plain, save_config
 from misc.contribution import contribution_folder, contribution_table, measure_contribution, write_contribution
 from misc.datasets import check_images, few_shot, read_annotations, statistics_table
 from misc.distributed import Launch, Processes, local_rank, processes
@@ -252,12 +249,12 @@ def evaluate(config, here: Processes, source: str) -> None:
 
 def contribution(config, here: Processes, source: str) -> None:
     """Measures what each module of a run's checkpoint contributes on the configured dataset."""
-    began = beginning(source)
+    began = build.beginning(source)
     folder = contribution_folder(Path(source))
     precision = Precision.choose(config.misc.precision, here.device)
     tokenizer = Tokenizer()
     model, config, weight_notes = build.build_saved_model(config, build.weights_of(source, here))
-    initial, initial_notes = initial_model(config, here, source, began)
+    initial, initial_notes = build.build_initial_model(config, here, source, began)
     splits, statistics = read_dataset(config)
     evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
     weight_notes += [f"initially: {note}" for note in initial_notes]
@@ -269,37 +266,6 @@ def contribution(config, here: Processes, source: str) -> None:
         if here.is_main:
             write_contribution(folder, measured)
         log.line(f"{source}, {config.data.evaluate_on}: written to {folder} after {measured.seconds:.1f} s")
-
-
-def beginning(source: str) -> dict:
-    """What in the configuration of a run's checkpoint decides the weights that the run began with."""
-    needed = "--contribution needs the checkpoint of a run, which alone tells the weights that the run began with"
-    try:
-        config = {"model.dropped_text_layers": []} | flatten(read_checkpoint(Path(source))["config"])
-    except UserError as error:
-        raise UserError(f"{needed}: {error}") from error
-    keys = ("misc.seed", "model.ckpt_type", "model.checkpoint", "model.saved_path", "model.dropped_text_layers")
-    if unknown := [key for key in keys if key not in config or not RULES[key].accepts(config[key])]:
-        raise UserError(f"{needed}: {source} has no valid {unknown[0]}: give another one")
-    return {key: config[key] for key in keys}
-
-
-def initial_model(config, here: Processes, source: str, began: dict):
-    """The towers as they were before the training that `source` comes from, and lines for the log."""
-    config = EasyDict(plain(config))
-    for key, value in began.items():
-        section, name = key.split(".")
-        config[section][name] = value
-    config.model.text_layers += len(config.model.dropped_text_layers)
-    # What is not part of the towers is drawn after them, and not needed.
-    config.experiment.update(ss=False, ss_text=False, mlm=False, id=False)
-    config.model.update(adaptation=None, frozen_text_layers=[])
-    try:
-        weights = build.starting_weights(config, here)
-        config = build.settle(config, weights)
-    except UserError as error:
-        raise UserError(f"the weights that the run of {source} began with: {error}") from error
-    return build.build_model(config, build.build_objectives(config, here), identities=0, weights=weights)
 
 
 def export_weights(config, here: Processes, form: str, out: str) -> None:

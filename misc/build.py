@@ -1,6 +1,7 @@
 """Builders: where the configuration stops. What they build takes named numbers and knows no configuration."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from easydict import EasyDict
@@ -9,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from misc import config as configuration
+from misc.checkpoint import read_checkpoint
 from misc.datasets import Split
 from misc.distributed import Processes, gather, gather_detached
 from misc.errors import UserError
@@ -246,6 +248,42 @@ def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, Eas
     if config.model.activation not in (configuration.AUTO, saved.model.activation):
         notes.append(f"warning: model.activation: {config.model.activation} is not used, the weights tell otherwise")
     return model, saved, notes
+
+
+def beginning(source: str) -> dict[str, Any]:
+    """What in the configuration of a run's checkpoint decides the weights that the run began with.
+
+    Raises UserError where `source` is none, or does not tell.
+    """
+    needed = "--contribution needs the checkpoint of a run, which alone tells the weights that the run began with"
+    try:
+        config = {"model.dropped_text_layers": []} | configuration.flatten(read_checkpoint(Path(source))["config"])
+    except UserError as error:
+        raise UserError(f"{needed}: {error}") from error
+    keys = ("misc.seed", "model.ckpt_type", "model.checkpoint", "model.saved_path", "model.dropped_text_layers")
+    if unknown := [key for key in keys if key not in config or not configuration.RULES[key].accepts(config[key])]:
+        raise UserError(f"{needed}: {source} has no valid {unknown[0]}: give another one")
+    return {key: config[key] for key in keys}
+
+
+def build_initial_model(
+    config: EasyDict, processes: Processes, source: str, began: dict[str, Any]
+) -> tuple[TBPSCLIP, list[str]]:
+    """The towers as they were before the training that `source` comes from, and lines for the log."""
+    config = EasyDict(configuration.plain(config))
+    for key, value in began.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    config.model.text_layers += len(config.model.dropped_text_layers)
+    # What is not part of the towers is drawn after them, and not needed.
+    config.experiment.update(ss=False, ss_text=False, mlm=False, id=False)
+    config.model.update(adaptation=None, frozen_text_layers=[])
+    try:
+        weights = starting_weights(config, processes)
+        config = settle(config, weights)
+    except UserError as error:
+        raise UserError(f"the weights that the run of {source} began with: {error}") from error
+    return build_model(config, build_objectives(config, processes), identities=0, weights=weights)
 
 
 def build_export(config: EasyDict, model: TBPSCLIP, weights: Weights, tokenizer: Tokenizer) -> Export:

@@ -17,7 +17,7 @@ from misc.run_log import RunLog
 from misc.study import Row, find_row, read_study, row_folder, study_list
 from misc.study_report import write_report
 from model.tbps_clip import count_trainable
-from tests.runs import ARCHITECTURE, QUICK, finished, of_dataset, only_error
+from tests.runs import ARCHITECTURE, QUICK, finished, of_dataset, only_error, start
 from tests.tiny_dataset import TinyDataset
 from tests.tiny_wordnet import write_wordnet
 
@@ -106,6 +106,17 @@ def test_every_row_trains_two_steps_and_is_evaluated(study, row):
             assert written[key] == value, key
     if row.start:
         assert f"weights of {root_of(run.folder, row)}" in run.log
+
+
+@pytest.mark.parametrize("name", ["few_shot/0.05/coop", "irra_on_tbps_clip/RSTPReid/irra"])
+def test_rows_that_leave_parts_of_the_model_alone_train_on_several_ranks(name, pedestrians, tmp_path):
+    """What trains nothing on one rank would make the ranks wait for its gradients."""
+    own = ("data.batch_size=6", "data.train_share=1", "schedule.epoch=1", "schedule.epoch_warmup=0", "log.sheet=0")
+    fixed = (*ARCHITECTURE, *QUICK, *of_dataset(pedestrians), *own, f"model.saved_path={tmp_path}")
+    outcome = start("--study", name, *fixed, ranks=2)
+    assert outcome.status == 0, outcome.err
+    (record,) = finished(row_folder(tmp_path, name, 1)).records
+    assert math.isfinite(record["loss"])
 
 
 def root_of(folder: Path, row: Row) -> str:
