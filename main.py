@@ -3,13 +3,14 @@
 python main.py [--config FILE] [--simplified] [key=value ...]
 torchrun --standalone --nproc_per_node=4 main.py ...
 ... main.py --resume
-... main.py --evaluate CHECKPOINT
+... main.py --evaluate CHECKPOINT [--sheet N] [--against CHECKPOINT]
 ... main.py --contribution CHECKPOINT
 ... main.py --study ROW, and python main.py --study {list,report}
 python main.py --export {openclip,huggingface,onnx} OUT [model.checkpoint=CHECKPOINT]
 """
 
 import argparse
+import os
 import sys
 import time
 import uuid
@@ -22,10 +23,20 @@ from misc.datasets import check_images, few_shot, read_annotations, statistics_t
 from misc.distributed import Launch, Processes, local_rank, processes
 from misc.errors import DISK_FULL, UserError
 from misc.evaluation import Evaluator, Retrieval
+from misc.files import whole_folder
 from misc.interruption import Interrupted, Interruption
 from misc.precision import Precision
 from misc.profiling import traced_steps
 from misc.progress import Progress
+from misc.query_report import (
+    COMPARISON,
+    QUERIES,
+    choose_queries,
+    compare_queries,
+    comparison_lines,
+    query_records,
+    write_lines,
+)
 from misc.resume import LAST, Course, Keeper, find_start
 from misc.retrieval_sheet import draw_retrieval_sheet
 from misc.run_log import RunLog, hold_run, wandb_project
@@ -49,7 +60,7 @@ def main() -> int:
             processes(config.device, config.distributed.backend, config.distributed.url) as here,
         ):
             if arguments.evaluate:
-                evaluate(config, here, arguments.evaluate)
+                evaluate(config, here, arguments.evaluate, arguments.against, looks=arguments.sheet is not None)
             elif arguments.contribution:
                 contribution(config, here, arguments.contribution)
             elif arguments.export:
@@ -83,7 +94,9 @@ def study_root(overrides: list[str]) -> Path:
 
 def configuration(arguments: argparse.Namespace):
     """What the command line asks for, merged and checked."""
-    overrides = tuple(arguments.overrides)
+    overrides = (*arguments.overrides, *([] if arguments.sheet is None else [f"log.sheet={arguments.sheet}"]))
+    if arguments.against and not arguments.evaluate:
+        raise UserError(f"--against {arguments.against}: it goes with --evaluate CHECKPOINT, which is compared with it")
     if arguments.study is None:
         return load_config(arguments.config, simplified=arguments.simplified, overrides=overrides)
     if arguments.simplified or arguments.evaluate or arguments.contribution or arguments.export:
@@ -111,6 +124,14 @@ def parse_arguments() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--evaluate", metavar="CHECKPOINT", help="evaluate weights in any form that model.checkpoint takes; no training"
+    )
+    parser.add_argument(
+        "--sheet",
+        metavar="N",
+        help="draw N queries with their first ten images (log.sheet); with --evaluate, into CHECKPOINT_retrieval",
+    )
+    parser.add_argument(
+        "--against", metavar="CHECKPOINT", help="with --evaluate: which queries are better or worse than with this one"
     )
     mode.add_argument(
         "--contribution",
@@ -220,31 +241,54 @@ def end_epoch(
     log.epoch({**record, **retrieval.metrics, "evaluation_seconds": seconds}, iterations)
     log.curve()
     if here.is_main and config.log.sheet and progress.epoch == config.schedule.epoch:
-        draw_retrieval_sheet(
-            keeper.folder / "retrieval.png",
-            retrieval,
-            evaluator.split,
-            evaluator.image_dir,
-            queries=config.log.sheet,
-            seed=config.misc.seed,
-        )
+        write_retrieval(config, keeper.folder, evaluator, retrieval)
     if better:
         keeper.save_best()
     keeper.save_last()
 
 
-def evaluate(config, here: Processes, source: str) -> None:
-    """Evaluates weights on the configured dataset; the architecture is theirs."""
+def write_retrieval(config, folder: Path, evaluator: Evaluator, retrieval: Retrieval) -> None:
+    """Some queries as a picture, and all of them as JSON Lines."""
+    queries = choose_queries(retrieval, config.log.sheet, config.log.sheet_choice, config.misc.seed)
+    draw_retrieval_sheet(folder / "retrieval.png", retrieval, evaluator.split, evaluator.image_dir, queries=queries)
+    write_lines(folder / QUERIES, query_records(retrieval, evaluator.split))
+
+
+def evaluate(config, here: Processes, source: str, against: str | None, *, looks: bool) -> None:
+    """Evaluates weights on the configured dataset; the architecture is theirs.
+
+    Args:
+        against: other weights, that are evaluated too and compared with, query by query.
+        looks: whether queries are drawn and written.
+    """
+    out = Path(f"{Path(source).with_suffix('') if Path(source).exists() else source.replace('/', '_')}_retrieval")
+    if (looks or against) and os.path.lexists(out):
+        raise UserError(f"--evaluate {source}: {out} exists: remove it, or give it another name")
     precision = Precision.choose(config.misc.precision, here.device)
     tokenizer = Tokenizer()
-    weights = build.weights_of(source, here)
-    model, config, weight_notes = build.build_saved_model(config, weights)
+    models = [build.build_saved_model(config, build.weights_of(name, here)) for name in (source, against) if name]
     splits, statistics = read_dataset(config)
-    evaluator = build.build_evaluator(config, splits, tokenizer, precision, here)
     with RunLog(None, is_main=here.is_main) as log:
-        for line in [*run_notes(here, precision), *weight_notes, *statistics]:
+        for line in [*run_notes(here, precision), *statistics]:
             log.line(line)
-        report(log, f"{source}, {config.data.evaluate_on}", *timed_evaluation(evaluator, model.to(here.device)))
+        found = []
+        for name, (model, saved, weight_notes) in zip((source, against), models, strict=False):
+            for line in weight_notes:
+                log.line(line)
+            evaluator = build.build_evaluator(saved, splits, tokenizer, precision, here)
+            retrieval, seconds = timed_evaluation(evaluator, model.to(here.device))
+            report(log, f"{name}, {config.data.evaluate_on}", retrieval, seconds)
+            found.append((evaluator, retrieval))
+        if here.is_main and (looks or against):
+            with whole_folder(out) as unfinished:
+                if config.log.sheet:
+                    write_retrieval(config, unfinished, *found[0])
+                if against:
+                    compared = compare_queries(found[1][1], found[0][1], found[0][0].split)
+                    write_lines(unfinished / COMPARISON, compared)
+                    for line in comparison_lines(compared):
+                        log.line(line)
+            log.line(f"query by query: {out}")
 
 
 def contribution(config, here: Processes, source: str) -> None:

@@ -17,6 +17,7 @@ from easydict import EasyDict
 from misc.errors import UserError
 from misc.files import whole_file
 from misc.image_operations import wrong_operations
+from misc.query_report import CHOICES
 from model.heads import attention_heads
 from model.transformer import ACTIVATIONS
 from text_utils.augmentation import TEXT_OPERATIONS
@@ -189,6 +190,7 @@ RULES: dict[str, Rule] = {
     "log.tensorboard": SWITCH,
     "log.wandb": SWITCH,
     "log.sheet": _integer(0),
+    "log.sheet_choice": _choice(*CHOICES),
     "log.profile": SWITCH,
     "data.dataset": _choice("CUHK-PEDES", "ICFG-PEDES", "RSTPReid", None),
     "data.train_share": SHARE,

@@ -2,7 +2,6 @@
 
 import textwrap
 from pathlib import Path
-from random import Random
 
 from misc.datasets import Split
 from misc.evaluation import Retrieval
@@ -12,19 +11,18 @@ RIGHT, WRONG = "#1a9641", "#d7191c"
 
 
 def draw_retrieval_sheet(
-    path: Path, retrieval: Retrieval, split: Split, image_dir: Path, *, queries: int, images: int = 10, seed: int = 0
+    path: Path, retrieval: Retrieval, split: Split, image_dir: Path, *, queries: list[int], images: int = 10
 ) -> None:
-    """Draws `queries` captions, chosen by `seed`, a row each, with their first `images` results as a PNG."""
+    """Draws the captions with these numbers, a row each, with their first `images` results as a PNG."""
     from matplotlib.figure import Figure  # takes half a second, and rank 0 alone draws
 
-    chosen = sorted(Random(seed).sample(range(len(split)), min(queries, len(split))))
-    figure = Figure(figsize=(3.4 + 0.95 * images, 2.1 * len(chosen)), layout="constrained")
+    figure = Figure(figsize=(3.4 + 0.95 * images, 2.1 * len(queries)), layout="constrained")
     grid = figure.subplots(
-        len(chosen), images + 1, squeeze=False, gridspec_kw={"width_ratios": [3.4] + [0.95] * images}
+        len(queries), images + 1, squeeze=False, gridspec_kw={"width_ratios": [3.4] + [0.95] * images}
     )
     for axes in grid.flat:
         axes.set_axis_off()
-    for row, query in zip(grid, chosen, strict=True):
+    for row, query in zip(grid, queries, strict=True):
         identity = split.caption_identities[query]
         caption = textwrap.fill(split.captions[query], 38)
         row[0].text(0, 0.5, f"{caption}\n(person {identity})", va="center", fontsize=9, parse_math=False)

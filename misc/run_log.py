@@ -27,6 +27,7 @@ RUN_FILES = (
     LOG,
     "curve.png",
     "retrieval.png",
+    "queries.jsonl",
     TRACE,
     "checkpoint_last.pth",
     "checkpoint_best.pth",

@@ -29,17 +29,22 @@ def colour_share(path, colour: str) -> float:
 def test_right_results_are_framed_green_and_wrong_ones_red(tiny_dataset, tmp_path):
     split = read_annotations(*tiny_dataset)["test"]
     retrieval = hand_made_retrieval(split)
-    draw_retrieval_sheet(tmp_path / "first.png", retrieval, split, tiny_dataset.image_dir, queries=3, images=1)
+    draw_retrieval_sheet(tmp_path / "first.png", retrieval, split, tiny_dataset.image_dir, queries=[0, 4, 7], images=1)
     assert colour_share(tmp_path / "first.png", RIGHT) > 0
     assert colour_share(tmp_path / "first.png", WRONG) == 0
-    draw_retrieval_sheet(tmp_path / "all.png", retrieval, split, tiny_dataset.image_dir, queries=3)
+    draw_retrieval_sheet(tmp_path / "all.png", retrieval, split, tiny_dataset.image_dir, queries=[0, 4, 7])
     assert colour_share(tmp_path / "all.png", WRONG) > colour_share(tmp_path / "all.png", RIGHT)
 
 
-def test_more_queries_and_images_than_there_are(tiny_dataset, tmp_path):
+def test_more_images_than_there_are(tiny_dataset, tmp_path):
     split = read_annotations(*tiny_dataset)["test"]
     draw_retrieval_sheet(
-        tmp_path / "sheet.png", hand_made_retrieval(split), split, tiny_dataset.image_dir, queries=999, images=12
+        tmp_path / "sheet.png",
+        hand_made_retrieval(split),
+        split,
+        tiny_dataset.image_dir,
+        queries=list(range(20)),
+        images=12,
     )
     assert Image.open(tmp_path / "sheet.png").width > 100
 
@@ -48,6 +53,6 @@ def test_dollars_in_a_caption_are_text(tiny_dataset, tmp_path):
     split = read_annotations(*tiny_dataset)["test"]
     split.captions[:] = ["a shirt that says $$ and $x^2 _ \\frac"] * len(split)
     draw_retrieval_sheet(
-        tmp_path / "sheet.png", hand_made_retrieval(split), split, tiny_dataset.image_dir, queries=2, images=2
+        tmp_path / "sheet.png", hand_made_retrieval(split), split, tiny_dataset.image_dir, queries=[1, 2], images=2
     )
     assert (tmp_path / "sheet.png").is_file()
