@@ -23,7 +23,7 @@ from misc.datasets import check_images, few_shot, read_annotations, statistics_t
 from misc.distributed import Launch, Processes, local_rank, processes
 from misc.errors import DISK_FULL, UserError
 from misc.evaluation import Evaluator, Retrieval
-from misc.files import whole_folder
+from misc.files import is_file, is_folder, whole_folder
 from misc.interruption import Interrupted, Interruption
 from misc.precision import Precision
 from misc.profiling import traced_steps
@@ -52,8 +52,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         if arguments.study in STUDY_TABLES:
-            print(STUDY_TABLES[arguments.study](read_study(), study_root(arguments.overrides)))
-            return 0
+            return print_study(arguments)
         config = configuration(arguments)
         with (
             Interruption() as interruption,
@@ -84,6 +83,15 @@ def main() -> int:
 STUDY_TABLES = {"list": lambda rows, root: study_list(rows), "report": write_report}
 
 
+def print_study(arguments: argparse.Namespace) -> int:
+    """The list of the study's rows, or its report."""
+    others = [override for override in arguments.overrides if not override.startswith("model.saved_path=")]
+    if others:
+        raise UserError(f"--study {arguments.study}: {others[0]} has no part in it: give model.saved_path alone")
+    print(STUDY_TABLES[arguments.study](read_study(), study_root(arguments.overrides)))
+    return 0
+
+
 def study_root(overrides: list[str]) -> Path:
     """The folder of the study's runs: `model.saved_path`, where the command line gives it."""
     given = [
@@ -97,6 +105,8 @@ def configuration(arguments: argparse.Namespace):
     overrides = (*arguments.overrides, *([] if arguments.sheet is None else [f"log.sheet={arguments.sheet}"]))
     if arguments.against and not arguments.evaluate:
         raise UserError(f"--against {arguments.against}: it goes with --evaluate CHECKPOINT, which is compared with it")
+    if arguments.sheet is not None and (arguments.contribution or arguments.export):
+        raise UserError(f"--sheet {arguments.sheet}: it goes with training and --evaluate, which retrieve")
     if arguments.study is None:
         return load_config(arguments.config, simplified=arguments.simplified, overrides=overrides)
     if arguments.simplified or arguments.evaluate or arguments.contribution or arguments.export:
@@ -104,7 +114,8 @@ def configuration(arguments: argparse.Namespace):
     row, root = find_row(read_study(), arguments.study), study_root(arguments.overrides)
     config = load_config(arguments.config, row=row, overrides=overrides)
     config.model.saved_path = str(row_folder(root, row.name, config.misc.seed))
-    if row.start and not any(override.startswith("model.checkpoint=") for override in overrides):
+    goes_on = (Path(config.model.saved_path) / LAST).is_file() and (arguments.resume or Launch.current().attempt > 0)
+    if row.start and not goes_on and not any(override.startswith("model.checkpoint=") for override in overrides):
         config.model.checkpoint = str(starting_checkpoint(root, row, config.misc.seed))
     return config
 
@@ -254,6 +265,22 @@ def write_retrieval(config, folder: Path, evaluator: Evaluator, retrieval: Retri
     write_lines(folder / QUERIES, query_records(retrieval, evaluator.split))
 
 
+def retrieval_folder(source: str) -> Path:
+    """Where the queries of an evaluation are written: beside the weights, those of a tag here.
+
+    Raises UserError where there is something of that name, or it cannot be made.
+    """
+    path = Path(source).resolve() if is_file(source) or is_folder(source) else Path(source.replace("/", "_")).resolve()
+    folder = path.with_name(f"{path.stem if is_file(path) else path.name}_retrieval")
+    if os.path.lexists(folder):
+        raise UserError(f"--evaluate {source}: {folder} exists: remove it, or give it another name")
+    if not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--evaluate {source}: {folder.parent} may not be written to: copy the weights to a place of yours"
+        )
+    return folder
+
+
 def evaluate(config, here: Processes, source: str, against: str | None, *, looks: bool) -> None:
     """Evaluates weights on the configured dataset; the architecture is theirs.
 
@@ -261,9 +288,7 @@ def evaluate(config, here: Processes, source: str, against: str | None, *, looks
         against: other weights, that are evaluated too and compared with, query by query.
         looks: whether queries are drawn and written.
     """
-    out = Path(f"{Path(source).with_suffix('') if Path(source).exists() else source.replace('/', '_')}_retrieval")
-    if (looks or against) and os.path.lexists(out):
-        raise UserError(f"--evaluate {source}: {out} exists: remove it, or give it another name")
+    out = retrieval_folder(source) if looks or against else None
     precision = Precision.choose(config.misc.precision, here.device)
     tokenizer = Tokenizer()
     models = [build.build_saved_model(config, build.weights_of(name, here)) for name in (source, against) if name]
@@ -279,15 +304,17 @@ def evaluate(config, here: Processes, source: str, against: str | None, *, looks
             retrieval, seconds = timed_evaluation(evaluator, model.to(here.device))
             report(log, f"{name}, {config.data.evaluate_on}", retrieval, seconds)
             found.append((evaluator, retrieval))
-        if here.is_main and (looks or against):
-            with whole_folder(out) as unfinished:
-                if config.log.sheet:
+        if here.is_main and out:
+            compared = compare_queries(found[1][1], found[0][1], found[0][0].split) if against else []
+            for line in comparison_lines(compared) if against else []:
+                log.line(line)
+            try:
+                with whole_folder(out) as unfinished:
                     write_retrieval(config, unfinished, *found[0])
-                if against:
-                    compared = compare_queries(found[1][1], found[0][1], found[0][0].split)
-                    write_lines(unfinished / COMPARISON, compared)
-                    for line in comparison_lines(compared):
-                        log.line(line)
+                    if against:
+                        write_lines(unfinished / COMPARISON, compared)
+            except OSError as error:
+                raise UserError(f"--evaluate {source}: {out} cannot be written ({error.strerror})") from error
             log.line(f"query by query: {out}")
 
 
@@ -336,6 +363,12 @@ def read_dataset(config):
     check_images(splits, config.image_dir)
     table, warnings = statistics_table(splits, config.data.dataset)
     notes = [table, *(f"warning: {warning}" for warning in warnings)]
+    translated = any(text is not None for text in splits["train"].back_translations)
+    if config.experiment.back_trans and config.experiment.backtrans_p > 0 and not translated:
+        notes.append(
+            "warning: experiment.back_trans is on, and no training caption has a back-translation: set "
+            "data.back_translation_file, or turn it off"
+        )
     if config.data.train_share < 1:
         splits["train"] = few_shot(splits["train"], config.data.train_share, config.misc.seed)
         counts = splits["train"].counts

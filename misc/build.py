@@ -209,9 +209,14 @@ def build_model(
         notes = [
             "warning: model.checkpoint is null, so all weights are drawn at random, as CLIP's were before its training"
         ]
-    if context and (weights is None or CONTEXT not in weights.heads):
+    offered = weights.heads.get(CONTEXT) if weights is not None else None
+    if context and (offered is None or offered.shape != model.prompt.context.shape):
         with torch.no_grad():
             model.prompt.context.copy_(model.text_encoder.token_embedding.weight[context])
+    elif context:
+        notes.append(f"context as learned in {weights.name}, not model.context")
+    if model.image_adapter is not None:
+        model.image_adapter.ratio.fill_(config.model.adapter_ratio)  # not that of the weights
     model.logit_scale.requires_grad_(model.logit_scale.requires_grad and objectives.uses_temperature)
     model.text_encoder.freeze_layers(config.model.frozen_text_layers)
     model.text_encoder.drop_layers(config.model.dropped_text_layers)
@@ -317,9 +322,11 @@ def build_loader(
         mixgen_ratio=experiment.mixgen_ratio,
     )
     if len(sampler) == 0:
+        most, share = len(split) // processes.world_size, config.data.train_share
+        remedy = f"set data.batch_size to at most {most}" if most else "give it more samples"
         raise UserError(
             f"data.batch_size: {config.data.batch_size} on {processes.world_size} processes is more than the training "
-            f"set's {len(split)} samples: set data.batch_size to at most {len(split) // processes.world_size}"
+            f"set's {len(split)} samples: {remedy}" + (f", or raise data.train_share: {share}" if share < 1 else "")
         )
     synonyms = None
     if experiment.text_operation in NEEDS_SYNONYMS and experiment.eda_alpha > 0:

@@ -324,6 +324,10 @@ def _contradictions(values: dict[str, Any]) -> Iterator[str]:
     patch = values["model.patch_size"]
     if patch != AUTO and any(side % patch for side in ([size] if isinstance(size, int) else size)):
         yield f"experiment.input_resolution: {size} should be multiples of model.patch_size: {patch}"
+    kernel = values["experiment.image_operations"].get("gaussian_blur", 1)
+    shortest = size if isinstance(size, int) else min(size)
+    if kernel // 2 >= shortest:
+        yield f"experiment.image_operations: gaussian_blur: {kernel} is too wide for an image of {size}: lower it"
     for tower in ("vision", "text"):
         width, heads = values[f"model.{tower}_width"], values[f"model.{tower}_heads"]
         if AUTO not in (width, heads) and width % heads:

@@ -1,5 +1,6 @@
 """The paper's study: every published row as a configuration of one run, read from `config/study.yaml`."""
 
+import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,44 +99,73 @@ _KEYS = {"base", "set", "published", "same", "start", "reference"}
 def read_study(path: Path = STUDY) -> dict[str, Row]:
     """All rows by name, in the order of the file. Raises UserError for whatever does not fit together in it."""
     content = read_yaml(path)
-    bases, rows = content.get("bases", {}), {}
-    for title, table in content.get("tables", {}).items():
-        for key, entry in table["rows"].items():
+    bases = _typed(content, "bases", dict, path)
+    rows: dict[str, Row] = {}
+    for title, table in _typed(content, "tables", dict, path).items():
+        where = f"{path}: {title}"
+        _known(table, {"base", "columns", "rows"}, where)
+        columns = tuple(_typed(table, "columns", list, where))
+        if wrong := [column for column in columns if column not in COLUMNS]:
+            raise UserError(f"{where} has the column {wrong[0]!r}, which is none of {', '.join(COLUMNS)}")
+        for key, entry in _typed(table, "rows", dict, where).items():
             name = f"{title}/{key}".rstrip("/")
-            if unknown := entry.keys() - _KEYS:
-                raise UserError(f"{path}: {name} has {min(unknown)!r}, which is none of {', '.join(sorted(_KEYS))}")
-            settings: dict[str, Any] = {}
-            for base in [*table.get("base", []), *entry.get("base", [])]:
-                if base not in bases:
-                    raise UserError(f"{path}: {name}: there is no base {base!r}: it has {', '.join(bases)}")
-                settings |= bases[base]
-            settings |= entry.get("set", {})
-            rows[name] = Row(
-                name=name,
-                columns=tuple(table["columns"]),
-                published=tuple(entry.get("published", ())),
-                settings=settings,
-                run=entry.get("same", name),
-                start=entry.get("start"),
-                reference=entry.get("reference"),
-            )
-    for row in rows.values():
-        _check(row, rows, path)
-    return rows
+            rows[name] = _read_row(name, entry, columns, [bases, table], f"{path}: {name}")
+    return {name: _linked(row, rows, f"{path}: {name}") for name, row in rows.items()}
 
 
-def _check(row: Row, rows: dict[str, Row], path: Path) -> None:
-    if wrong := [key for key in row.settings if key not in RULES]:
-        raise UserError(f"{path}: {row.name} sets {wrong[0]!r}, which is no key of config.yaml")
-    if wrong := [column for column in row.columns if column not in COLUMNS]:
-        raise UserError(f"{path}: {row.name} has the column {wrong[0]!r}, which is none of {', '.join(COLUMNS)}")
-    if len(row.published) not in (0, len(row.columns)):
-        raise UserError(f"{path}: {row.name} has {len(row.published)} figures for {len(row.columns)} columns")
+def _read_row(name: str, entry: Any, columns: tuple[str, ...], around: list[dict], where: str) -> Row:
+    bases, table = around
+    _known(entry, _KEYS, where)
+    settings: dict[str, Any] = {}
+    for base in [*_typed(table, "base", list, where), *_typed(entry, "base", list, where)]:
+        if base not in bases:
+            raise UserError(f"{where}: there is no base {base!r}: it has {', '.join(bases)}")
+        settings |= _typed(bases, base, dict, where)
+    settings |= _typed(entry, "set", dict, where)
+    if wrong := [key for key in settings if key not in RULES]:
+        raise UserError(f"{where} sets {wrong[0]!r}, which is no key of config.yaml")
+    published = tuple(_typed(entry, "published", list, where))
+    if len(published) not in (0, len(columns)) or not all(isinstance(figure, int | float) for figure in published):
+        raise UserError(
+            f"{where} has the published figures {list(published)}: give a number for each of {list(columns)}"
+        )
+    return Row(
+        name=name,
+        columns=columns,
+        published=published,
+        settings=settings,
+        run=entry.get("same") or name,
+        start=entry.get("start"),
+        reference=entry.get("reference"),
+    )
+
+
+def _linked(row: Row, rows: dict[str, Row], where: str) -> Row:
+    """The row with the names of rows that have runs of their own in place of those that are the same as these."""
     for other in (row.run, row.start):
         if other is not None and other not in rows:
-            raise UserError(f"{path}: {row.name} refers to {other!r}, which is no row")
+            raise UserError(f"{where} refers to {other!r}, which is no row")
     if rows[row.run].run != row.run:
-        raise UserError(f"{path}: {row.name} is the same as {row.run}, which is the same as another: name that one")
+        raise UserError(f"{where} is the same as {row.run}, which is the same as another: name that one")
+    if row.start is not None and rows[row.start].reference:
+        raise UserError(f"{where} starts from {row.start}, of which there are only figures")
+    return row if row.start is None else dataclasses.replace(row, start=rows[row.start].run)
+
+
+def _known(section: Any, keys: set[str], where: str) -> None:
+    if not isinstance(section, dict):
+        raise UserError(f"{where} should hold keys and values, not {section!r}")
+    if unknown := section.keys() - keys:
+        raise UserError(f"{where} has {min(unknown, key=str)!r}, which is none of {', '.join(sorted(keys))}")
+
+
+def _typed(section: dict, key: str, kind: type, where: object) -> Any:
+    """What a section holds under a key: a dict or a list, empty where it holds nothing."""
+    value = section.get(key)
+    if value is not None and not isinstance(value, kind):
+        what = "a list, as in [one, two]" if kind is list else "keys with values"
+        raise UserError(f"{where}: {key} is {value!r} and should be {what}")
+    return kind() if value is None else value
 
 
 def find_row(rows: dict[str, Row], name: str) -> Row:
@@ -165,7 +195,7 @@ def starting_checkpoint(root: Path, row: Row, seed: int) -> Path:
     if not found:
         raise UserError(
             f"--study {row.name} starts from the checkpoint of {row.start}, and there is none in {root / row.start}: "
-            f"run --study {row.start} first, or set model.checkpoint"
+            f"run --study {row.start} first, or give model.checkpoint=… on the command line"
         )
     return found[0]
 

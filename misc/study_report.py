@@ -17,8 +17,8 @@ class Measured:
     """The runs of a row.
 
     Attributes:
-        figures: by column, one for each seed.
-        unfinished: seeds whose run has not reached its last epoch.
+        figures: by column, one for each seed whose run is finished and tells it.
+        unfinished: seeds whose run has not reached its last epoch, which count for nothing.
     """
 
     figures: dict[str, list[float]]
@@ -36,24 +36,28 @@ def measured(root: Path, row: Row) -> Measured | None:
         records = read_records(folder / "metrics.jsonl")
         if not records:
             continue
+        last = records[-1]
+        if len(records) < last.get("epochs", 0):
+            unfinished.append(folder.name)
+            continue
         best = max(records, key=lambda record: record["r1"])
         of_run = best | {
-            "parameters": records[-1]["parameters"] / 1e6,
             "epochs": len(records),
             "train_seconds": sum(record["seconds"] for record in records),
-            "test_seconds": records[-1]["evaluation_seconds"],
+            "test_seconds": last["evaluation_seconds"],
         }
+        if "parameters" in last:  # older runs do not tell
+            of_run["parameters"] = last["parameters"] / 1e6
         for column in row.columns:
-            figures[column].append(of_run[column])
-        if len(records) < records[-1]["epochs"]:
-            unfinished.append(folder.name)
-    return Measured(figures, tuple(unfinished)) if any(figures.values()) else None
+            if column in of_run:
+                figures[column].append(of_run[column])
+    return Measured(figures, tuple(unfinished)) if unfinished or any(figures.values()) else None
 
 
 def write_report(rows: dict[str, Row], root: Path) -> str:
     """Compares table by table, as Markdown, and writes that as `report.md` and the first column's bars as `report.png`.
 
-    Raises UserError where no row has a run.
+    Raises UserError where no row has a run, and where the folder cannot be written to.
     """
     found = {name: runs for name, row in rows.items() if (runs := measured(root, row)) is not None}
     if not found:
@@ -64,9 +68,14 @@ def write_report(rows: dict[str, Row], root: Path) -> str:
         of_table = [row for row in rows.values() if row.table == table]
         parts.append(f"### {table}\n\n{_table(of_table, found)}")
     text = "\n\n".join(parts)
-    with whole_file(root / "report.md") as file:
-        file.write((text + "\n").encode())
-    _draw([row for row in rows.values() if row.name in found], found, root / "report.png")
+    drawn = [row for row in rows.values() if row.name in found and found[row.name].figures[row.columns[0]]]
+    try:
+        with whole_file(root / "report.md") as file:
+            file.write((text + "\n").encode())
+        if drawn:
+            _draw(drawn, found, root / "report.png")
+    except OSError as error:
+        raise UserError(f"--study report: {root} cannot be written to ({error.strerror}): free or copy it") from error
     return text
 
 
@@ -85,7 +94,7 @@ def _table(rows: list[Row], found: dict[str, Measured]) -> str:
             digits = COLUMNS[key].digits
             published = row.published[number] if row.published else None
             cells.append("–" if published is None else f"{published:.{digits}f}")
-            if runs is None:
+            if runs is None or not runs.figures[key]:
                 cells += ["–", "–"]
                 continue
             mean, values = runs.mean(key), runs.figures[key]

@@ -13,6 +13,8 @@ from tests.runs import ARCHITECTURE, METRICS, QUICK, Run, at_step, finished, of_
 from tests.tiny_dataset import write_tiny_dataset
 from text_utils.tokenizer import END, START, Tokenizer
 
+STILL = ("schedule.lr=1e-12", "schedule.lr_start=0", "schedule.lr_end=0")
+"""Nothing moves by more than rounding."""
 PLAIN = ("experiment.ss=false", "experiment.mvs_image=false", "experiment.citc=false")
 
 
@@ -125,10 +127,13 @@ def test_an_adapted_run_changes_its_own_and_is_evaluated_with_it(
 def test_an_adapted_checkpoint_starts_another_run(train):
     first = train("model.adaptation=coop", name="first")
     start = f"model.checkpoint={first.folder / 'checkpoint_last.pth'}"
-    again = train(
-        start, "model.adaptation=coop", "schedule.lr=1e-12", "schedule.lr_start=0", "schedule.lr_end=0", name="again"
-    )
+    again = train(start, "model.adaptation=coop", *STILL, name="again")
     assert_close(tensors(again)["prompt.context"], tensors(first)["prompt.context"], 1e-6)
+    assert "context as learned in" in again.outcome.out
+    shorter = train(start, "model.adaptation=coop", "model.context=a photo", *STILL, name="shorter")
+    ids = Tokenizer().encode("a photo")[1:-1]
+    words = tensors(shorter)["text_encoder.token_embedding.weight"][ids]
+    assert_close(tensors(shorter)["prompt.context"], words, 1e-6)
     other = train(start, name="other")
     assert "warning: prompt of" in other.outcome.out and "prompt.context" not in tensors(other)
 
@@ -136,7 +141,7 @@ def test_an_adapted_checkpoint_starts_another_run(train):
 @pytest.mark.slow
 def test_frozen_layers_stay_as_they_were_and_the_others_do_not(train):
     deep = ("model.text_layers=3", "model.checkpoint=null")
-    began = train(*deep, "schedule.lr=1e-12", "schedule.lr_start=0", "schedule.lr_end=0", name="start")
+    began = train(*deep, *STILL, name="start")
     frozen = train(*deep, "model.frozen_text_layers=[2]", "schedule.lr=0.01", name="frozen")
     before, after = tensors(began), tensors(frozen)
     block = "text_encoder.transformer.resblocks."
@@ -149,9 +154,8 @@ def test_frozen_layers_stay_as_they_were_and_the_others_do_not(train):
 def test_dropped_layers_are_gone_from_the_checkpoint_which_resumes_and_is_evaluated(train, run, data):
     began = train("model.text_layers=3", name="start")
     start = f"model.checkpoint={began.folder / 'checkpoint_last.pth'}"
-    still = ("schedule.lr=1e-12", "schedule.lr_start=0", "schedule.lr_end=0")
     own = (start, "model.text_layers=auto", "model.dropped_text_layers=[2]")
-    dropped = train(*own, *still, name="dropped")
+    dropped = train(*own, *STILL, name="dropped")
     before, after = tensors(began), tensors(dropped)
     block = "text_encoder.transformer.resblocks."
     assert not any(name.startswith(f"{block}2.") for name in after)
@@ -174,6 +178,14 @@ def test_dropped_layers_are_gone_from_the_checkpoint_which_resumes_and_is_evalua
     assert run(*fixed, f"model.saved_path={folder}", "log.checkpoint_period=4", "--resume").status == 0
     found = tensors(finished(folder))
     assert all(torch.equal(found[name], value) for name, value in tensors(whole).items())
+
+
+@pytest.mark.slow
+def test_the_ratio_of_the_adapter_is_that_of_the_configuration(train):
+    first = train("model.adaptation=clip_adapter", name="first")
+    start = f"model.checkpoint={first.folder / 'checkpoint_last.pth'}"
+    again = train(start, "model.adaptation=clip_adapter", "model.adapter_ratio=0.2", name="again")
+    assert tensors(again)["image_adapter.ratio"] == pytest.approx(0.2)
 
 
 def fail() -> None:

@@ -80,6 +80,44 @@ def test_chunks_serve_each_objective_beside_the_contrast(golden, alone):
     assert_same_gradients(chunked["gradients"], whole["gradients"], 1e-5)
 
 
+def test_chunks_serve_the_second_views_of_captions(golden):
+    """MVS-T and SS-T, beside MVS-I and SS-I."""
+
+    def captioned(**overrides) -> dict:
+        batch = masked_batch(golden)
+        ids = batch.views.token_ids
+        batch.views.second_token_ids, batch.views.simclr_token_ids = ids.roll(1, 0), (ids.roll(2, 0), ids.roll(3, 0))
+        config = step_config(golden, **{"experiment.mvs_text": "true", "experiment.ss_text": "true"} | overrides)
+        return train_one_step(ALONE, heads_model(text_simclr_widths=PROJECTOR_WIDTHS), batch, config)
+
+    whole, chunked = captioned(), captioned(**{"data.chunk_size": 3})
+    assert "ss_text" in whole["losses"] and whole["gradients"]["text_simclr_projector.0.weight"].abs().max() > 0
+    for name, loss in whole["losses"].items():
+        assert_close(chunked["losses"][name], loss, 1e-6, name)
+    assert_same_gradients(chunked["gradients"], whole["gradients"], 1e-5)
+
+
+@pytest.mark.parametrize("adaptation", [{"context_length": 2}, {"adapter_ratio": 0.4}], ids=["coop", "clip_adapter"])
+def test_chunks_serve_a_frozen_clip(golden, adaptation):
+    def adapted(**overrides) -> dict:
+        batch = reference_batch(ALONE, golden)
+        batch.views.simclr_images = None
+        config = step_config(golden, **{"experiment.ss": "false"} | overrides)
+        return train_one_step(ALONE, adapted_model(adaptation), batch, config)
+
+    whole, chunked = adapted(), adapted(**{"data.chunk_size": 3})
+    trained = {name for name, gradient in whole["gradients"].items() if gradient is not None}
+    assert trained and all(name.startswith(("prompt.", "image_adapter.")) for name in trained)
+    assert_same_gradients(chunked["gradients"], whole["gradients"], 1e-5)
+
+
+def adapted_model(adaptation: dict) -> TBPSCLIP:
+    torch.manual_seed(0)
+    model = TBPSCLIP(**TINY_MODEL, **adaptation).eval()
+    model.load_state_dict(tiny_model().state_dict(), strict=False)
+    return model
+
+
 def test_a_chunk_as_large_as_the_batch_is_the_whole_batch(golden, whole):
     chunked = step(golden, heads_model(), **{"data.chunk_size": 8})
     for name, gradient in whole["gradients"].items():
