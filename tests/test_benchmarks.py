@@ -108,6 +108,7 @@ def test_the_command_starts():
 def test_each_benchmark_runs_and_is_written_down(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "RETRIEVALS", ((60, 40),))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of the process that tests
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # takes a minute, and is torch's own
     arguments = [
         "--only",
         name,
