@@ -10,7 +10,6 @@ python main.py --export {openclip,huggingface,onnx} OUT [model.checkpoint=CHECKP
 """
 
 import argparse
-import os
 import sys
 import time
 import uuid
@@ -23,22 +22,20 @@ from misc.datasets import check_images, few_shot, read_annotations, statistics_t
 from misc.distributed import Launch, Processes, local_rank, processes
 from misc.errors import DISK_FULL, UserError
 from misc.evaluation import Evaluator, Retrieval
-from misc.files import is_file, is_folder, whole_folder
+from misc.files import whole_folder
 from misc.interruption import Interrupted, Interruption
 from misc.precision import Precision
 from misc.profiling import traced_steps
 from misc.progress import Progress
 from misc.query_report import (
     COMPARISON,
-    QUERIES,
-    choose_queries,
     compare_queries,
     comparison_lines,
-    query_records,
+    retrieval_folder,
     write_lines,
+    write_retrieval,
 )
 from misc.resume import LAST, Course, Keeper, find_start
-from misc.retrieval_sheet import draw_retrieval_sheet
 from misc.run_log import RunLog, hold_run, wandb_project
 from misc.study import STUDY_FOLDER, find_row, read_study, row_folder, starting_checkpoint, study_list
 from misc.study_report import write_report
@@ -136,14 +133,6 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument(
         "--evaluate", metavar="CHECKPOINT", help="evaluate weights in any form that model.checkpoint takes; no training"
     )
-    parser.add_argument(
-        "--sheet",
-        metavar="N",
-        help="draw N queries with their first ten images (log.sheet); with --evaluate, into CHECKPOINT_retrieval",
-    )
-    parser.add_argument(
-        "--against", metavar="CHECKPOINT", help="with --evaluate: which queries are better or worse than with this one"
-    )
     mode.add_argument(
         "--contribution",
         metavar="CHECKPOINT",
@@ -157,6 +146,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     mode.add_argument("--resume", action="store_true", help="go on with the stopped run that model.saved_path holds")
     mode.add_argument("--overwrite", action="store_true", help="replace a run that model.saved_path already holds")
+    parser.add_argument(
+        "--sheet",
+        metavar="N",
+        help="draw N queries with their first ten images (log.sheet); with --evaluate, into CHECKPOINT_retrieval",
+    )
+    parser.add_argument(
+        "--against", metavar="CHECKPOINT", help="with --evaluate: which queries are better or worse than with this one"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in schedule.epoch=10")
     return parser.parse_intermixed_args()  # options may stand between overrides
 
@@ -252,33 +249,10 @@ def end_epoch(
     log.epoch({**record, **retrieval.metrics, "evaluation_seconds": seconds}, iterations)
     log.curve()
     if here.is_main and config.log.sheet and progress.epoch == config.schedule.epoch:
-        write_retrieval(config, keeper.folder, evaluator, retrieval)
+        write_retrieval(keeper.folder, retrieval, evaluator, **looks_of(config))
     if better:
         keeper.save_best()
     keeper.save_last()
-
-
-def write_retrieval(config, folder: Path, evaluator: Evaluator, retrieval: Retrieval) -> None:
-    """Some queries as a picture, and all of them as JSON Lines."""
-    queries = choose_queries(retrieval, config.log.sheet, config.log.sheet_choice, config.misc.seed)
-    draw_retrieval_sheet(folder / "retrieval.png", retrieval, evaluator.split, evaluator.image_dir, queries=queries)
-    write_lines(folder / QUERIES, query_records(retrieval, evaluator.split))
-
-
-def retrieval_folder(source: str) -> Path:
-    """Where the queries of an evaluation are written: beside the weights, those of a tag here.
-
-    Raises UserError where there is something of that name, or it cannot be made.
-    """
-    path = Path(source).resolve() if is_file(source) or is_folder(source) else Path(source.replace("/", "_")).resolve()
-    folder = path.with_name(f"{path.stem if is_file(path) else path.name}_retrieval")
-    if os.path.lexists(folder):
-        raise UserError(f"--evaluate {source}: {folder} exists: remove it, or give it another name")
-    if not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--evaluate {source}: {folder.parent} may not be written to: copy the weights to a place of yours"
-        )
-    return folder
 
 
 def evaluate(config, here: Processes, source: str, against: str | None, *, looks: bool) -> None:
@@ -310,7 +284,7 @@ def evaluate(config, here: Processes, source: str, against: str | None, *, looks
                 log.line(line)
             try:
                 with whole_folder(out) as unfinished:
-                    write_retrieval(config, unfinished, *found[0])
+                    write_retrieval(unfinished, found[0][1], found[0][0], **looks_of(config))
                     if against:
                         write_lines(unfinished / COMPARISON, compared)
             except OSError as error:
@@ -377,6 +351,11 @@ def read_dataset(config):
             f"identities, {counts.images:,} images, {counts.captions:,} captions"
         )
     return splits, notes
+
+
+def looks_of(config) -> dict:
+    """Which queries are drawn, as `write_retrieval` takes it."""
+    return {"count": config.log.sheet, "choice": config.log.sheet_choice, "seed": config.misc.seed}
 
 
 def run_notes(here: Processes, precision: Precision) -> list[str]:

@@ -1,6 +1,7 @@
 """What each query of an evaluation retrieved: which to look at, all of them as JSON Lines, and two models compared."""
 
 import json
+import os
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import torch
 
 from misc.datasets import Split
-from misc.evaluation import Retrieval
-from misc.files import whole_file
+from misc.errors import UserError
+from misc.evaluation import Evaluator, Retrieval
+from misc.files import is_file, is_folder, whole_file
+from misc.retrieval_sheet import draw_retrieval_sheet
 
+SHEET = "retrieval.png"
 QUERIES = "queries.jsonl"
 COMPARISON = "comparison.jsonl"
 FIRST_IMAGES = 10
@@ -57,6 +61,31 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     with whole_file(path) as file:
         for record in records:
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace"))
+
+
+def write_retrieval(
+    folder: Path, retrieval: Retrieval, evaluator: Evaluator, *, count: int, choice: str, seed: int
+) -> None:
+    """Writes `count` queries as a picture, chosen as `choose_queries` does it, and all of them as JSON Lines."""
+    if queries := choose_queries(retrieval, count, choice, seed):
+        draw_retrieval_sheet(folder / SHEET, retrieval, evaluator.split, evaluator.image_dir, queries=queries)
+    write_lines(folder / QUERIES, query_records(retrieval, evaluator.split))
+
+
+def retrieval_folder(source: str) -> Path:
+    """Where the queries of an evaluation are written: beside the weights, those of a tag here.
+
+    Raises UserError where there is something of that name, or it cannot be made.
+    """
+    path = Path(source).resolve() if is_file(source) or is_folder(source) else Path(source.replace("/", "_")).resolve()
+    folder = path.with_name(f"{path.stem if is_file(path) else path.name}_retrieval")
+    if os.path.lexists(folder):
+        raise UserError(f"--evaluate {source}: {folder} exists: remove it, or give it another name")
+    if not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--evaluate {source}: {folder.parent} may not be written to: copy the weights to a place of yours"
+        )
+    return folder
 
 
 def compare_queries(before: Retrieval, after: Retrieval, split: Split) -> list[dict[str, Any]]:

@@ -118,12 +118,15 @@ def _read_row(name: str, entry: Any, columns: tuple[str, ...], around: list[dict
     _known(entry, _KEYS, where)
     settings: dict[str, Any] = {}
     for base in [*_typed(table, "base", list, where), *_typed(entry, "base", list, where)]:
-        if base not in bases:
+        if not isinstance(base, str) or base not in bases:
             raise UserError(f"{where}: there is no base {base!r}: it has {', '.join(bases)}")
         settings |= _typed(bases, base, dict, where)
     settings |= _typed(entry, "set", dict, where)
     if wrong := [key for key in settings if key not in RULES]:
         raise UserError(f"{where} sets {wrong[0]!r}, which is no key of config.yaml")
+    for key in ("same", "start", "reference"):
+        if not isinstance(entry.get(key), str | None):
+            raise UserError(f"{where}: {key} is {entry[key]!r} and should be a text")
     published = tuple(_typed(entry, "published", list, where))
     if len(published) not in (0, len(columns)) or not all(isinstance(figure, int | float) for figure in published):
         raise UserError(

@@ -112,5 +112,7 @@ def test_runs_and_evaluations_leave_their_queries(run, data, tmp_path):
     assert "exists" in only_error(run(*fixed, "--evaluate", one, "--sheet", "3"))
     assert run(*fixed, "--evaluate", one).status == 0  # which writes nothing
     assert "--evaluate" in only_error(run(*fixed, "--against", two))
+    assert run(*fixed, "--evaluate", two, "--sheet", "0").status == 0
+    assert [path.name for path in (tmp_path / "two" / "checkpoint_best_retrieval").iterdir()] == ["queries.jsonl"]
     assert "--sheet 2" in only_error(run(*fixed, "--contribution", two, "--sheet", "2"))
     assert "log.sheet" in only_error(run(*fixed, "--evaluate", two, "--sheet", "many"))

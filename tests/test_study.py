@@ -224,6 +224,8 @@ def test_rows_that_need_synonyms_say_how_to_get_them(run, data, tmp_path):
         ({"rows": {"one": {"published": 3}}}, "published is 3"),
         ({"rows": {"one": {"published": [1, "x"]}}}, "'x'"),
         ({"rows": {"one": None}}, "not None"),
+        ({"rows": {"one": {"same": ["two"]}}}, "should be a text"),
+        ({"rows": {"one": {"base": [["own"]]}}}, "no base"),
         ({"rows": {"one": {"base": "own"}}}, "base is 'own'"),
         ({"rows": ["one"]}, "rows is"),
         ({"rows": {"one": {}, "two": {"reference": "none"}, "three": {"start": "table/two"}}}, "only figures"),
