@@ -1,13 +1,14 @@
 """Files and folders that are written whole or not at all."""
 
 import errno
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 
 def is_file(path: str | Path) -> bool:
@@ -25,6 +26,27 @@ def _holds(path: str | Path, test: Callable[[Path], bool]) -> bool:
         return test(Path(path))
     except (OSError, ValueError):
         return False
+
+
+def lock_file(file: IO, lock: Callable[[IO, int], None]) -> str | None:
+    """Locks an open file without waiting; where that fails, the file is closed.
+
+    Args:
+        lock: `fcntl.lockf`, for this process and not its children, or `fcntl.flock`, for whoever has this opened file.
+
+    Returns: None, or why files cannot be locked where it lies; it stays open then.
+    Raises: BlockingIOError where somebody else holds the lock.
+    """
+    try:
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            return error.strerror
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        raise BlockingIOError(error.errno, error.strerror) from error
+    return None
 
 
 def unfinished(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """What a run leaves behind: log lines, JSON lines, the curve, TensorBoard and wandb. Rank 0 alone writes."""
 
-import errno
 import fcntl
 import importlib.util
 import json
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from misc.errors import UserError
-from misc.files import unfinished, whole_file
+from misc.files import lock_file, unfinished, whole_file
 from misc.profiling import TRACE
 from misc.progress import Progress
 
@@ -205,17 +204,13 @@ def _locked(path: Path) -> TextIO:
     """The file, open to append to, and locked by this process (not by its children) until it ends, however it ends."""
     file = path.open("a", encoding="utf-8", buffering=1)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            tqdm.write(f"warning: {path.parent} cannot be locked ({error.strerror}): start no second run into it")
-            return file
-        file.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
+        unlocked = lock_file(file, fcntl.lockf)
+    except BlockingIOError as error:
         raise UserError(
             f"model.saved_path: another run is writing into {path.parent}: end it, or choose another folder"
         ) from error
+    if unlocked:
+        tqdm.write(f"warning: {path.parent} cannot be locked ({unlocked}): start no second run into it")
     return file
 
 

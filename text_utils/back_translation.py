@@ -5,7 +5,6 @@ python -m text_utils.back_translation ANNOTATION OUT [--device {auto,cpu,cuda,cu
 """
 
 import argparse
-import errno
 import fcntl
 import importlib.util
 import json
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from misc.datasets import read_captions
 from misc.errors import DISK_FULL, UserError
-from misc.files import is_folder, whole_file
+from misc.files import is_folder, lock_file, whole_file
 
 PACKAGES = ("transformers", "sentencepiece")
 MAX_TOKENS = 512
@@ -186,15 +185,11 @@ def _opened(path: Path) -> BinaryIO:
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another OUT") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            tqdm.write(f"warning: {path} cannot be locked ({error.strerror}): start this command only once")
-            return file
-        file.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
+        unlocked = lock_file(file, fcntl.flock)
+    except BlockingIOError as error:
         raise UserError(f"{path}: another process is writing it: wait for it, or give another OUT") from error
+    if unlocked:
+        tqdm.write(f"warning: {path} cannot be locked ({unlocked}): start this command only once")
     return file
 
 
