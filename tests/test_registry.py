@@ -127,11 +127,18 @@ def test_without_a_network_the_place_of_the_file_is_told(home, monkeypatch):
 
 def test_a_server_that_never_answers_is_not_waited_for(home, monkeypatch):
     """Looking up a name, and connecting through some firewalls, hangs for minutes."""
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(60))
+    ended = threading.Event()
+
+    def hang(*_, **__):
+        ended.wait()
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", hang)
     started = time.perf_counter()
     with pytest.raises(UserError, match="cannot be reached"):
         fetch(find_entry("openai"))  # has two addresses
     assert time.perf_counter() - started < 3 * registry.CONNECT_TIMEOUT
+    ended.set()
 
 
 def test_a_hub_that_the_user_has_turned_off_is_not_asked(home, monkeypatch):

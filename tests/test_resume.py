@@ -71,7 +71,7 @@ def test_a_crash_in_any_step_costs_nothing_but_time(train, unstopped, monkeypatc
     assert_same_run(tmp_path / "run", unstopped)
 
 
-@pytest.mark.parametrize("place", ["report", "draw_retrieval_sheet", "Keeper.save_best", "RunLog.curve"])
+@pytest.mark.parametrize("place", ["report", "write_retrieval", "Keeper.save_best", "RunLog.curve"])
 def test_a_crash_after_an_epoch_costs_nothing_but_time(train, unstopped, monkeypatch, tmp_path, place):
     import main
 
