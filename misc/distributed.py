@@ -268,3 +268,21 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a script's option `--device`: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises UserError for others, and where there is no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: give auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here: give another, or cpu")
+    return device

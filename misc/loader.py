@@ -8,6 +8,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -230,12 +231,16 @@ class EvaluationImages(Dataset):
             return error
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decodes an image file to RGB. Raises UserError with its name where that cannot be done."""
+def read_image(path: Path, *, upright: bool = False) -> Image.Image:
+    """Decodes an image file to RGB. Raises UserError with its name where that cannot be done.
+
+    Args:
+        upright: turns it as its EXIF data say, which people's own pictures need. Datasets are read as they are.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be decoded ({error}): replace it or its entry") from error
 
 
@@ -330,7 +335,7 @@ def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, worker
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=outlive_signals,
     )
 
 
@@ -342,11 +347,11 @@ def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, 
         collate_fn=_stack_images,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=outlive_signals,
     )
 
 
-def _outlive_signals(worker: int) -> None:
+def outlive_signals(worker: int) -> None:
     """A loader worker ends by its training process alone, which needs it for the step that it finishes before it stops.
 
     Ctrl-C and torchrun signal a whole process group, and schedulers every process of a job. Against the latter this

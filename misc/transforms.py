@@ -5,6 +5,7 @@ generator, which the caller seeds for each sample.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -23,19 +24,33 @@ def to_tensor(image: Image.Image) -> Tensor:
     return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
 
 
-def normalise(image: Tensor) -> Tensor:
-    """Subtracts the ImageNet mean and divides by its standard deviation (not CLIP's)."""
-    return F.normalize(image, IMAGENET_MEAN, IMAGENET_DEVIATION)
+def normalise(
+    image: Tensor, mean: Sequence[float] = IMAGENET_MEAN, deviation: Sequence[float] = IMAGENET_DEVIATION
+) -> Tensor:
+    """Subtracts the mean and divides by the standard deviation of each channel: ImageNet's, not CLIP's."""
+    return F.normalize(image, list(mean), list(deviation))
 
 
 class EvaluationView:
-    """Resize (bicubic, antialiased), normalise. `resolution` is (height, width) in pixels."""
+    """Resize (bicubic, antialiased), normalise.
 
-    def __init__(self, resolution: tuple[int, int]):
+    Args:
+        resolution: (height, width) in pixels.
+        mean, deviation: of each channel; those of training unless weights of others are searched with.
+    """
+
+    def __init__(
+        self,
+        resolution: tuple[int, int],
+        mean: Sequence[float] = IMAGENET_MEAN,
+        deviation: Sequence[float] = IMAGENET_DEVIATION,
+    ):
         self.resolution = list(resolution)
+        self.mean, self.deviation = tuple(mean), tuple(deviation)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return normalise(to_tensor(F.resize(image, self.resolution, InterpolationMode.BICUBIC)))
+        resized = to_tensor(F.resize(image, self.resolution, InterpolationMode.BICUBIC))
+        return normalise(resized, self.mean, self.deviation)
 
 
 class PoolView:

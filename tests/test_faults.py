@@ -22,7 +22,7 @@ from misc.checkpoint import read_checkpoint
 from misc.distributed import Launch, Processes
 from misc.errors import UserError
 from misc.interruption import Interrupted, Interruption
-from misc.loader import GlobalBatchSampler, _outlive_signals
+from misc.loader import GlobalBatchSampler, outlive_signals
 from misc.progress import Progress
 from misc.resume import LAST, Course, Keeper
 from misc.training import Trainer
@@ -250,7 +250,7 @@ def test_a_scheduler_that_signals_every_process_of_a_job_is_obeyed_after_saving(
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_a_loader_worker_ends_when_its_own_process_says_so(method):
     """However Python starts it: with the server that is its default from 3.14 on, the parent is another process."""
-    loader = DataLoader([1, 2, 3], num_workers=1, worker_init_fn=_outlive_signals, multiprocessing_context=method)
+    loader = DataLoader([1, 2, 3], num_workers=1, worker_init_fn=outlive_signals, multiprocessing_context=method)
     iterator = iter(loader)
     assert next(iterator) == 1
     (worker,) = iterator._workers

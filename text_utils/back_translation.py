@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from misc.datasets import read_captions
+from misc.distributed import choose_device
 from misc.errors import DISK_FULL, UserError
 from misc.files import is_folder, lock_file, whole_file
 
@@ -238,22 +239,6 @@ def _line(content: object) -> bytes:
 
 
 # ---- Marian ---------------------------------------------------------------------------------------------------------
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`. Raises UserError for others,
-    and where there is no such GPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: give auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: give auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here: give another, or cpu")
-    return device
 
 
 def load_translator(models: Models, device: torch.device) -> Translator:

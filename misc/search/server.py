@@ -1,0 +1,222 @@
+"""The search page and what it asks for, by FastAPI. Only pictures of the index are served."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi import Query as Parameter
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException as AnyHTTPException
+
+from misc.errors import UserError
+from misc.search.searcher import LONGEST_DESCRIPTION, Query, Result, Searcher, checked_description
+
+PAGE = Path(__file__).parent / "page"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MOST_RESULTS = 200
+QUERIES_AT_ONCE = 64
+LONGEST_REQUEST = 1 << 20
+"""Bytes of a request's head; a description of 10,000 characters of any script fits, and is answered."""
+MEDIA_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""Of every answer: the page loads nothing from elsewhere, and other pages do not show these pictures."""
+
+Count = Annotated[int, Parameter(ge=1, le=MOST_RESULTS)]
+Threshold = Annotated[float, Parameter(ge=-1, le=1, allow_inf_nan=False)]
+Answer = list[Result] | UserError
+
+
+class Together:
+    """Answers queries that come while others are computed all at once, when those are done: one search at a time runs,
+    so memory stays bounded, and many users cost little more than one.
+
+    Args:
+        answer: Q queries to Q answers; called in a thread.
+    """
+
+    def __init__(self, answer: Callable[[Sequence[Query]], list[Answer]]):
+        self._answer = answer
+        self._waiting: list[tuple[Query, asyncio.Future]] = []
+        self._running: asyncio.Task | None = None
+
+    async def __call__(self, query: Query) -> Answer:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((query, future))
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:QUERIES_AT_ONCE], self._waiting[QUERIES_AT_ONCE:]
+            try:
+                answers = await asyncio.to_thread(self._answer, [query for query, _ in batch])
+            except Exception as error:  # whoever asked raises it
+                answers = [error] * len(batch)
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if future.done():  # nobody waits any more
+                    continue
+                if isinstance(answer, Exception) and not isinstance(answer, UserError):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+
+
+def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
+    """The application. An error is answered with its status and `{"error": one line}`.
+
+    Args:
+        allowed_hosts: names that this server is called by; `*` for any. A page of another name, which its owner lets
+            lead here, so cannot read what is shown to the user.
+    """
+    app = FastAPI(title="Person search", docs_url=None, redoc_url=None, openapi_url=None)
+    search = Together(searcher.search)
+
+    @app.get("/api/about")
+    def about() -> dict[str, Any]:
+        info = searcher.gallery.info
+        return {
+            "folder": _readable(searcher.folder.resolve().name),
+            "images": info.pictures,
+            "checkpoint": _readable(Path(info.checkpoint).name),
+            "engine": searcher.engine_name,
+            "longest_query": LONGEST_DESCRIPTION,
+            "most_results": MOST_RESULTS,
+        }
+
+    @app.get("/api/search")
+    async def by_description(text: str, results: Count = 20, threshold: Threshold = -1.0) -> Response:
+        try:
+            query = Query(description=checked_description(text), count=results, threshold=threshold)
+        except UserError as error:
+            raise HTTPException(400, str(error)) from error
+        return await answered(query)
+
+    @app.get("/api/similar")
+    async def by_picture(path: str, results: Count = 20, threshold: Threshold = -1.0) -> Response:
+        known(path)
+        return await answered(Query(like=path, count=results, threshold=threshold))
+
+    @app.get("/images/{path:path}")
+    def image(path: str) -> Response:
+        known(path)
+        file = searcher.folder / path
+        if not file.is_file():
+            raise HTTPException(404, f"{path} is no longer there: index the folder again")
+        return FileResponse(file, media_type=MEDIA_TYPES[file.suffix.lower()])
+
+    @app.get("/")
+    def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    app.mount("/static", StaticFiles(directory=PAGE))
+
+    def known(path: str) -> None:
+        """Only what the index lists has a name here, so no path leads out of it."""
+        if searcher.gallery.row_of(path) is None:
+            raise HTTPException(404, f"{path} is not in the index")
+
+    async def answered(query: Query) -> Response:
+        started = time.perf_counter()
+        found = await search(query)
+        if isinstance(found, UserError):
+            raise HTTPException(503, str(found))
+        seconds = time.perf_counter() - started
+        return JSONResponse(
+            {
+                "milliseconds": round(1000 * seconds, 1),
+                "images": searcher.gallery.info.pictures,
+                "results": [result._asdict() for result in found],
+            }
+        )
+
+    @app.exception_handler(AnyHTTPException)
+    async def refused(request: Request, error: AnyHTTPException) -> Response:
+        detail = f"{request.url.path}: {error.detail}" if error.detail in ("Not Found", "Method Not Allowed") else None
+        return _error(error.status_code, detail or error.detail)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        given = f", not {str(first['input'])[:40]}" if first["loc"][-1] in request.query_params else ""
+        return _error(400, f"{first['loc'][-1]}: {first['msg'][:1].lower()}{first['msg'][1:]}{given}")
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return _error(500, "the search failed: the server's own output says why")
+
+    @app.middleware("http")
+    async def guarded(request: Request, proceed: Callable) -> Response:
+        name = _host_name(request)
+        if "*" in allowed_hosts or name in allowed_hosts:
+            response = await proceed(request)
+        else:
+            response = _error(400, f"this server does not go by the name {name}: start it with --allow-host {name}")
+        response.headers.update(HEADERS)
+        return response
+
+    return app
+
+
+def _host_name(request: Request) -> str:
+    """The name that the browser calls this server by."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    except ValueError:  # half a bracket
+        return ""
+
+
+def _error(status: int, message: str) -> Response:
+    return JSONResponse({"error": _readable(" ".join(message.split()))}, status_code=status)
+
+
+def _readable(text: str) -> str:
+    """What UTF-8 cannot hold, replaced."""
+    return text.encode(errors="replace").decode()
+
+
+def serve(searcher: Searcher, host: str, port: int, allowed_hosts: Sequence[str], tell: Callable[[str], None]) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        host: address to listen on.
+        port: 0 for any that is free.
+        allowed_hosts: names besides those of this machine itself that the server is called by.
+        tell: is given the address of the page, once it can be reached.
+
+    Raises UserError where the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{host}:{port} cannot be listened on ({reason}): give another --port or --host") from error
+    with listener:
+        port = listener.getsockname()[1]
+        names = [*LOOPBACK, *allowed_hosts] if host in LOOPBACK else list(allowed_hosts) or ["*"]
+        settings = uvicorn.Config(
+            build_app(searcher, allowed_hosts=names),
+            http="h11",  # the one whose longest request can be set
+            h11_max_incomplete_event_size=LONGEST_REQUEST,
+            log_level="warning",
+            server_header=False,
+        )
+        tell(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        with suppress(KeyboardInterrupt):  # uvicorn has ended well, and raises it again
+            uvicorn.Server(settings).run(sockets=[listener])
