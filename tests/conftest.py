@@ -3,11 +3,13 @@
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.runs import EVERYTHING, Outcome, Run, of_dataset, start
+from tests.searching import GELU, write_clip, write_people
 from tests.tiny_dataset import TinyDataset, write_tiny_dataset
 
 
@@ -56,3 +58,38 @@ def full_disk() -> Iterator[Callable[[int], None]]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    """Weights of a tiny CLIP, for pictures of 32 × 32."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.pt")
+
+
+@pytest.fixture
+def people(tmp_path) -> Path:
+    """A folder of seven pictures."""
+    return write_people(tmp_path / "people")
+
+
+@pytest.fixture
+def call_search(capfd) -> Callable[..., Outcome]:
+    """`search.py` in this process."""
+    import search  # not for tests of a part alone
+
+    def call(*arguments) -> Outcome:
+        capfd.readouterr()
+        return Outcome(search.main([str(argument) for argument in arguments]), *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def make_index(call_search, clip) -> Callable[..., Outcome]:
+    """`search.py index`, with the tiny CLIP unless another is given."""
+
+    def index(folder: Path, *arguments) -> Outcome:
+        weights = () if "--checkpoint" in arguments else ("--checkpoint", clip, "--set", GELU)
+        return call_search("index", folder, *weights, "--workers", 0, "--batch-size", 2, *arguments)
+
+    return index

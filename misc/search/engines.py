@@ -62,9 +62,15 @@ def require(what: str, *modules: str) -> None:
         raise UserError(f"{what} needs {' and '.join(missing)}: pip install -r {REQUIREMENTS}")
 
 
+def check(choice: Choice) -> None:
+    """Raises UserError for an engine that could not be built, before anything is encoded for it."""
+    require(f"--engine {choice.name}", *PACKAGES[choice.name])
+    if choice.name == "qdrant" and choice.address is None:
+        raise UserError("--engine qdrant: give the address of the server, --qdrant http://HOST:6333")
+
+
 def build(gallery: Gallery, choice: Choice) -> tuple[dict[str, Any], list[str]]:
     """Prepares an engine for a generation, once. Returns what `open_engine` needs, and lines to tell."""
-    require(f"--engine {choice.name}", *PACKAGES[choice.name])
     if choice.name == "faiss":
         from misc.search import approximate
 

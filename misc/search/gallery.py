@@ -14,7 +14,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -231,13 +231,14 @@ def write_generation(
     return replace(info, generation=generation, pictures=len(pictures))
 
 
-def remove_old(index: Path, generation: int) -> None:
-    """Removes the files of all other generations. Who has them open keeps them."""
+def remove_old(index: Path, info: Info) -> None:
+    """Removes what other generations and engines have left. Who has it open keeps it."""
     for path in index.glob("*_*.*"):
-        number = path.name.rpartition("_")[2].partition(".")[0]
-        if number.isdigit() and int(number) != generation:
-            with suppress(FileNotFoundError):
-                path.unlink()
+        kind, _, rest = path.name.partition("_")
+        generation = rest.partition(".")[0]
+        current = generation == str(info.generation) and kind in ("features", "pictures", info.engine["name"])
+        if generation.isdigit() and not current:
+            path.unlink(missing_ok=True)
 
 
 def features_file(index: Path, generation: int) -> Path:
@@ -266,7 +267,7 @@ class _Lines(Sequence):
 
 
 def _line(picture: Picture) -> bytes:
-    return json.dumps(picture).encode() + b"\n"  # in ASCII, so that names may hold what UTF-8 cannot
+    return json.dumps(picture).encode() + b"\n"
 
 
 def _parse(line: bytes) -> Picture:

@@ -70,6 +70,8 @@ def update_index(
 
     Raises UserError for what is wrong with the arguments, the folder or the index, and for a full disk.
     """
+    if engine is not None:
+        engines.check(engine)
     pictures, unreadable = find_pictures(folder)
     if not pictures:
         raise UserError(f"{folder} holds no JPEG, PNG or WebP files: give the folder that holds the pictures")
@@ -104,7 +106,7 @@ def _begin_anew(index: Path, encoder: Encoder, chosen: tuple[str, list[str]]) ->
     encoded.clear()
     encoded.close()
     write_info(index, info)
-    remove_old(index, info.generation)
+    remove_old(index, info)
     return info
 
 
@@ -137,8 +139,7 @@ def _update(
         kept = [picture for picture in found if picture.path not in skipped]
         if not kept:
             raise UserError(f"{folder}: none of its {len(found)} pictures can be read ({_reason(unreadable)})")
-        chosen = engine or engines.Choice.of(info.engine)
-        notes = _finish(index, info, kept, former, encoded, chosen)
+        notes = _finish(index, info, kept, former, encoded, engine or engines.Choice.of(info.engine))
         return Update(
             pictures=len(kept),
             encoded=len(missing) - sum(picture.path in skipped for picture in missing),
@@ -158,9 +159,10 @@ def _finish(
         info = write_generation(index, info, kept, former, encoded)
     gallery = Gallery(index, info)
     settings, notes = engines.build(gallery, engine)
-    write_info(index, replace(info, engine=settings))
+    info = replace(info, engine=settings)
+    write_info(index, info)
     encoded.clear()
-    remove_old(index, info.generation)
+    remove_old(index, info)
     return notes
 
 

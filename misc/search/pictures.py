@@ -21,7 +21,7 @@ class Picture(NamedTuple):
     """A file, and what tells whether it has changed.
 
     Attributes:
-        path: below the folder, with "/" between its parts; what is no UTF-8 in it stands as lone surrogates.
+        path: below the folder, with "/" between its parts.
         size: in bytes.
         modified: in nanoseconds since 1970.
     """
@@ -74,9 +74,12 @@ def find_pictures(folder: Path) -> tuple[list[Picture], list[Unreadable]]:
 
 def _look_at(path: str, entry: os.DirEntry, pictures: list[Picture], unreadable: list[Unreadable]) -> None:
     try:
+        path.encode()
         status = entry.stat()
         if entry.is_file():
             pictures.append(Picture(path, status.st_size, status.st_mtime_ns))
+    except UnicodeEncodeError:  # a page and a database have no way to say such a name
+        unreadable.append(Unreadable(path, "its name is no UTF-8: rename it"))
     except OSError as error:  # a link that leads nowhere
         unreadable.append(Unreadable(path, error.strerror))
 

@@ -38,8 +38,6 @@ def build(gallery: Gallery, choice: Choice) -> tuple[dict[str, Any], list[str]]:
 
     Raises UserError where the server cannot be reached or says no, and for a collection that this index has not made.
     """
-    if choice.address is None:
-        raise UserError("--engine qdrant: give the address of the server, --qdrant http://HOST:6333")
     collection = choice.collection or gallery.index.name
     settings = {"name": "qdrant", "address": choice.address, "collection": collection}
     with _connected(choice.address) as client:
@@ -51,7 +49,7 @@ def build(gallery: Gallery, choice: Choice) -> tuple[dict[str, Any], list[str]]:
             point = _point_id(picture)
             version = _version(gallery, picture)
             if versions.pop(point, None) != version:
-                payload = {"path": _escaped(picture.path), "version": version}
+                payload = {"path": picture.path, "version": version}
                 points.append(models.PointStruct(id=point, vector=gallery.features[row].tolist(), payload=payload))
             if len(points) == POINTS_AT_ONCE or (points and row + 1 == len(gallery)):
                 client.upsert(collection, points)
@@ -81,7 +79,7 @@ class Qdrant:
         return [self._found(answer.points) for answer in answers]
 
     def _found(self, points: list[models.ScoredPoint]) -> tuple[Tensor, Tensor]:
-        pairs = [(point.score, self.gallery.row_of(_unescaped(point.payload["path"]))) for point in points]
+        pairs = [(point.score, self.gallery.row_of(point.payload["path"])) for point in points]
         known = [(score, row) for score, row in pairs if row is not None]
         scores = torch.tensor([score for score, _ in known], dtype=torch.float32)
         return scores, torch.tensor([row for _, row in known], dtype=torch.int64)
@@ -119,20 +117,11 @@ def _versions(client: QdrantClient, collection: str) -> dict[str, str]:
 
 
 def _point_id(picture: Picture) -> str:
-    return str(uuid.uuid5(NAMESPACE, _escaped(picture.path)))
+    return str(uuid.uuid5(NAMESPACE, picture.path))
 
 
 def _version(gallery: Gallery, picture: Picture) -> str:
     return f"{gallery.info.fingerprint[:16]} {picture.size} {picture.modified}"
-
-
-def _escaped(path: str) -> str:
-    """In ASCII: names may hold what the server's UTF-8 cannot."""
-    return json.dumps(path)[1:-1]
-
-
-def _unescaped(path: str) -> str:
-    return json.loads(f'"{path}"')
 
 
 def _connect(address: str) -> QdrantClient:
