@@ -9,7 +9,7 @@ KILLS ?= 200
 .PHONY: demo test bench soak lint
 
 # Installed anew when the requirements change.
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-search.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $$($(PYTHON) --version) is too old, 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv

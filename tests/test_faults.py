@@ -31,7 +31,7 @@ from tests.test_run_log import other_run
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("SOAK_KILLS", 5))
+KILLS = int(os.environ.get("SOAK_KILLS", 3))
 ON_TWO_RANKS = ("data.batch_size=2", "log.checkpoint_period=2", "log.print_period=1", "log.sheet=2")
 
 
