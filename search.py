@@ -115,7 +115,10 @@ def index(options: argparse.Namespace) -> None:
         raise UserError(f"--qdrant {options.qdrant or options.collection}: it goes with --engine qdrant")
     if options.set and options.checkpoint is None:
         raise UserError(f"--set {options.set[0]}: it goes with --checkpoint")
-    engine = Choice(options.engine, options.qdrant, options.collection) if options.engine else None
+    address = (
+        options.qdrant if options.qdrant is None or "://" in options.qdrant else str(Path(options.qdrant).resolve())
+    )
+    engine = Choice(options.engine, address, options.collection) if options.engine else None
     done = update_index(
         options.folder,
         index_folder(options),

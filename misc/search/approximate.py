@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from misc.files import whole_file
 from misc.search.engines import Exact, ordered
 from misc.search.gallery import ROWS_AT_ONCE, Gallery
 
@@ -30,7 +31,8 @@ CHECKED_QUERIES, CHECKED_RESULTS = 100, 10
 def build(gallery: Gallery) -> tuple[dict[str, Any], list[str]]:
     """Builds the lists beside the features, and measures how much they find of what exact search finds."""
     index = build_lists(gallery.features)
-    faiss.write_index(index, str(_file(gallery)))
+    with whole_file(_file(gallery)) as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
     recall = measured_recall(gallery.features, Approximate(gallery))
     note = (
         f"recall@{CHECKED_RESULTS} against exact search, for {CHECKED_QUERIES} of the pictures as queries: {recall:.3f}"
