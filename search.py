@@ -186,7 +186,7 @@ def default_sheet(folder: Path, wanted: Query) -> Path:
         raise UserError(
             f"{sheets} cannot be made ({error.strerror}): give a place for the sheet, --sheet PNG"
         ) from error
-    name = re.sub(r"[^\w]+", "_", wanted.description or f"like {wanted.file.name}").strip("_")[:80] or "query"
+    name = re.sub(r"[^\w]+", "_", wanted.description or f"like {wanted.file.name}").strip("_")[:60] or "query"
     return sheets / f"{name}.png"
 
 

@@ -109,6 +109,14 @@ def test_links_are_followed_but_not_in_circles(make_index, people, tmp_path):
     assert not any("again" in path for path in paths_of(people))
 
 
+def test_sheets_in_an_index_inside_the_folder_are_no_pictures_of_it(make_index, call_search, people):
+    place = ("--index", people / "deep" / "index")
+    make_index(people, *place)
+    assert call_search("query", people, "red", *place).status == 0
+    assert list((people / "deep" / "index" / "sheets").iterdir())
+    assert "7 pictures" in make_index(people, *place).out
+
+
 def test_a_name_that_is_no_utf8_is_skipped(make_index, people):
     shutil.copy(people / "a.jpg", os.fsencode(people) + b"/\xff.jpg")
     outcome = make_index(people)
@@ -269,6 +277,14 @@ def test_a_full_disk_is_told_and_nothing_is_lost(make_index, people, monkeypatch
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
+def test_an_index_that_is_begun_anew_keeps_its_engine(make_index, people, tmp_path):
+    pytest.importorskip("faiss", reason="needs requirements-search.txt")
+    make_index(people, "--engine", "faiss")
+    other = write_clip(tmp_path / "other.pt", seed=1)
+    assert make_index(people, "--checkpoint", other, "--set", GELU, "--overwrite").status == 0
+    assert gallery_of(people).info.engine["name"] == "faiss"
+
+
 def test_features_of_another_checkpoint_are_not_mixed(make_index, people, tmp_path):
     make_index(people)
     other = write_clip(tmp_path / "other.pt", seed=1)
@@ -365,13 +381,14 @@ def test_a_folder_of_nothing_that_can_be_read(make_index, tmp_path):
     assert "none of its 1 pictures can be read (a.jpg" in outcome.err.splitlines()[-1]  # after the progress
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
-def test_a_place_that_may_not_be_written(make_index, people):
-    people.parent.chmod(0o500)
-    try:
-        assert "--index" in only_error(make_index(people))
-    finally:
-        people.parent.chmod(0o700)
+def test_a_place_that_cannot_be_written(make_index, people, monkeypatch):
+    assert "--index" in only_error(make_index(people, "--index", people / "a.jpg" / "index"))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert "Permission denied" in only_error(make_index(people))
 
 
 def test_unreadable_folders_are_listed(people, monkeypatch):

@@ -72,7 +72,7 @@ def update_index(
     """
     if engine is not None:
         engines.check(engine)
-    pictures, unreadable = find_pictures(folder)
+    pictures, unreadable = find_pictures(folder, index)
     if not pictures:
         raise UserError(f"{folder} holds no JPEG, PNG or WebP files: give the folder that holds the pictures")
     info = read_info(index)
@@ -84,7 +84,7 @@ def update_index(
         with held_index(index):
             info = read_info(index)  # nobody else can write it now
             if info is None or (overwrite and info.fingerprint != encoder.fingerprint):
-                info = _begin_anew(index, encoder, chosen)
+                info = _begin_anew(index, encoder, chosen, info)
             if info.fingerprint != encoder.fingerprint:
                 raise UserError(
                     f"{index} was made with {info.checkpoint}, and features of {chosen[0]} are not comparable with it: "
@@ -100,8 +100,10 @@ def update_index(
         ) from error
 
 
-def _begin_anew(index: Path, encoder: Encoder, chosen: tuple[str, list[str]]) -> Info:
+def _begin_anew(index: Path, encoder: Encoder, chosen: tuple[str, list[str]], former: Info | None) -> Info:
     info = Info(*chosen, encoder.fingerprint, encoder.width)
+    if former is not None:
+        info = replace(info, engine=former.engine)
     encoded = Encoded(index, encoder.width)
     encoded.clear()
     encoded.close()

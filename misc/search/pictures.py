@@ -38,11 +38,11 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-def find_pictures(folder: Path) -> tuple[list[Picture], list[Unreadable]]:
+def find_pictures(folder: Path, index: Path | None = None) -> tuple[list[Picture], list[Unreadable]]:
     """All JPEG, PNG and WebP files in a folder at any depth, by path, and what could not be looked at.
 
-    Suffixes count, in any case. Names that begin with a dot are left out. Links are followed, but not to a folder that
-    they lie in.
+    Suffixes count, in any case. Names that begin with a dot are left out, and so is the folder `index`, which holds
+    sheets. Links are followed, but not to a folder that they lie in.
 
     Raises UserError where there is no such folder.
     """
@@ -50,12 +50,12 @@ def find_pictures(folder: Path) -> tuple[list[Picture], list[Unreadable]]:
         raise UserError(f"{folder} is not a folder: give the folder that holds the pictures")
     pictures: list[Picture] = []
     unreadable: list[Unreadable] = []
-    waiting = [("", frozenset())]  # folders, each with those that it lies in
+    left_out = frozenset() if index is None or not index.is_dir() else frozenset([_identity(index)])
+    waiting = [("", left_out)]  # folders, each with those that it lies in
     while waiting:
         path, above = waiting.pop()
         try:
-            status = (folder / path).stat()
-            identity = (status.st_dev, status.st_ino)
+            identity = _identity(folder / path)
             if identity in above:
                 continue
             with os.scandir(folder / path) as entries:
@@ -70,6 +70,12 @@ def find_pictures(folder: Path) -> tuple[list[Picture], list[Unreadable]]:
         except OSError as error:
             unreadable.append(Unreadable(path or ".", error.strerror))
     return sorted(pictures), sorted(unreadable)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """The same whatever path leads to it."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _look_at(path: str, entry: os.DirEntry, pictures: list[Picture], unreadable: list[Unreadable]) -> None:

@@ -16,7 +16,7 @@ from misc.errors import UserError
 from misc.loader import read_image
 from misc.search import engines
 from misc.search.encoder import Encoder
-from misc.search.gallery import INFO, Gallery, open_gallery
+from misc.search.gallery import INFO, open_gallery
 
 LONGEST_DESCRIPTION = 500
 """In characters; a CLIP reads 77 tokens, some 300 characters."""
@@ -82,13 +82,13 @@ class Searcher:
         return self._engine_wanted or self.gallery.info.engine["name"]
 
     def _open(self) -> None:
-        self._seen = self._stamp()
-        self.gallery: Gallery = open_gallery(self.index)
-        if self.gallery.info.fingerprint != self.encoder.fingerprint:
-            raise UserError(
-                f"{self.index} was made with another checkpoint ({self.gallery.info.checkpoint}): give that one"
-            )
-        self.engine = engines.open_engine(self.gallery, self._engine_wanted)
+        stamp = self._stamp()
+        gallery = open_gallery(self.index)
+        if gallery.info.fingerprint != self.encoder.fingerprint:
+            raise UserError(f"{self.index} was made with another checkpoint ({gallery.info.checkpoint}): give that one")
+        engine = engines.open_engine(gallery, self._engine_wanted)
+        # Together and last: if anything above failed, the next search tries again.
+        self._seen, self.gallery, self.engine = stamp, gallery, engine
 
     def _stamp(self) -> tuple[int, int] | None:
         try:
