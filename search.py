@@ -158,6 +158,8 @@ def query(options: argparse.Namespace) -> None:
     """Prints the first results, and draws them."""
     if (options.text is None) == (options.image is None):
         raise UserError("give one of a TEXT and --image FILE: what is looked for")
+    if options.sheet is not None and not options.sheet.name:
+        raise UserError(f"--sheet {options.sheet}: give the name of a PNG file")
     description = None if options.text is None else checked_description(options.text)
     wanted = Query(description, file=options.image, count=options.results, threshold=options.threshold)
     searcher = open_searcher(options)

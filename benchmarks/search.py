@@ -64,7 +64,7 @@ def write_index(options: argparse.Namespace) -> dict[str, float]:
     info = Info("none", [], "none", options.width)
     generator = torch.Generator().manual_seed(0)
     with held_index(options.folder):
-        encoded = Encoded(options.folder, options.width)
+        encoded = Encoded(options.folder, info.fingerprint, options.width)
         for start in range(0, options.pictures, BLOCK):
             numbers = torch.arange(start, min(start + BLOCK, options.pictures))
             pictures = [Picture(f"{number % 1000:03}/{number:08}.jpg", 0, 0) for number in numbers.tolist()]

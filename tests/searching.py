@@ -15,9 +15,9 @@ COLOURS = ("red", "green", "blue", "white", "black", "orange", "purple")
 GELU = "model.activation=gelu"
 
 
-def write_clip(path: Path, seed: int = 0) -> Path:
+def write_clip(path: Path, seed: int = 0, embed: int = 32) -> Path:
     """Weights of a CLIP for pictures of 32 × 32, other ones for each seed."""
-    sizes = {"embed": 32, "resolution": (32, 32), "patch": 16, "vision_width": 32, "vision_layers": 1}
+    sizes = {"embed": embed, "resolution": (32, 32), "patch": 16, "vision_width": 32, "vision_layers": 1}
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, value in clip_weights(**sizes, text_width=32, text_layers=1).items():

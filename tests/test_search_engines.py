@@ -15,9 +15,10 @@ from misc.search import engines
 from misc.search.engines import Choice, Exact
 from misc.search.gallery import Encoded, Gallery, Info, default_index, held_index, write_generation, write_info
 from misc.search.pictures import Picture
+from misc.search.result_sheet import _short
 from misc.search.searcher import LONGEST_DESCRIPTION, checked_description
 from tests.runs import only_error
-from tests.searching import encoder_of, features_one_by_one, paths_of, save_picture, write_clip
+from tests.searching import GELU, encoder_of, features_one_by_one, paths_of, save_picture, write_clip
 
 
 def clustered(count: int, width: int, clusters: int, seed: int = 0) -> torch.Tensor:
@@ -34,7 +35,7 @@ def write_index(folder: Path, features: torch.Tensor, names: list[str] | None = 
     pictures = [Picture(name, 1, 1) for name in names]
     info = Info("clip.pt", [], "f" * 64, features.shape[1])
     with held_index(folder):
-        encoded = Encoded(folder, features.shape[1])
+        encoded = Encoded(folder, info.fingerprint, features.shape[1])
         encoded.add(pictures, features)
         info = write_generation(folder, info, sorted(pictures), None, encoded)
         write_info(folder, info)
@@ -112,6 +113,34 @@ def test_faiss_with_few_pictures_is_exact(tmp_path):
     assert rows.tolist() == [row for _, row in by_hand(gallery.features, query[0], 10)]
 
 
+def test_lists_that_a_crash_has_left_are_not_taken_for_those_of_other_pictures(make_index, people, monkeypatch):
+    pytest.importorskip("faiss", reason="needs requirements-search.txt")
+    from misc.search import indexing
+
+    make_index(people, "--engine", "faiss")
+    save_picture(people / "new.jpg", "yellow")
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(indexing, "write_info", crash)
+        assert make_index(people).status == 130
+    save_picture(people / "newer.jpg", "cyan")
+    assert "recall@10" in make_index(people).out  # built anew
+    assert "recall@10" not in make_index(people).out  # nothing has changed
+
+
+def test_damaged_lists_are_told(make_index, call_search, people):
+    pytest.importorskip("faiss", reason="needs requirements-search.txt")
+    make_index(people, "--engine", "faiss")
+    file = default_index(people) / "faiss_1.index"
+    file.write_bytes(file.read_bytes()[:100])
+    assert "faiss_1.index is missing or damaged" in only_error(call_search("query", people, "red"))
+    file.unlink()
+    assert make_index(people).status == 0 and call_search("query", people, "red").status == 0
+
+
 def test_faiss_by_the_commands(make_index, call_search, people):
     pytest.importorskip("faiss", reason="needs requirements-search.txt")
     expected = make_index(people) and call_search("query", people, "a red coat").out
@@ -154,6 +183,14 @@ def scores_of(out: str) -> list[tuple[str, float]]:
     return [(path, round(float(score), 3)) for _, score, path in rows]
 
 
+def test_a_checkpoint_of_another_width_replaces_the_collection(make_index, call_search, people, tmp_path):
+    pytest.importorskip("qdrant_client", reason="needs requirements-search.txt")
+    make_index(people, "--engine", "qdrant", "--qdrant", tmp_path / "database")
+    other = ("--checkpoint", write_clip(tmp_path / "other.pt", seed=1, embed=64), "--set", GELU)
+    assert "7 pictures sent, 0 deleted" in make_index(people, *other, "--overwrite").out
+    assert call_search("query", people, "red").out.count("\n") == 7
+
+
 def test_a_collection_of_others_is_left_alone(make_index, call_search, people, tmp_path):
     qdrant_client = pytest.importorskip("qdrant_client", reason="needs requirements-search.txt")
     client = qdrant_client.QdrantClient(path=str(tmp_path / "database"))
@@ -170,10 +207,11 @@ def test_a_collection_of_others_is_left_alone(make_index, call_search, people, t
 
 def test_a_qdrant_that_does_not_answer_is_told(make_index, people):
     pytest.importorskip("qdrant_client", reason="needs requirements-search.txt")
-    outcome = make_index(people, "--engine", "qdrant", "--qdrant", "http://127.0.0.1:9")
-    assert outcome.status == 2
-    assert outcome.err.splitlines()[-1].startswith("error: Qdrant at http://127.0.0.1:9 does not answer")
+    line = only_error(make_index(people, "--engine", "qdrant", "--qdrant", "http://127.0.0.1:9"))
+    assert line.startswith("error: Qdrant at http://127.0.0.1:9 does not answer")
     assert "--qdrant http://HOST:6333" in only_error(make_index(people, "--engine", "qdrant"))
+    assert "no address" in only_error(make_index(people, "--engine", "qdrant", "--qdrant", "localhost:6333"))
+    assert "does not answer" in only_error(make_index(people, "--engine", "qdrant", "--qdrant", people / "a.jpg"))
 
 
 def test_a_crash_between_sending_and_finishing_is_made_good(make_index, people, tmp_path, monkeypatch):
@@ -236,6 +274,11 @@ def test_a_query_prints_the_first_results_and_draws_them(make_index, call_search
     assert Image.open(sheet).width > 300
 
 
+def test_names_on_a_sheet_are_cut_at_their_beginning():
+    assert _short("0001_c1s1_001051_00.jpg") == "…1_001051_00.jpg"
+    assert _short("0001.jpg") == "0001.jpg"
+
+
 def test_a_picture_finds_itself_first(make_index, call_search, people, tmp_path):
     make_index(people)
     (people / "deep" / "e.jpg").rename(tmp_path / "query.jpg")
@@ -263,6 +306,7 @@ def test_mistakes_of_a_query_are_one_line(make_index, call_search, people, tmp_p
     assert (
         "--sheet" in call_search("query", people, "red", "--sheet", tmp_path / "no" / "sheet.png").err.splitlines()[-1]
     )
+    assert "--sheet ." in only_error(call_search("query", people, "red", "--sheet", "."))
     assert "is not a folder" in only_error(call_search("query", tmp_path / "nowhere", "red"))
     assert "empty" in only_error(call_search("query", people, "  "))
     other = write_clip(tmp_path / "other.pt", seed=1)

@@ -69,14 +69,15 @@ def test_what_cannot_be_read_is_listed_and_skipped(make_index, people):
     (people / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     (people / "empty.png").write_bytes(b"")
     (people / "lost.jpg").symlink_to("nowhere.jpg")
+    (people / "round").symlink_to("round")
     outcome = make_index(people)
     assert outcome.status == 0
     assert len(paths_of(people)) == 7
     skipped = [line for line in outcome.out.splitlines() if line.startswith("skipped: ")]
-    assert [line.split(": ")[1] for line in skipped] == ["broken.jpg", "empty.png", "lost.jpg"]
+    assert [line.split(": ")[1] for line in skipped] == ["broken.jpg", "empty.png", "lost.jpg", "round"]
     assert "No such file" in skipped[2]
     listed = [json.loads(line)["path"] for line in (default_index(people) / "unreadable.jsonl").open()]
-    assert listed == ["broken.jpg", "empty.png", "lost.jpg"]
+    assert listed == ["broken.jpg", "empty.png", "lost.jpg", "round"]
 
 
 def test_of_many_unreadable_files_a_few_are_told(make_index, people):
@@ -179,9 +180,13 @@ def test_only_the_files_of_the_newest_generation_are_left(make_index, people):
     make_index(people)
     save_picture(people / "new.jpg", "yellow")
     make_index(people)
-    names = sorted(path.name for path in default_index(people).iterdir())
-    assert [name for name in names if name[-5:] not in ("lock", ".jsonl")] and "features_2.npy" in names
-    assert "features_1.npy" not in names and "pictures_1.jsonl" not in names
+    mine = default_index(people) / "red_1.png"  # somebody's sheet
+    mine.write_bytes(b"mine")
+    save_picture(people / "newer.jpg", "yellow")
+    make_index(people)
+    names = {path.name for path in default_index(people).iterdir()}
+    own = {"lock", "index.json", "unreadable.jsonl", "encoded.f32", "encoded.jsonl", "encoded.with"}
+    assert names == own | {"features_3.npy", "pictures_3.jsonl", "red_1.png"}
 
 
 def test_who_has_the_old_generation_open_keeps_it(make_index, people):
@@ -285,14 +290,20 @@ def test_an_index_that_is_begun_anew_keeps_its_engine(make_index, people, tmp_pa
     assert gallery_of(people).info.engine["name"] == "faiss"
 
 
-def test_features_of_another_checkpoint_are_not_mixed(make_index, people, tmp_path):
+def test_features_of_another_checkpoint_are_not_mixed(make_index, people, tmp_path, encoded, monkeypatch):
     make_index(people)
     other = write_clip(tmp_path / "other.pt", seed=1)
     given = ("--checkpoint", other, "--set", GELU)
     refused = make_index(people, *given)
     assert "not comparable" in only_error(refused) and "--overwrite" in refused.err
     before = gallery_of(people).features.clone()
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2, KeyboardInterrupt())
+        assert make_index(people, *given, "--overwrite").status == 130
+    assert torch.equal(gallery_of(people).features, before)  # until the new one is done
+    encoded.clear()
     assert make_index(people, *given, "--overwrite").status == 0
+    assert len(encoded) == 3
     torch.testing.assert_close(
         gallery_of(people).features, features_one_by_one(people, other, paths_of(people)), rtol=0, atol=1e-5
     )
@@ -349,6 +360,9 @@ def test_a_feature_file_of_another_size_is_told(make_index, call_search, people)
     make_index(people)
     np.save(default_index(people) / "features_1.npy", np.zeros((6, 32), np.float32))
     assert "is damaged" in only_error(call_search("query", people, "red"))
+    for size in (1000, 200, 3, 0):
+        os.truncate(default_index(people) / "features_1.npy", size)
+        assert "is damaged" in only_error(call_search("query", people, "red"))
     (default_index(people) / "features_1.npy").unlink()
     assert "is damaged" in only_error(call_search("query", people, "red"))
 
@@ -404,3 +418,21 @@ def test_unreadable_folders_are_listed(people, monkeypatch):
     assert len(pictures) == 4 and unreadable == [("deep", "Permission denied")]
     with pytest.raises(UserError):
         find_pictures(people / "a.jpg")
+
+
+def test_what_is_in_an_unreadable_folder_stays_in_the_index(make_index, people, encoded, monkeypatch):
+    make_index(people)
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "deep":
+            raise OSError(5, "Input/output error")
+        return scandir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refusing)
+        outcome = make_index(people)
+    assert "skipped: deep: Input/output error" in outcome.out and "7 pictures" in outcome.out
+    encoded.clear()
+    make_index(people)
+    assert encoded == []

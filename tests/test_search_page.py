@@ -386,14 +386,13 @@ def test_more_like_a_card_and_back(page, get):
     page.settle()
     assert page.paths() == get("/api/similar", path=before[2], results=20).paths
     assert before[2] in page.one("#like-1").text
+    similar = page.paths()
     page.browser.back()
-    page.settle()
-    assert page.paths() == before
+    page.until(lambda: page.paths() == before)
     page.browser.forward()
-    page.settle()
+    page.until(lambda: page.paths() == similar)
     page.one("#back-1").click()
-    page.settle()
-    assert page.paths() == before
+    page.until(lambda: page.paths() == before)
 
 
 def test_two_descriptions_side_by_side(page):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from misc.errors import UserError
 from misc.files import whole_file
 from misc.search.engines import Exact, ordered
 from misc.search.gallery import ROWS_AT_ONCE, Gallery
@@ -30,9 +31,12 @@ CHECKED_QUERIES, CHECKED_RESULTS = 100, 10
 
 def build(gallery: Gallery) -> tuple[dict[str, Any], list[str]]:
     """Builds the lists beside the features, and measures how much they find of what exact search finds."""
-    index = build_lists(gallery.features)
+    if _file(gallery).exists():  # it is whole, and of these features
+        return {"name": "faiss"}, []
+    lists = faiss.serialize_index(build_lists(gallery.features))  # faiss itself has no words for a full disk
     with whole_file(_file(gallery)) as file:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+        file.write(lists)
+    del lists
     recall = measured_recall(gallery.features, Approximate(gallery))
     note = (
         f"recall@{CHECKED_RESULTS} against exact search, for {CHECKED_QUERIES} of the pictures as queries: {recall:.3f}"
@@ -66,7 +70,10 @@ class Approximate:
 
     def __init__(self, gallery: Gallery):
         self.features = gallery.features
-        self._index = faiss.read_index(str(_file(gallery)))
+        try:
+            self._index = faiss.read_index(str(_file(gallery)))
+        except RuntimeError as error:
+            raise UserError(f"{_file(gallery)} is missing or damaged: remove it, and index the folder again") from error
         self._index.nprobe = max(FEWEST_PROBED, round(PROBED * self._index.nlist))
 
     @torch.inference_mode()

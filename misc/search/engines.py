@@ -65,8 +65,10 @@ def require(what: str, *modules: str) -> None:
 def check(choice: Choice) -> None:
     """Raises UserError for an engine that could not be built, before anything is encoded for it."""
     require(f"--engine {choice.name}", *PACKAGES[choice.name])
-    if choice.name == "qdrant" and choice.address is None:
-        raise UserError("--engine qdrant: give the address of the server, --qdrant http://HOST:6333")
+    if choice.name == "qdrant":
+        from misc.search import qdrant
+
+        qdrant.check(choice)
 
 
 def build(gallery: Gallery, choice: Choice) -> tuple[dict[str, Any], list[str]]:
@@ -112,7 +114,7 @@ class Exact:
 
     @torch.inference_mode()
     def search(self, queries: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
-        """As `Engine.search`. Of equal scores the lower row is first."""
+        """As `Engine.search`. Of equal results the lower row is first; which of equals are the last results is open."""
         best = torch.empty(len(queries), 0)
         rows = torch.empty(len(queries), 0, dtype=torch.int64)
         for start in range(0, len(self.features), BLOCK):

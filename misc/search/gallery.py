@@ -13,6 +13,7 @@ import fcntl
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,7 +31,9 @@ from misc.search.pictures import Picture
 FORMAT = 1
 """Of an index: raised when an older program could not read it."""
 INFO, LOCK = "index.json", "lock"
-ENCODED_FEATURES, ENCODED_PICTURES = "encoded.f32", "encoded.jsonl"
+ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH = "encoded.f32", "encoded.jsonl", "encoded.with"
+MADE = re.compile(r"(?P<kind>features|pictures|faiss)_(?P<generation>\d+)\.(npy|jsonl|index)(\.part)?")
+"""Names of the files of a generation; what else lies in an index is somebody's."""
 ROWS_AT_ONCE = 1 << 14
 """Of features that are copied: at 512 numbers each, 32 MB."""
 
@@ -61,6 +64,8 @@ class Info:
 def default_index(folder: Path) -> Path:
     """Where the index of a folder of pictures lies: beside it."""
     folder = folder.resolve()
+    if not folder.name:
+        raise UserError(f"{folder} has no place beside it: say where the index goes, --index DIR")
     return folder.with_name(f"{folder.name}_index")
 
 
@@ -93,8 +98,9 @@ def held_index(index: Path) -> Iterator[None]:
     """
     try:
         index.mkdir(parents=True, exist_ok=True)
-        others = sorted(path.name for path in index.iterdir())
-        if others and LOCK not in others:
+        names = {path.name for path in index.iterdir()}
+        others = sorted(names - {LOCK, ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH})
+        if others and INFO not in names:
             raise UserError(f"{index} holds other things than an index ({first_of(others)}): give another --index")
         file = (index / LOCK).open("a")
     except OSError as error:
@@ -149,7 +155,9 @@ def open_gallery(index: Path) -> Gallery:
             raise UserError(f"{index} is not finished: run `python search.py index` again, it goes on where it stopped")
         try:
             return Gallery(index, info)
-        except OSError as error:  # a new generation has just taken its place
+        except UserError:
+            raise
+        except (OSError, ValueError, EOFError) as error:  # cut off; or a new generation has just taken its place
             if last:
                 raise UserError(f"{index} is damaged ({error}): remove it, and index the folder anew") from error
     raise AssertionError
@@ -162,11 +170,16 @@ class Encoded:
         pictures: what the rows are the features of.
     """
 
-    def __init__(self, index: Path, width: int):
+    def __init__(self, index: Path, fingerprint: str, width: int):
         self.width = width
         self._features_path = index / ENCODED_FEATURES
         self._features: BinaryIO = self._features_path.open("a+b")
         self._pictures: BinaryIO = (index / ENCODED_PICTURES).open("a+b")
+        encoder = index / ENCODED_WITH
+        if not encoder.exists() or encoder.read_text() != fingerprint:  # another one's are of no use
+            self._pictures.truncate(0)
+            with whole_file(encoder) as file:
+                file.write(fingerprint.encode())
         self._pictures.seek(0)
         lines = self._pictures.read().split(b"\n")[:-1]  # without one that was begun
         whole = self._features.seek(0, os.SEEK_END) // (4 * width)
@@ -211,6 +224,9 @@ def write_generation(
         pictures: by path; each is in `former` or, where the file has changed since, in `encoded`.
     """
     generation = info.generation + 1
+    for path, _, number in _made(index):
+        if number == generation:  # a crash has left it, and it may be of other pictures
+            path.unlink()
     fresh = {picture: row for row, picture in enumerate(encoded.pictures)}
     old = {} if former is None else {picture: row for row, picture in enumerate(former.pictures())}
     kept = np.array([old.get(picture, -1) if picture not in fresh else -1 for picture in pictures], dtype=np.int64)
@@ -233,12 +249,16 @@ def write_generation(
 
 def remove_old(index: Path, info: Info) -> None:
     """Removes what other generations and engines have left. Who has it open keeps it."""
-    for path in index.glob("*_*.*"):
-        kind, _, rest = path.name.partition("_")
-        generation = rest.partition(".")[0]
-        current = generation == str(info.generation) and kind in ("features", "pictures", info.engine["name"])
-        if generation.isdigit() and not current:
+    kept = ("features", "pictures", info.engine["name"])
+    for path, kind, generation in _made(index):
+        if generation != info.generation or kind not in kept:
             path.unlink(missing_ok=True)
+
+
+def _made(index: Path) -> list[tuple[Path, str, int]]:
+    """The files of all generations, each with what it holds and its number."""
+    names = [(path, MADE.fullmatch(path.name)) for path in index.iterdir()]
+    return [(path, made["kind"], int(made["generation"])) for path, made in names if made]
 
 
 def features_file(index: Path, generation: int) -> Path:

@@ -64,14 +64,12 @@ def update_index(
         load: an encoder from a checkpoint and overrides.
         checkpoint: None for the one that the index was made with.
         engine: that searches it; None for the one that it has, exact search at first.
-        overwrite: begins anew where the index was made with another checkpoint.
+        overwrite: takes the place of an index that was made with another checkpoint, when it is done.
         batch_size: pictures that are encoded, and kept, at a time.
         workers: processes that decode.
 
     Raises UserError for what is wrong with the arguments, the folder or the index, and for a full disk.
     """
-    if engine is not None:
-        engines.check(engine)
     pictures, unreadable = find_pictures(folder, index)
     if not pictures:
         raise UserError(f"{folder} holds no JPEG, PNG or WebP files: give the folder that holds the pictures")
@@ -79,19 +77,25 @@ def update_index(
     if checkpoint is None and info is None:
         raise UserError(f"{index} is not there yet: give the weights to make it with, --checkpoint CHECKPOINT")
     chosen = (checkpoint, list(overrides)) if checkpoint is not None else (info.checkpoint, info.overrides)
+    if engine is not None or info is not None:
+        engines.check(engine or engines.Choice.of(info.engine))
     encoder = load(*chosen)
     try:
         with held_index(index):
             info = read_info(index)  # nobody else can write it now
-            if info is None or (overwrite and info.fingerprint != encoder.fingerprint):
-                info = _begin_anew(index, encoder, chosen, info)
-            if info.fingerprint != encoder.fingerprint:
+            fresh = Info(*chosen, encoder.fingerprint, encoder.width)
+            if info is not None and info.fingerprint != encoder.fingerprint and not overwrite:
                 raise UserError(
                     f"{index} was made with {info.checkpoint}, and features of {chosen[0]} are not comparable with it: "
                     "make another index with --index DIR, or replace it with --overwrite"
                 )
-            info = replace(info, checkpoint=chosen[0], overrides=chosen[1])
-            return _update(folder, index, info, encoder, pictures, unreadable, engine, batch_size, workers)
+            if info is None or info.generation == 0:
+                write_info(index, fresh)  # so that a search can say that it is not finished
+            former = open_gallery(index) if info is not None and info.generation else None
+            if info is not None:
+                fresh = replace(fresh, generation=info.generation, pictures=info.pictures, engine=info.engine)
+                former = former if info.fingerprint == encoder.fingerprint else None
+            return _update(folder, index, fresh, former, encoder, pictures, unreadable, engine, batch_size, workers)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -100,22 +104,11 @@ def update_index(
         ) from error
 
 
-def _begin_anew(index: Path, encoder: Encoder, chosen: tuple[str, list[str]], former: Info | None) -> Info:
-    info = Info(*chosen, encoder.fingerprint, encoder.width)
-    if former is not None:
-        info = replace(info, engine=former.engine)
-    encoded = Encoded(index, encoder.width)
-    encoded.clear()
-    encoded.close()
-    write_info(index, info)
-    remove_old(index, info)
-    return info
-
-
 def _update(
     folder: Path,
     index: Path,
     info: Info,
+    former: Gallery | None,
     encoder: Encoder,
     found: list[Picture],
     unreadable: list[Unreadable],
@@ -123,8 +116,8 @@ def _update(
     batch_size: int,
     workers: int,
 ) -> Update:
-    former = open_gallery(index) if info.generation else None
-    encoded = Encoded(index, info.width)
+    encoded = Encoded(index, info.fingerprint, info.width)
+    out_of_sight = tuple(f"{path}/" for path, _ in unreadable)
     try:
         known = set(encoded.pictures).union(former.pictures() if former is not None else ())
         missing = [picture for picture in found if picture not in known]
@@ -139,6 +132,8 @@ def _update(
         _write_unreadable(index, sorted(unreadable))
         skipped = {path for path, _ in unreadable}
         kept = [picture for picture in found if picture.path not in skipped]
+        if former is not None and out_of_sight:  # a folder that cannot be read now may be there again next time
+            kept = sorted([*kept, *(each for each in former.pictures() if each.path.startswith(out_of_sight))])
         if not kept:
             raise UserError(f"{folder}: none of its {len(found)} pictures can be read ({_reason(unreadable)})")
         notes = _finish(index, info, kept, former, encoded, engine or engines.Choice.of(info.engine))
@@ -159,8 +154,7 @@ def _finish(
     """Writes what has changed, and lets the engine follow. Returns what the engine has to say."""
     if former is None or encoded.pictures or kept != list(former.pictures()):
         info = write_generation(index, info, kept, former, encoded)
-    gallery = Gallery(index, info)
-    settings, notes = engines.build(gallery, engine)
+    settings, notes = engines.build(Gallery(index, info), engine)
     info = replace(info, engine=settings)
     write_info(index, info)
     encoded.clear()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from misc.errors import UserError
+from misc.files import is_folder
 from misc.loader import outlive_signals, read_image
 from misc.transforms import EvaluationView
 
@@ -46,11 +47,11 @@ def find_pictures(folder: Path, index: Path | None = None) -> tuple[list[Picture
 
     Raises UserError where there is no such folder.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{folder} is not a folder: give the folder that holds the pictures")
     pictures: list[Picture] = []
     unreadable: list[Unreadable] = []
-    left_out = frozenset() if index is None or not index.is_dir() else frozenset([_identity(index)])
+    left_out = frozenset() if index is None or not is_folder(index) else frozenset([_identity(index)])
     waiting = [("", left_out)]  # folders, each with those that it lies in
     while waiting:
         path, above = waiting.pop()
@@ -63,12 +64,17 @@ def find_pictures(folder: Path, index: Path | None = None) -> tuple[list[Picture
                     below = f"{path}/{entry.name}" if path else entry.name
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
-                        waiting.append((below, above | {identity}))
-                    elif entry.name.lower().endswith(SUFFIXES):
-                        _look_at(below, entry, pictures, unreadable)
+                    try:
+                        if entry.is_dir():
+                            waiting.append((below, above | {identity}))
+                        elif entry.name.lower().endswith(SUFFIXES):
+                            _look_at(below, entry, pictures, unreadable)
+                    except OSError as error:  # a link that leads nowhere, or in a circle
+                        unreadable.append(Unreadable(below, error.strerror))
         except OSError as error:
-            unreadable.append(Unreadable(path or ".", error.strerror))
+            if not path:
+                raise UserError(f"{folder} cannot be read ({error.strerror}): see to it") from error
+            unreadable.append(Unreadable(path, error.strerror))
     return sorted(pictures), sorted(unreadable)
 
 
@@ -86,8 +92,6 @@ def _look_at(path: str, entry: os.DirEntry, pictures: list[Picture], unreadable:
             pictures.append(Picture(path, status.st_size, status.st_mtime_ns))
     except UnicodeEncodeError:  # a page and a database have no way to say such a name
         unreadable.append(Unreadable(path, "its name is no UTF-8: rename it"))
-    except OSError as error:  # a link that leads nowhere
-        unreadable.append(Unreadable(path, error.strerror))
 
 
 class PictureSet(Dataset):

@@ -33,6 +33,16 @@ CLAIM = "qdrant.json"
 """In the index: the collection that it has made, and so may change."""
 
 
+def check(choice: Choice) -> None:
+    """Raises UserError for an address that is none, or where nobody answers."""
+    address = choice.address
+    if address is None or ("://" not in address and ":" in address):
+        given = "give the address of the server" if address is None else f"{address} is no address"
+        raise UserError(f"--engine qdrant: {given}, as in --qdrant http://HOST:6333")
+    with _connected(address) as client:
+        client.get_collections()
+
+
 def build(gallery: Gallery, choice: Choice) -> tuple[dict[str, Any], list[str]]:
     """Makes the collection hold what the gallery holds: what is missing or changed is sent, what is gone deleted.
 
@@ -100,6 +110,9 @@ def _claim(client: QdrantClient, gallery: Gallery, settings: dict[str, Any]) -> 
         )
     with whole_file(file) as written:
         written.write(json.dumps(settings).encode())
+    if exists and client.get_collection(collection).config.params.vectors.size != gallery.info.width:
+        client.delete_collection(collection)  # of another checkpoint, which --overwrite has replaced
+        exists = False
     if not exists:
         parameters = models.VectorParams(size=gallery.info.width, distance=models.Distance.COSINE)
         client.create_collection(collection, vectors_config=parameters)
@@ -148,7 +161,7 @@ def _explained(address: str) -> Iterator[None]:
     """What the client raises as one clear line."""
     try:
         yield
-    except (ApiException, ValueError, RuntimeError) as error:
+    except (ApiException, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -1,6 +1,5 @@
 """A picture of what a query found."""
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,23 +10,25 @@ from misc.retrieval_sheet import Cell, draw_sheet, wrapped
 from misc.search.searcher import Query, Result
 
 IN_A_ROW = 10
+MOST = 100
+"""Results that are drawn."""
 LABEL_WIDTH = 16
 
 
 def draw_result_sheet(path: Path, folder: Path, query: Query, results: Sequence[Result]) -> int:
-    """Draws a query and its results, ten in a row, as a PNG. Returns how many pictures could not be drawn, as they are
-    gone or have changed since they were indexed.
+    """Draws a query and its first hundred results, ten in a row, as a PNG. Returns how many could not be drawn, as
+    they are gone or have changed since they were indexed.
 
     Raises UserError where the file cannot be written.
     """
     cells, missing = [], 0
-    for rank, (name, score) in enumerate(results, start=1):
+    for rank, (name, score) in enumerate(results[:MOST], start=1):
         try:
             picture = read_image(folder / name, upright=True)
         except UserError:  # the picture may be gone, and the others shall be seen all the same
             missing += 1
             continue
-        cells.append(Cell(picture, f"{rank}.  {score:.3f}\n{textwrap.shorten(Path(name).name, LABEL_WIDTH)}"))
+        cells.append(Cell(picture, f"{rank}.  {score:.3f}\n{_short(Path(name).name)}"))
     first = wrapped(query.description or f"like {query.file}")
     rows = [(first if start == 0 else "", cells[start : start + IN_A_ROW]) for start in range(0, len(cells), IN_A_ROW)]
     try:
@@ -36,3 +37,8 @@ def draw_result_sheet(path: Path, folder: Path, query: Query, results: Sequence[
     except OSError as error:
         raise UserError(f"--sheet {path} cannot be written ({error.strerror}): give another place") from error
     return missing
+
+
+def _short(name: str) -> str:
+    """The end of a name, which tells most."""
+    return name if len(name) <= LABEL_WIDTH else f"…{name[1 - LABEL_WIDTH :]}"

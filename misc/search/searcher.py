@@ -83,12 +83,20 @@ class Searcher:
 
     def _open(self) -> None:
         stamp = self._stamp()
-        gallery = open_gallery(self.index)
-        if gallery.info.fingerprint != self.encoder.fingerprint:
-            raise UserError(f"{self.index} was made with another checkpoint ({gallery.info.checkpoint}): give that one")
-        engine = engines.open_engine(gallery, self._engine_wanted)
+        try:
+            gallery = open_gallery(self.index)
+            if gallery.info.fingerprint != self.encoder.fingerprint:
+                raise UserError(
+                    f"{self.index} was made with another checkpoint ({gallery.info.checkpoint}): give that one"
+                )
+            engine = engines.open_engine(gallery, self._engine_wanted)
+        except UserError:
+            if self._stamp() == stamp:
+                raise
+            return self._open()  # a new generation has just taken its place
         # Together and last: if anything above failed, the next search tries again.
         self._seen, self.gallery, self.engine = stamp, gallery, engine
+        return None
 
     def _stamp(self) -> tuple[int, int] | None:
         try:

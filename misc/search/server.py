@@ -18,6 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from misc.errors import UserError
+from misc.files import is_file
 from misc.search.searcher import LONGEST_DESCRIPTION, Query, Result, Searcher, checked_description
 
 PAGE = Path(__file__).parent / "page"
@@ -116,7 +117,7 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
     def image(path: str) -> Response:
         known(path)
         file = searcher.folder / path
-        if not file.is_file():
+        if not is_file(file):
             raise HTTPException(404, f"{path} is no longer there: index the folder again")
         return FileResponse(file, media_type=MEDIA_TYPES[file.suffix.lower()])
 
@@ -209,7 +210,8 @@ def serve(searcher: Searcher, host: str, port: int, allowed_hosts: Sequence[str]
         raise UserError(f"{host}:{port} cannot be listened on ({reason}): give another --port or --host") from error
     with listener:
         port = listener.getsockname()[1]
-        names = [*LOOPBACK, *allowed_hosts] if host in LOOPBACK else list(allowed_hosts) or ["*"]
+        anywhere = host not in LOOPBACK and not allowed_hosts
+        names = ["*"] if anywhere else [*LOOPBACK, *(name.lower() for name in allowed_hosts)]
         settings = uvicorn.Config(
             build_app(searcher, allowed_hosts=names),
             http="h11",  # the one whose longest request can be set
