@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from misc.errors import UserError, first_of
-from misc.files import lock_file, whole_file
+from misc.files import lock_file, unfinished, whole_file
 from misc.search.pictures import Picture
 
 FORMAT = 1
@@ -99,7 +99,8 @@ def held_index(index: Path) -> Iterator[None]:
     try:
         index.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in index.iterdir()}
-        others = sorted(names - {LOCK, ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH})
+        begun = {unfinished(Path(name)).name for name in (INFO, ENCODED_WITH)}  # by a process that was killed
+        others = sorted(names - begun - {LOCK, ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH})
         if others and INFO not in names:
             raise UserError(f"{index} holds other things than an index ({first_of(others)}): give another --index")
         file = (index / LOCK).open("a")

@@ -91,10 +91,11 @@ def update_index(
                 )
             if info is None or info.generation == 0:
                 write_info(index, fresh)  # so that a search can say that it is not finished
-            former = open_gallery(index) if info is not None and info.generation else None
+            former = None
             if info is not None:
                 fresh = replace(fresh, generation=info.generation, pictures=info.pictures, engine=info.engine)
-                former = former if info.fingerprint == encoder.fingerprint else None
+                if info.generation and info.fingerprint == encoder.fingerprint:
+                    former = open_gallery(index)
             return _update(folder, index, fresh, former, encoder, pictures, unreadable, engine, batch_size, workers)
     except OSError as error:
         if error.errno not in DISK_FULL:
