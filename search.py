@@ -58,8 +58,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     make.add_argument("--qdrant", metavar="ADDRESS", help="URL of the server, or a folder for its local mode")
     make.add_argument("--collection", metavar="NAME", help="of Qdrant (default: the name of the index)")
     make.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pictures at a time (default: 64)")
-    make.add_argument("--workers", type=natural, default=min(8, os.cpu_count() or 1), metavar="N", help="that decode")
-    make.add_argument("--overwrite", action="store_true", help="begin anew where another checkpoint was used")
+    make.add_argument(
+        "--workers", type=natural, default=min(8, os.cpu_count() or 1), metavar="N", help="processes that decode"
+    )
+    make.add_argument("--overwrite", action="store_true", help="take the place of an index of another checkpoint")
     make.add_argument(
         "--set", action="append", default=[], metavar="key=value", help="what the weights do not tell of themselves"
     )
@@ -115,9 +117,9 @@ def index(options: argparse.Namespace) -> None:
         raise UserError(f"--qdrant {options.qdrant or options.collection}: it goes with --engine qdrant")
     if options.set and options.checkpoint is None:
         raise UserError(f"--set {options.set[0]}: it goes with --checkpoint")
-    address = (
-        options.qdrant if options.qdrant is None or "://" in options.qdrant else str(Path(options.qdrant).resolve())
-    )
+    address = options.qdrant
+    if address is not None and "://" not in address:
+        address = str(Path(address).resolve())
     engine = Choice(options.engine, address, options.collection) if options.engine else None
     done = update_index(
         options.folder,

@@ -5,7 +5,6 @@ changed, all others are as they were trained.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from misc.contribution_chart import draw_contribution_chart
 from misc.distributed import gather_strided
 from misc.errors import UserError
 from misc.evaluation import Encoder, Evaluator
-from misc.files import whole_folder
+from misc.files import check_new_folder, whole_folder
 from misc.metrics import QueryResults
 from misc.run_log import RunLog
 from model.tbps_clip import TBPSCLIP
@@ -286,14 +285,7 @@ def contribution_folder(checkpoint: Path) -> Path:
 
     Raises UserError where there is something of that name, or it cannot be made.
     """
-    folder = checkpoint.with_name(f"{checkpoint.stem}_contribution")
-    if os.path.lexists(folder):
-        raise UserError(f"--contribution: {folder} exists: remove it, or give it another name")
-    if not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--contribution: {folder.parent} may not be written to: copy the checkpoint into a folder of yours"
-        )
-    return folder
+    return check_new_folder(checkpoint.with_name(f"{checkpoint.stem}_contribution"), "--contribution")
 
 
 def write_contribution(folder: Path, contribution: Contribution) -> None:

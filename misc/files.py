@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from misc.errors import UserError
+
 
 def is_file(path: str | Path) -> bool:
     """As `Path.is_file`, and False for a path that may not be looked at or cannot exist."""
@@ -26,6 +28,21 @@ def _holds(path: str | Path, test: Callable[[Path], bool]) -> bool:
         return test(Path(path))
     except (OSError, ValueError):
         return False
+
+
+def check_new_folder(folder: Path, asked: str) -> Path:
+    """The folder, which is not there yet and can be made.
+
+    Args:
+        asked: the option that it is made for, for messages.
+
+    Raises UserError where there is something of that name, or it cannot be made.
+    """
+    if os.path.lexists(folder):
+        raise UserError(f"{asked}: {folder} exists: remove it, or give it another name")
+    if not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{asked}: {folder.parent} may not be written to: copy the weights to a place of yours")
+    return folder
 
 
 def lock_file(file: IO, lock: Callable[[IO, int], None]) -> str | None:

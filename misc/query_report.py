@@ -1,7 +1,6 @@
 """What each query of an evaluation retrieved: which to look at, all of them as JSON Lines, and two models compared."""
 
 import json
-import os
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -9,9 +8,8 @@ from typing import Any
 import torch
 
 from misc.datasets import Split
-from misc.errors import UserError
 from misc.evaluation import Evaluator, Retrieval
-from misc.files import is_file, is_folder, whole_file
+from misc.files import check_new_folder, is_file, is_folder, whole_file
 from misc.retrieval_sheet import draw_retrieval_sheet
 
 SHEET = "retrieval.png"
@@ -78,14 +76,8 @@ def retrieval_folder(source: str) -> Path:
     Raises UserError where there is something of that name, or it cannot be made.
     """
     path = Path(source).resolve() if is_file(source) or is_folder(source) else Path(source.replace("/", "_")).resolve()
-    folder = path.with_name(f"{path.stem if is_file(path) else path.name}_retrieval")
-    if os.path.lexists(folder):
-        raise UserError(f"--evaluate {source}: {folder} exists: remove it, or give it another name")
-    if not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--evaluate {source}: {folder.parent} may not be written to: copy the weights to a place of yours"
-        )
-    return folder
+    name = path.stem if is_file(path) else path.name
+    return check_new_folder(path.with_name(f"{name}_retrieval"), f"--evaluate {source}")
 
 
 def compare_queries(before: Retrieval, after: Retrieval, split: Split) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,24 +87,17 @@ def index(folder: Path, *arguments) -> None:
     assert search.main(["index", str(folder), "--workers", "0", *map(str, arguments)]) == 0
 
 
-class running:
-    """`search.py serve` on a free port, as a context: the port, and the process."""
-
-    def __init__(self, folder: Path, *arguments: str):
-        self.command = [sys.executable, "search.py", "serve", folder, "--port", "0", *arguments]
-
-    def __enter__(self) -> tuple[int, subprocess.Popen]:
-        self.process = subprocess.Popen(
-            self.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        line = self.process.stdout.readline()
-        if not line:
-            raise AssertionError(self.process.stderr.read())
-        return int(line.split(" (")[0].rpartition(":")[2]), self.process
-
-    def __exit__(self, *exception) -> None:
-        self.process.kill()
-        self.process.communicate()
+@contextmanager
+def running(folder: Path, *arguments: str) -> Iterator[tuple[int, subprocess.Popen]]:
+    """`search.py serve` on a free port: the port, and the process."""
+    command = [sys.executable, "search.py", "serve", folder, "--port", "0", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            yield int(line.split(" (")[0].rpartition(":")[2]), process
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")

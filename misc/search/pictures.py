@@ -68,7 +68,12 @@ def find_pictures(folder: Path, index: Path | None = None) -> tuple[list[Picture
                         if entry.is_dir():
                             waiting.append((below, above | {identity}))
                         elif entry.name.lower().endswith(SUFFIXES):
-                            _look_at(below, entry, pictures, unreadable)
+                            below.encode()
+                            status = entry.stat()
+                            if entry.is_file():
+                                pictures.append(Picture(below, status.st_size, status.st_mtime_ns))
+                    except UnicodeEncodeError:  # a page and a database have no way to say such a name
+                        unreadable.append(Unreadable(below, "its name is no UTF-8: rename it"))
                     except OSError as error:  # a link that leads nowhere, or in a circle
                         unreadable.append(Unreadable(below, error.strerror))
         except OSError as error:
@@ -82,16 +87,6 @@ def _identity(folder: Path) -> tuple[int, int]:
     """The same whatever path leads to it."""
     status = folder.stat()
     return status.st_dev, status.st_ino
-
-
-def _look_at(path: str, entry: os.DirEntry, pictures: list[Picture], unreadable: list[Unreadable]) -> None:
-    try:
-        path.encode()
-        status = entry.stat()
-        if entry.is_file():
-            pictures.append(Picture(path, status.st_size, status.st_mtime_ns))
-    except UnicodeEncodeError:  # a page and a database have no way to say such a name
-        unreadable.append(Unreadable(path, "its name is no UTF-8: rename it"))
 
 
 class PictureSet(Dataset):
@@ -114,9 +109,11 @@ class PictureSet(Dataset):
 
 
 class Batch(NamedTuple):
-    """Attributes:
-    pictures: B of them, and pixels: (B, 3, H, W), None where B is 0.
-    unreadable: those that have no pixels.
+    """Some pictures, decoded.
+
+    Attributes:
+        pictures: B of them, and pixels: (B, 3, H, W), None where B is 0.
+        unreadable: those that have no pixels.
     """
 
     pictures: list[Picture]

@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ CLAIM = "qdrant.json"
 def check(choice: Choice) -> None:
     """Raises UserError for an address that is none, or where nobody answers."""
     address = choice.address
-    if address is None or ("://" not in address and ":" in address):
+    if address is None or ("://" not in address and ":" in Path(address).name):
         given = "give the address of the server" if address is None else f"{address} is no address"
         raise UserError(f"--engine qdrant: {given}, as in --qdrant http://HOST:6333")
     with _connected(address) as client:
