@@ -15,19 +15,13 @@ import time
 import uuid
 from pathlib import Path
 
-from misc import build
-from misc.config import DEFAULT_CONFIG, RULES, load_config, plain, save_config
-from misc.contribution import contribution_folder, contribution_table, measure_contribution, write_contribution
-from misc.datasets import check_images, few_shot, read_annotations, statistics_table
-from misc.distributed import Launch, Processes, local_rank, processes
+from misc.build import model as build
+from misc.config.loading import DEFAULT_CONFIG, RULES, load_config, plain, save_config
+from misc.data.annotations import check_images, few_shot, read_annotations, statistics_table
 from misc.errors import DISK_FULL, UserError
-from misc.evaluation import Evaluator, Retrieval
 from misc.files import whole_folder
-from misc.interruption import Interrupted, Interruption
-from misc.precision import Precision
-from misc.profiling import traced_steps
-from misc.progress import Progress
-from misc.query_report import (
+from misc.retrieval.evaluation import Evaluator, Retrieval
+from misc.retrieval.query_report import (
     COMPARISON,
     compare_queries,
     comparison_lines,
@@ -35,11 +29,17 @@ from misc.query_report import (
     write_lines,
     write_retrieval,
 )
-from misc.resume import LAST, Course, Keeper, find_start
-from misc.run_log import RunLog, hold_run, wandb_project
-from misc.study import STUDY_FOLDER, find_row, read_study, row_folder, starting_checkpoint, study_list
-from misc.study_report import write_report
-from misc.training import Trainer
+from misc.run.log import RunLog, hold_run, wandb_project
+from misc.run.profiling import traced_steps
+from misc.run.progress import Progress
+from misc.study.contribution import contribution_folder, contribution_table, measure_contribution, write_contribution
+from misc.study.report import write_report
+from misc.study.rows import STUDY_FOLDER, find_row, read_study, row_folder, starting_checkpoint, study_list
+from misc.system.distributed import Launch, Processes, local_rank, processes
+from misc.system.interruption import Interrupted, Interruption
+from misc.system.precision import Precision
+from misc.training.resume import LAST, Course, Keeper, find_start
+from misc.training.trainer import Trainer
 from model.pretrained.export import check_export, export
 from model.tbps_clip import count_trainable
 from text_utils.tokenizer import Tokenizer

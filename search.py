@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from misc.distributed import choose_device
 from misc.errors import UserError
 from misc.files import is_file, is_folder
 from misc.search.encoder import Encoder, load_encoder
@@ -22,6 +21,7 @@ from misc.search.gallery import default_index, open_gallery
 from misc.search.indexing import UNREADABLE, Update, update_index
 from misc.search.result_sheet import draw_result_sheet
 from misc.search.searcher import Query, Searcher, checked_description
+from misc.system.distributed import choose_device
 
 SHOWN = 10
 """Unreadable files that are told one by one."""

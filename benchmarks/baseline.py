@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as v1
 
-from misc.transforms import IMAGENET_DEVIATION, IMAGENET_MEAN
+from misc.data.views import IMAGENET_DEVIATION, IMAGENET_MEAN
 from model import losses
 from model.objectives import Objectives
 from model.pretrained.names import from_ours

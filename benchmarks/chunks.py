@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from misc import build, config
-from misc.distributed import processes
-from misc.loader import Batch
-from misc.precision import Precision
-from misc.run_log import peak_memory_gigabytes
+from misc.build import model as build
+from misc.config import loading as config
+from misc.data.samples import Batch
+from misc.run.log import peak_memory_gigabytes
+from misc.system.distributed import processes
+from misc.system.precision import Precision
 from model.objectives import Objectives
 from model.tbps_clip import Views
 from text_utils.masking import IGNORED_LABEL

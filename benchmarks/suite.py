@@ -26,13 +26,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import baseline
 from benchmarks.chunks import IDENTITIES, random_batch
 from benchmarks.comparison import HEADER, Comparison, counted, in_turn
-from misc import build, config, metrics
-from misc.datasets import Split
-from misc.distributed import Processes
-from misc.loader import Augmentation, Draw, TrainingSet, collate
-from misc.optimizer import build_optimizer, parameter_groups
-from misc.precision import Precision
-from misc.run_log import peak_memory_gigabytes
+from misc.build import model as build
+from misc.config import loading as config
+from misc.data.annotations import Split
+from misc.data.samples import Augmentation, Draw, TrainingSet, collate
+from misc.retrieval import metrics
+from misc.run.log import peak_memory_gigabytes
+from misc.system.distributed import Processes
+from misc.system.precision import Precision
+from misc.training.optimizer import build_optimizer, parameter_groups
 from model.objectives import Objectives
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import Tokenizer

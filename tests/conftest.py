@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import EVERYTHING, Outcome, Run, of_dataset, start
-from tests.searching import GELU, write_clip, write_people
-from tests.tiny_dataset import TinyDataset, write_tiny_dataset
+from tests.helpers.runs import EVERYTHING, Outcome, Run, of_dataset, start
+from tests.helpers.searching import GELU, write_clip, write_people
+from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
 
 
 @pytest.fixture

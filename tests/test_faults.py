@@ -18,16 +18,26 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from misc.checkpoint import read_checkpoint
-from misc.distributed import Launch, Processes
+from misc.data.samples import GlobalBatchSampler, outlive_signals
 from misc.errors import UserError
-from misc.interruption import Interrupted, Interruption
-from misc.loader import GlobalBatchSampler, outlive_signals
-from misc.progress import Progress
-from misc.resume import LAST, Course, Keeper
-from misc.training import Trainer
-from tests.runs import EVERYTHING, Outcome, Run, assert_same_run, at_step, command, of_dataset, only_error, start
-from tests.test_run_log import other_run
+from misc.run.checkpoint import read_checkpoint
+from misc.run.progress import Progress
+from misc.system.distributed import Launch, Processes
+from misc.system.interruption import Interrupted, Interruption
+from misc.training.resume import LAST, Course, Keeper
+from misc.training.trainer import Trainer
+from tests.helpers.runs import (
+    EVERYTHING,
+    Outcome,
+    Run,
+    assert_same_run,
+    at_step,
+    command,
+    of_dataset,
+    only_error,
+    start,
+)
+from tests.misc.run.test_log import other_run
 
 pytestmark = pytest.mark.slow
 

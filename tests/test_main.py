@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 
 import main as program
-from misc.checkpoint import read_checkpoint
-from misc.run_log import RUN_FILES
-from tests.runs import (
+from misc.run.checkpoint import read_checkpoint
+from misc.run.log import RUN_FILES
+from tests.helpers.runs import (
     ARCHITECTURE,
     METRICS,
     QUICK,
@@ -30,8 +30,8 @@ from tests.runs import (
     only_error,
     start,
 )
-from tests.seeded import TINY, clip_weights
-from tests.tiny_dataset import TinyDataset, write_tiny_dataset
+from tests.helpers.seeded import TINY, clip_weights
+from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
 
 pytestmark = pytest.mark.slow
 

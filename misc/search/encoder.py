@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misc import build, config
-from misc.distributed import Processes
+from misc.build import model as build
+from misc.config import loading as config
+from misc.data.samples import pad_tokens
+from misc.data.views import EvaluationView
 from misc.errors import UserError
-from misc.loader import pad_tokens
-from misc.precision import Precision
-from misc.transforms import EvaluationView
+from misc.system.distributed import Processes
+from misc.system.precision import Precision
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import Tokenizer
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from misc.data.samples import outlive_signals, read_image
+from misc.data.views import EvaluationView
 from misc.errors import UserError
 from misc.files import is_folder
-from misc.loader import outlive_signals, read_image
-from misc.transforms import EvaluationView
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from misc.data.samples import read_image
 from misc.errors import UserError
 from misc.files import whole_file
-from misc.loader import read_image
-from misc.retrieval_sheet import Cell, draw_sheet, wrapped
+from misc.retrieval.sheet import Cell, draw_sheet, wrapped
 from misc.search.searcher import Query, Result
 
 IN_A_ROW = 10

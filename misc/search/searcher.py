@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from misc.data.samples import read_image
 from misc.errors import UserError
-from misc.loader import read_image
 from misc.search import engines
 from misc.search.encoder import Encoder
 from misc.search.gallery import INFO, open_gallery

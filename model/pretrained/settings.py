@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from misc.data.views import IMAGENET_DEVIATION, IMAGENET_MEAN
 from misc.errors import UserError, first_of
-from misc.transforms import IMAGENET_DEVIATION, IMAGENET_MEAN
 from model.transformer import ACTIVATIONS, GELU, QUICK_GELU
 
 INTERPOLATIONS = {"bicubic": 3, "bilinear": 2}

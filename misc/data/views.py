@@ -1,0 +1,133 @@
+"""Images to normalised tensors: training view, SimCLR view, evaluation view, MixGen (SPEC sections 2 and 3).
+
+Tensors are (3, H, W) float32; before normalisation their values are in [0, 1]. All draws come from torch's default CPU
+generator, which the caller seeds for each sample.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from misc.data.image_operations import Operation
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_DEVIATION = [0.229, 0.224, 0.225]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image → (3, H, W) float32 in [0, 1]."""
+    return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
+
+
+def normalise(
+    image: Tensor, mean: Sequence[float] = IMAGENET_MEAN, deviation: Sequence[float] = IMAGENET_DEVIATION
+) -> Tensor:
+    """Subtracts the mean and divides by the standard deviation of each channel: ImageNet's, not CLIP's."""
+    return F.normalize(image, list(mean), list(deviation))
+
+
+class EvaluationView:
+    """Resize (bicubic, antialiased), normalise.
+
+    Args:
+        resolution: (height, width) in pixels.
+        mean, deviation: of each channel; those of training unless weights of others are searched with.
+    """
+
+    def __init__(
+        self,
+        resolution: tuple[int, int],
+        mean: Sequence[float] = IMAGENET_MEAN,
+        deviation: Sequence[float] = IMAGENET_DEVIATION,
+    ):
+        self.resolution = list(resolution)
+        self.mean, self.deviation = tuple(mean), tuple(deviation)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        resized = to_tensor(F.resize(image, self.resolution, InterpolationMode.BICUBIC))
+        return normalise(resized, self.mean, self.deviation)
+
+
+class PoolView:
+    """Augmentation of the training view: some of the operations, drawn independently and with replacement, in the order
+    drawn (the paper's augmentation pool: two of six); or all of them, one after another.
+
+    Resizing is apart (`resize`), so that two views of an image share it.
+
+    Args:
+        resolution: (height, width) in pixels.
+        operations: on (3, H, W) in [0, 1].
+        drawn: how many are drawn for a view; None for all.
+    """
+
+    def __init__(self, resolution: tuple[int, int], operations: list[Operation], drawn: int | None):
+        self.resolution = list(resolution)
+        self.operations = operations
+        self.drawn = drawn
+
+    def resize(self, image: Image.Image) -> Tensor:
+        """RGB image → (3, H, W) in [0, 1], bilinear and antialiased."""
+        return to_tensor(F.resize(image, self.resolution, InterpolationMode.BILINEAR))
+
+    def __call__(self, resized: Tensor) -> Tensor:
+        """(3, H, W) of `resize` → an augmented, normalised view of the same shape."""
+        chosen = self.operations
+        if self.operations and self.drawn is not None:
+            chosen = [chosen[index] for index in torch.randint(len(chosen), (self.drawn,)).tolist()]
+        for operation in chosen:
+            resized = operation(resized)
+        return normalise(resized)
+
+
+class SimCLRView:
+    """SimCLR's strong augmentation of the decoded image, for SS-I."""
+
+    def __init__(self, resolution: tuple[int, int]):
+        self.transforms = v2.Compose(
+            [
+                v2.RandomResizedCrop(list(resolution), scale=(0.2, 1.0)),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                v2.RandomGrayscale(p=0.2),
+                v2.RandomApply([GaussianBlur(0.1, 2.0)], p=0.5),
+                v2.RandomHorizontalFlip(p=0.5),
+            ]
+        )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(3, H', W') in [0, 1] of any size → (3, H, W), normalised."""
+        return normalise(self.transforms(image))
+
+
+class GaussianBlur(torch.nn.Module):
+    """Gaussian blur, sigma in pixels drawn uniformly; the kernel reaches as far as three sigma."""
+
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, image: Tensor) -> Tensor:
+        sigma = torch.empty(1).uniform_(self.low, self.high).item()
+        size = 2 * math.ceil(3 * sigma) + 1
+        return F.gaussian_blur(image, [size, size], [sigma, sigma])
+
+
+def mix_images(image: Tensor, partner: Tensor, kind: str) -> Tensor:
+    """MixGen of two views (3, H, W): their mean (`ori`), or side by side at half the width each (`cat`).
+
+    `cat` takes normalised images and leaves them so: the published code normalises its result a second time.
+    """
+    if kind == "ori":
+        return 0.5 * image + 0.5 * partner
+    height, width = image.shape[-2:]
+    left, right = (F.resize(half, [height, w]) for half, w in ((image, width // 2), (partner, width - width // 2)))
+    return torch.cat([left, right], dim=-1)
+
+
+def mix_captions(caption: str, partner: str) -> str:
+    """MixGen of two captions."""
+    return f"{caption} {partner}"

@@ -1,0 +1,150 @@
+"""Encodes a split over all ranks and ranks its images for each of its captions.
+
+W ranks, Q queries (captions), N gallery images, D width of the shared space.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from misc.data.annotations import Split
+from misc.data.samples import EvaluationImages, batches, gallery_loader, pad_tokens
+from misc.retrieval.metrics import QueryResults, queries_without_match, rank_queries, summarise
+from misc.system.distributed import Processes, gather_strided
+from misc.system.precision import Precision
+from model.tbps_clip import TBPSCLIP
+from text_utils.tokenizer import Tokenizer
+
+Encoder = Callable[[Tensor], Tensor]
+"""A batch in, features (B, D) out, not L2-normalised."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The outcome of an evaluation, the same on every rank.
+
+    Attributes:
+        metrics: `r1`, `r5`, `r10`, `mAP`, `mINP` in percent.
+        without_match: number of queries whose person is not in the gallery.
+        results: per query.
+        queries: (Q, D) and gallery: (N, D) float32, L2-normalised.
+    """
+
+    metrics: dict[str, float]
+    without_match: int
+    results: QueryResults
+    queries: Tensor
+    gallery: Tensor
+
+    def first_images(self, query: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and numbers of the `count` best gallery images of a query, best first."""
+        similarity = self.gallery @ self.queries[query]
+        order = similarity.argsort(descending=True, stable=True)[:count]
+        return similarity[order], order
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Text-to-image retrieval on one split. The ranks share the encoding and the ranking.
+
+    Attributes:
+        split: what is evaluated.
+        image_dir: folder of its images.
+        tokenizer, text_length: how captions become ids.
+        resolution: (height, width) in pixels.
+        batch_size: per rank.
+        workers: processes that decode images, per rank.
+        processes: where this process stands.
+        precision: of the encoders; similarities are computed in float32.
+    """
+
+    split: Split
+    image_dir: Path
+    tokenizer: Tokenizer
+    text_length: int
+    resolution: tuple[int, int]
+    batch_size: int
+    workers: int
+    processes: Processes
+    precision: Precision
+
+    @torch.no_grad()
+    def __call__(self, model: TBPSCLIP) -> Retrieval:
+        was_training = model.training
+        model.eval()
+        (own_images,) = self.encode_images([model.encode_image], model.embed_dim)
+        (own_queries,) = self.encode_captions([model.encode_text], model.embed_dim)
+        gallery = gather_strided(own_images, len(self.split.image_paths))
+        results = self.rank(own_queries, gallery)
+        model.train(was_training)
+        return Retrieval(
+            metrics=summarise(results),
+            without_match=queries_without_match(results),
+            results=results,
+            queries=gather_strided(own_queries, len(self.split)),
+            gallery=gallery,
+        )
+
+    @torch.no_grad()
+    def encode_images(self, encoders: Sequence[Encoder], width: int) -> list[Tensor]:
+        """What each encoder makes of this rank's gallery images, which are decoded once for all encoders.
+
+        Args:
+            encoders: (B, 3, H, W) → (B, D).
+            width: D.
+
+        Returns: for each encoder (n, D) float32, L2-normalised, in the order that `gather_strided` takes.
+        """
+        device = self.processes.device
+        images = EvaluationImages(self.split, self.image_dir, self.resolution, self._own(len(self.split.image_paths)))
+        loader = gallery_loader(images, self.batch_size, workers=self.workers, pin_memory=device.type == "cuda")
+        return self._encode(encoders, batches(loader), width)
+
+    @torch.no_grad()
+    def encode_captions(self, encoders: Sequence[Encoder], width: int) -> list[Tensor]:
+        """The same for this rank's captions; encoders are (B, L) int64 → (B, D)."""
+        own = [self.split.captions[number] for number in self._own(len(self.split))]
+        token_ids = (
+            pad_tokens([self.tokenizer.encode(c, self.text_length) for c in own[start : start + self.batch_size]])
+            for start in range(0, len(own), self.batch_size)
+        )
+        return self._encode(encoders, token_ids, width)
+
+    def rank(self, own_queries: Tensor, gallery: Tensor) -> QueryResults:
+        """Ranks the gallery for each query.
+
+        Args:
+            own_queries: this rank's captions, as `encode_captions` gives them.
+            gallery: (N, D), the images of all ranks.
+
+        Returns: the results of the queries of all ranks, the same on every rank.
+        """
+        device = self.processes.device
+        identities = torch.tensor(self.split.caption_identities, device=device)[self._own(len(self.split))]
+        own = rank_queries(own_queries, gallery, identities, torch.tensor(self.split.image_identities, device=device))
+        total = len(self.split)
+        return QueryResults(
+            gather_strided(own.first_match, total),
+            gather_strided(own.average_precision, total),
+            gather_strided(own.inverse_negative_penalty, total),
+        )
+
+    def _own(self, total: int) -> range:
+        """What this rank encodes: every W-th of `total`, so that no item is encoded twice."""
+        return range(self.processes.rank, total, self.processes.world_size)
+
+    def _encode(self, encoders: Sequence[Encoder], inputs: Iterable[Tensor], width: int) -> list[Tensor]:
+        device = self.processes.device
+        nothing = torch.zeros(0, width, device=device)  # a rank beyond the last item still takes part in the gathers
+        features = [[nothing] for _ in encoders]
+        for batch in inputs:
+            batch = batch.to(device, non_blocking=True)
+            for encoder, encoded in zip(encoders, features, strict=True):
+                with self.precision.autocast():
+                    raw = encoder(batch)
+                encoded.append(F.normalize(raw.float(), dim=1))
+        return [torch.cat(encoded) for encoded in features]

@@ -1,0 +1,117 @@
+"""What each query of an evaluation retrieved: which to look at, all of them as JSON Lines, and two models compared."""
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from misc.data.annotations import Split
+from misc.files import check_new_folder, is_file, is_folder, whole_file
+from misc.retrieval.evaluation import Evaluator, Retrieval
+from misc.retrieval.sheet import draw_retrieval_sheet
+
+SHEET = "retrieval.png"
+QUERIES = "queries.jsonl"
+COMPARISON = "comparison.jsonl"
+FIRST_IMAGES = 10
+CHOICES = ("random", "hardest")
+
+
+def choose_queries(retrieval: Retrieval, count: int, choice: str, seed: int) -> list[int]:
+    """Numbers of at most `count` queries to look at: drawn by `seed`, in their order; or `hardest`, those of the least
+    average precision, hardest first."""
+    precision = retrieval.results.average_precision
+    count = min(count, len(precision))
+    if choice == "hardest":
+        return precision.argsort(stable=True)[:count].tolist()
+    return sorted(Random(seed).sample(range(len(precision)), count))
+
+
+def query_records(retrieval: Retrieval, split: Split) -> list[dict[str, Any]]:
+    """A record for each query: `query` (its number from 0), `caption`, `identity`, `first_match` (rank from 1, None
+    where the gallery does not show the person), `average_precision` (percent) and `first_images`, the first ten with
+    `path`, `identity` and `score` (cosine)."""
+    first = retrieval.results.first_match.tolist()
+    precision = retrieval.results.average_precision.tolist()
+    records = []
+    for query, caption in enumerate(split.captions):
+        scores, numbers = (values.tolist() for values in retrieval.first_images(query, FIRST_IMAGES))
+        records.append(
+            {
+                "query": query,
+                "caption": caption,
+                "identity": split.caption_identities[query],
+                "first_match": first[query] or None,
+                "average_precision": 100 * precision[query],
+                "first_images": [
+                    {"path": split.image_paths[number], "identity": split.image_identities[number], "score": score}
+                    for score, number in zip(scores, numbers, strict=True)
+                ],
+            }
+        )
+    return records
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Writes JSON Lines, whole or not at all."""
+    with whole_file(path) as file:
+        for record in records:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace"))
+
+
+def write_retrieval(
+    folder: Path, retrieval: Retrieval, evaluator: Evaluator, *, count: int, choice: str, seed: int
+) -> None:
+    """Writes `count` queries as a picture, chosen as `choose_queries` does it, and all of them as JSON Lines."""
+    if queries := choose_queries(retrieval, count, choice, seed):
+        draw_retrieval_sheet(folder / SHEET, retrieval, evaluator.split, evaluator.image_dir, queries=queries)
+    write_lines(folder / QUERIES, query_records(retrieval, evaluator.split))
+
+
+def retrieval_folder(source: str) -> Path:
+    """Where the queries of an evaluation are written: beside the weights, those of a tag here.
+
+    Raises UserError where there is something of that name, or it cannot be made.
+    """
+    path = Path(source).resolve() if is_file(source) or is_folder(source) else Path(source.replace("/", "_")).resolve()
+    name = path.stem if is_file(path) else path.name
+    return check_new_folder(path.with_name(f"{name}_retrieval"), f"--evaluate {source}")
+
+
+def compare_queries(before: Retrieval, after: Retrieval, split: Split) -> list[dict[str, Any]]:
+    """A record for each query: `query`, `caption`, `identity`, `first_match` and `average_precision` (percent), each of
+    both as [before, after]; from the one that gained most average precision to the one that lost most."""
+    pairs = [
+        torch.stack([getattr(retrieval.results, name) for retrieval in (before, after)], dim=1)
+        for name in ("first_match", "average_precision")
+    ]
+    gain = (pairs[1][:, 1] - pairs[1][:, 0]).cpu()
+    return [
+        {
+            "query": query,
+            "caption": split.captions[query],
+            "identity": split.caption_identities[query],
+            "first_match": [rank or None for rank in pairs[0][query].tolist()],
+            "average_precision": [100 * value for value in pairs[1][query].tolist()],
+        }
+        for query in gain.argsort(descending=True, stable=True).tolist()
+    ]
+
+
+def comparison_lines(compared: list[dict[str, Any]], shown: int = 5) -> list[str]:
+    """How many queries got better and worse by average precision, and the extremes of both, for the log."""
+
+    def gain(record: dict[str, Any]) -> float:
+        return record["average_precision"][1] - record["average_precision"][0]
+
+    better, worse = [r for r in compared if gain(r) > 0], [r for r in compared if gain(r) < 0]
+    lines = [
+        f"{len(better)} queries got better, {len(worse)} worse, {len(compared) - len(better) - len(worse)} neither"
+    ]
+    for title, records in (("better", better[:shown]), ("worse", worse[: -shown - 1 : -1])):
+        for record in records:
+            ranks = " → ".join("none" if rank is None else str(rank) for rank in record["first_match"])
+            lines.append(f"{title}: AP {gain(record):+.1f}, first match {ranks}: {record['caption']}")
+    return lines

@@ -1,0 +1,135 @@
+"""Published beside measured: reads the run folders of the paper's rows and compares."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from misc.errors import UserError
+from misc.files import whole_file
+from misc.run.log import read_records
+from misc.study.rows import COLUMNS, Row
+
+PUBLISHED, MEASURED = "#9aa5b1", "#1a9641"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The runs of a row.
+
+    Attributes:
+        figures: by column, one for each seed whose run is finished and tells it.
+        unfinished: seeds whose run has not reached its last epoch, which count for nothing.
+    """
+
+    figures: dict[str, list[float]]
+    unfinished: tuple[str, ...] = ()
+
+    def mean(self, column: str) -> float:
+        return statistics.mean(self.figures[column])
+
+
+def measured(root: Path, row: Row) -> Measured | None:
+    """What the runs of a row came to; None where there is none. Retrieval is that of the epoch with the best R@1."""
+    figures: dict[str, list[float]] = {column: [] for column in row.columns}
+    unfinished = []
+    for folder in sorted((root / row.run).glob("seed_*")):
+        records = read_records(folder / "metrics.jsonl")
+        if not records:
+            continue
+        last = records[-1]
+        if len(records) < last.get("epochs", 0):
+            unfinished.append(folder.name)
+            continue
+        best = max(records, key=lambda record: record["r1"])
+        of_run = best | {
+            "epochs": len(records),
+            "train_seconds": sum(record["seconds"] for record in records),
+            "test_seconds": last["evaluation_seconds"],
+        }
+        if "parameters" in last:  # older runs do not tell
+            of_run["parameters"] = last["parameters"] / 1e6
+        for column in row.columns:
+            if column in of_run:
+                figures[column].append(of_run[column])
+    return Measured(figures, tuple(unfinished)) if unfinished or any(figures.values()) else None
+
+
+def write_report(rows: dict[str, Row], root: Path) -> str:
+    """Compares table by table, as Markdown, and writes that as `report.md` and the first column's bars as `report.png`.
+
+    Raises UserError where no row has a run, and where the folder cannot be written to.
+    """
+    found = {name: runs for name, row in rows.items() if (runs := measured(root, row)) is not None}
+    if not found:
+        raise UserError(f"--study report: {root} holds no run of a row: run one first, as in --study losses/ss_i")
+    tables = {row.table: None for name, row in rows.items() if name in found}
+    parts = []
+    for table in tables:
+        of_table = [row for row in rows.values() if row.table == table]
+        parts.append(f"### {table}\n\n{_table(of_table, found)}")
+    text = "\n\n".join(parts)
+    drawn = [row for row in rows.values() if row.name in found and found[row.name].figures[row.columns[0]]]
+    try:
+        with whole_file(root / "report.md") as file:
+            file.write((text + "\n").encode())
+        if drawn:
+            _draw(drawn, found, root / "report.png")
+    except OSError as error:
+        raise UserError(f"--study report: {root} cannot be written to ({error.strerror}): free or copy it") from error
+    return text
+
+
+def _table(rows: list[Row], found: dict[str, Measured]) -> str:
+    columns = [COLUMNS[column] for column in rows[0].columns]
+    lines = [
+        "| row | "
+        + " | ".join(f"{column.title} published | measured | difference" for column in columns)
+        + " | seeds |",
+        "|---" * (3 * len(columns) + 2) + "|",
+    ]
+    for row in rows:
+        runs = found.get(row.name)
+        cells = []
+        for number, key in enumerate(row.columns):
+            digits = COLUMNS[key].digits
+            published = row.published[number] if row.published else None
+            cells.append("–" if published is None else f"{published:.{digits}f}")
+            if runs is None or not runs.figures[key]:
+                cells += ["–", "–"]
+                continue
+            mean, values = runs.mean(key), runs.figures[key]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells += [
+                f"{mean:.{digits}f}{spread}",
+                "–" if published is None else f"{mean - published:+.{digits}f}",
+            ]
+        seeds = "–" if runs is None else str(len(runs.figures[row.columns[0]]))
+        if runs is not None and runs.unfinished:
+            seeds += f" (unfinished: {', '.join(runs.unfinished)})"
+        lines.append(f"| {row.name.partition('/')[2] or row.name} | " + " | ".join([*cells, seeds]) + " |")
+    return "\n".join(lines)
+
+
+def _draw(rows: list[Row], found: dict[str, Measured], path: Path) -> None:
+    """A bar chart for each table: the first column, published and measured, with the spread over the seeds."""
+    from matplotlib.figure import Figure  # takes half a second
+
+    tables = {row.table: [other for other in rows if other.table == row.table] for row in rows}
+    heights = [0.9 + 0.45 * len(of_table) for of_table in tables.values()]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)
+    for axes, (title, of_table) in zip(grid[:, 0], tables.items(), strict=True):
+        places, column = range(len(of_table)), of_table[0].columns[0]
+        values = [found[row.name].figures[column] for row in of_table]
+        means = [statistics.mean(value) for value in values]
+        spread = [statistics.stdev(value) if len(value) > 1 else 0 for value in values]
+        published = [row.published[0] if row.published else 0 for row in of_table]
+        axes.barh([place - 0.2 for place in places], published, 0.38, color=PUBLISHED, label="published")
+        axes.barh([place + 0.2 for place in places], means, 0.38, xerr=spread, color=MEASURED, label="measured")
+        axes.set_yticks(places, [row.name.partition("/")[2] or row.name for row in of_table])
+        axes.invert_yaxis()
+        axes.set_xlabel(COLUMNS[column].title)
+        axes.set_title(title, loc="left")
+        axes.legend(fontsize="small", loc="lower right")
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=100)

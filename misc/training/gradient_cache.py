@@ -1,0 +1,113 @@
+"""A batch larger than the memory: the gradients of the whole batch, encoded chunk by chunk.
+
+Gradient caching (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"): the
+contrastive losses need the features of all B rows of this rank at once, but not what the encoders kept to compute them.
+
+1. Encode each chunk without gradient and keep its features.
+2. Losses of all features, and their gradient with respect to the features.
+3. Encode each chunk again with the same dropout, and send the gradient of its features back through the encoders.
+   Losses that compare no samples (MLM, ID) are computed here, so that their logits never exist for the whole batch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from misc.data.samples import Batch
+from model.objectives import Objectives
+from model.tbps_clip import Features, Views
+
+
+def backward_in_chunks(
+    batch: Batch,
+    chunk_size: int,
+    *,
+    device: torch.device,
+    encode: Callable[[Views, int], Features],
+    objectives: Objectives,
+    soft_label_ratio: float,
+    scale_loss: Callable[[Tensor], Tensor],
+    without_reduction: Callable[[], AbstractContextManager],
+) -> dict[str, Tensor]:
+    """Adds the gradients of the whole batch to the parameters, as one pass over it would.
+
+    Args:
+        batch: B samples of this rank, on any device.
+        chunk_size: rows that are on the device, and encoded, at once.
+        device: of the encoders.
+        encode: views and number of a chunk → features; the same dropout for the same number.
+        objectives: the losses.
+        soft_label_ratio: α of N-ITC.
+        scale_loss: of the gradient scaler.
+        without_reduction: a context in which ranks do not average their gradients; they do so once, for the last chunk.
+
+    Returns: weighted losses by name, detached.
+    """
+    chunks = [batch.rows(start, start + chunk_size) for start in range(0, len(batch), chunk_size)]
+    identities = batch.identities.to(device, non_blocking=True)
+    labels = batch.views.masked_labels
+    picked = objectives.picked_tokens(labels.to(device, non_blocking=True) if labels is not None else None)
+
+    with torch.no_grad():
+        parts = [_compared(encode(_unmasked(chunk.to(device).views), number)) for number, chunk in enumerate(chunks)]
+    whole = _joined(parts)
+    weighted = objectives.contrast(whole, identities, soft_label_ratio)
+    scale_loss(sum(weighted.values())).backward()
+    weighted = {name: loss.detach() for name, loss in weighted.items()}
+    gradients = [None if view.grad is None else view.grad.split(chunk_size) for view in _per_row(whole)]
+
+    for number, chunk in enumerate(chunks):
+        last = number == len(chunks) - 1
+        with nullcontext() if last else without_reduction():
+            chunk = chunk.to(device)
+            features = encode(chunk.views, number)
+            outputs = [
+                (view, gradient[number])
+                for view, gradient in zip(_per_row(features), gradients, strict=True)
+                if gradient is not None and view.requires_grad  # looked at by a loss, from an encoder that trains
+            ]
+            if last and features.scale.requires_grad:  # one temperature serves all rows, so its gradient goes back once
+                outputs.append((features.scale, whole.scale.grad))
+            classified = objectives.classify(
+                features, chunk.identities, chunk.views.masked_labels, rows=len(batch), picked=picked
+            )
+            if classified:
+                outputs.append((scale_loss(sum(classified.values())), None))
+            torch.autograd.backward(*zip(*outputs, strict=True))
+        for name, loss in classified.items():
+            weighted[name] = weighted.get(name, 0) + loss.detach()
+    return weighted
+
+
+def _unmasked(views: Views) -> Views:
+    """Without the masked captions, which only MLM encodes."""
+    return dataclasses.replace(views, masked_token_ids=None, masked_labels=None)
+
+
+def _compared(features: Features) -> Features:
+    """Without what is computed for each sample alone."""
+    return dataclasses.replace(features, masked_logits=None, identity_logits=None)
+
+
+def _per_row(features: Features) -> list[Tensor]:
+    """Features of the contrastive losses, with a row for each sample."""
+    pairs = (*(features.simclr or ()), *(features.simclr_text or ()))
+    views = (features.image, features.text, features.second_image, features.second_text, *pairs)
+    return [view for view in views if view is not None]
+
+
+def _joined(parts: list[Features]) -> Features:
+    """The features of all chunks, one after another, ready to take gradients."""
+    image, text, *others = (torch.cat(rows).requires_grad_() for rows in zip(*map(_per_row, parts), strict=True))
+    return Features(
+        image=image,
+        text=text,
+        scale=parts[0].scale.detach().requires_grad_(),
+        second_image=others.pop(0) if parts[0].second_image is not None else None,
+        second_text=others.pop(0) if parts[0].second_text is not None else None,
+        simclr=(others.pop(0), others.pop(0)) if parts[0].simclr is not None else None,
+        simclr_text=(others.pop(0), others.pop(0)) if parts[0].simclr_text is not None else None,
+    )

@@ -1,0 +1,450 @@
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from misc.data.annotations import PUBLISHED_COUNTS, Counts, Split, check_images, read_annotations, statistics_table
+from misc.errors import UserError
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 8), (200, 30, 30)).save(path)
+
+
+def entry(split: str, identity: int, path: str, *captions: str, **fields) -> dict:
+    """One entry of a raw file, but for RSTPReid's `img_path`."""
+    return {"split": split, "id": identity, "file_path": path, "captions": list(captions), **fields}
+
+
+CUHK = [
+    entry("train", 12, "cam_a/1.png", "A red shirt.", "Blue jeans!", processed_tokens=[["a"], ["blue"]]),
+    entry("test", 12, "CUHK01/7.png", "Grey coat", "A grey coat"),
+    entry("train", 5, "cam_b/2.png", "Green hat", "A hat"),
+    entry("val", 90, "Market/3.png", "White dress", "a dress"),
+    entry("train", 12, "cam_a/4.png", "Red", "Red shirt"),
+]
+ICFG = [
+    entry("train", 3, "train/0001/a.jpg", "A man in black."),
+    entry("test", 8, "test/0002/b.jpg", "A woman in white."),
+]
+RSTP = [
+    {"split": "train", "id": 0, "img_path": "0000_c1_0001.jpg", "captions": ["One.", "Two."]},
+    {"split": "val", "id": 3701, "img_path": "3701_c1_0001.jpg", "captions": ["Three.", "Four."]},
+    {"split": "test", "id": 3901, "img_path": "3901_c1_0001.jpg", "captions": ["Five.", "Six."]},
+]
+
+
+def reid_entry(identity: int, path: str, *captions: str, **fields) -> dict:
+    return {"file_path": path, "id": identity, "captions": list(captions), **fields}
+
+
+def fails(anno_dir: Path, *parts: str, image_dir: Path | None = None, **arguments) -> None:
+    """Reading raises a UserError of one line that holds all `parts`."""
+    with pytest.raises(UserError) as caught:
+        read_annotations(anno_dir, image_dir or anno_dir, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+# The forms
+
+
+def test_cuhk_pedes(tmp_path):
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    splits = read_annotations(tmp_path, tmp_path)
+    assert list(splits) == ["train", "val", "test"]
+    train = splits["train"]
+    assert train.image_paths == ["cam_a/1.png", "cam_b/2.png", "cam_a/4.png"]
+    assert train.image_identities == [0, 1, 0]
+    assert train.captions == ["a red shirt", "blue jeans", "green hat", "a hat", "red", "red shirt"]
+    assert train.back_translations == [None] * 6
+    assert train.caption_images == [0, 0, 1, 1, 2, 2]
+    assert train.caption_identities == [0, 0, 1, 1, 0, 0]
+    assert len(train) == 6
+    assert train.counts == Counts(identities=2, images=3, captions=6)
+    assert splits["val"].image_identities == [90]
+    assert splits["test"].image_identities == [12]
+    assert splits["test"].caption_identities == [12, 12]
+
+
+@pytest.mark.parametrize("name", ["ICFG-PEDES.json", "ICFG_PEDES.json"])
+def test_icfg_pedes(tmp_path, name):
+    write_json(tmp_path / name, ICFG)
+    splits = read_annotations(tmp_path, tmp_path)
+    assert list(splits) == ["train", "test"]
+    assert splits["train"].image_paths == ["train/0001/a.jpg"]
+    assert splits["test"].captions == ["a woman in white"]
+
+
+def test_rstpreid(tmp_path):
+    write_json(tmp_path / "data_captions.json", RSTP)
+    splits = read_annotations(tmp_path, tmp_path)
+    assert list(splits) == ["train", "val", "test"]
+    assert splits["val"].image_paths == ["3701_c1_0001.jpg"]
+    assert splits["test"].image_identities == [3901]
+    assert splits["train"].captions == ["one", "two"]
+
+
+def write_reid(folder: Path, *, val: list | None = None) -> None:
+    write_json(
+        folder / "train_reid.json",
+        [
+            reid_entry(7, "a.jpg", "One.", "Two.", captions_bt=["Un.", "DEUX!"]),
+            reid_entry(-3, "b.jpg", "Three", "Four", "Five", captions_bt=["", None]),
+            reid_entry(7, "c.jpg", "Six"),
+            reid_entry(9, "a.jpg", "Seven", captions_bt=None),
+        ],
+    )
+    write_json(folder / "test_reid.json", [reid_entry(-1, "d.jpg", "Eight", split="of no account")])
+    if val is not None:
+        write_json(folder / "val_reid.json", val)
+
+
+def test_reid_files(tmp_path):
+    write_reid(tmp_path, val=[reid_entry(4, "e.jpg", "Nine")])
+    splits = read_annotations(tmp_path, tmp_path)
+    assert list(splits) == ["train", "val", "test"]
+    train = splits["train"]
+    assert train.image_paths == ["a.jpg", "b.jpg", "c.jpg", "a.jpg"]  # an image that is listed twice stays so
+    assert train.image_identities == [0, 1, 0, 2]
+    assert train.captions == ["one", "two", "three", "four", "five", "six", "seven"]
+    assert train.back_translations == ["un", "deux", None, None, None, None, None]
+    assert splits["test"].image_identities == [-1]
+
+
+@pytest.mark.parametrize("val", [None, []])
+def test_reid_files_without_validation(tmp_path, val):
+    write_reid(tmp_path, val=val)
+    assert list(read_annotations(tmp_path, tmp_path)) == ["train", "test"]
+
+
+def test_reid_files_come_first(tmp_path):
+    write_reid(tmp_path)
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    assert read_annotations(tmp_path, tmp_path)["test"].captions == ["eight"]
+
+
+def test_captions_that_look_broken_are_data(tmp_path):
+    captions = ["", "shirt", "\x00\x1b[0m", "  ..  ", "\ud800"]
+    write_json(tmp_path / "reid_raw.json", [entry("train", 1, "a.jpg", *captions), entry("test", 1, "b.jpg", "")])
+    splits = read_annotations(tmp_path, tmp_path)
+    assert splits["train"].captions == ["", "shirt", "\x00\x1b[0m", "", "\ud800"]
+    assert splits["test"].captions == [""]
+
+
+def test_captions_and_back_translations_are_cut(tmp_path):
+    write_json(
+        tmp_path / "reid_raw.json",
+        [entry("train", 1, "a.jpg", "one two three", captions_bt=["un deux trois"]), entry("test", 1, "b.jpg", "x")],
+    )
+    train = read_annotations(tmp_path, tmp_path, max_words=2)["train"]
+    assert train.captions == ["one two"]
+    assert train.back_translations == ["un deux"]
+
+
+# Back-translations from a file of their own
+
+
+def test_back_translation_file(tmp_path):
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    back_translations = tmp_path / "translated.json"
+    write_json(
+        back_translations,
+        [
+            {"img_path": "cam_a/4.png", "captions_bt": ["Rouge.", "Chemise rouge"]},
+            {"file_path": "elsewhere.png", "captions_bt": ["ignored"]},
+            {"file_path": "cam_a/1.png", "captions_bt": [None, "Jean bleu"]},
+            {"file_path": "cam_b/2.png"},
+        ],
+    )
+    splits = read_annotations(tmp_path, tmp_path, back_translation_file=back_translations)
+    assert splits["train"].back_translations == [None, "jean bleu", None, None, "rouge", "chemise rouge"]
+    assert splits["test"].back_translations == [None, None]
+
+
+def test_a_reid_file_is_a_back_translation_file_and_takes_the_place_of_what_the_annotation_has(tmp_path):
+    write_reid(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_json(
+        other / "train_reid.json",
+        [reid_entry(1, "a.jpg", "One", captions_bt=["first"]), reid_entry(1, "a.jpg", "Seven", captions_bt=["second"])],
+    )
+    train = read_annotations(tmp_path, tmp_path, back_translation_file=other / "train_reid.json")["train"]
+    assert train.back_translations == ["first", None, None, None, None, None, "second"]
+
+
+def test_back_translations_of_another_dataset(tmp_path):
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    for content in ([{"file_path": "elsewhere.png", "captions_bt": ["x"]}], [{"file_path": "cam_a/1.png"}], []):
+        write_json(tmp_path / "translated.json", content)
+        fails(tmp_path, "translated.json", "'cam_a/1.png'", back_translation_file=tmp_path / "translated.json")
+
+
+def test_bad_back_translation_files(tmp_path):
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    path = tmp_path / "translated.json"
+    fails(tmp_path, "translated.json is not a file", back_translation_file=path)
+    for content, parts in [
+        ({"a": 1}, ["translated.json", "list"]),
+        ([3], ["entry 1 (counted from 1) is 3,"]),
+        ([{"captions_bt": ["x"]}], ["entry 1", "no `file_path`"]),
+        ([{"file_path": "x.jpg"}, {"file_path": "y.jpg", "captions_bt": "text"}], ["entry 2", "`captions_bt: 'text'`"]),
+        ([{"file_path": "cam_a/1.png", "captions_bt": [4]}], ["entry 1", "`captions_bt: [4]`"]),
+    ]:
+        write_json(path, content)
+        fails(tmp_path, *parts, back_translation_file=path)
+
+
+# Which file
+
+
+def test_no_annotation(tmp_path):
+    (tmp_path / "other.json").write_text("[]")
+    expected = ["train_reid.json", "reid_raw.json", "ICFG-PEDES.json", "data_captions.json"]
+    fails(tmp_path, str(tmp_path), *expected, "JSON files there: other.json")
+
+
+def test_no_file_at_all(tmp_path):
+    fails(tmp_path, "JSON files there: none")
+
+
+def test_caption_all_cannot_be_used(tmp_path):
+    write_json(tmp_path / "caption_all.json", [{"id": 1, "file_path": "a.jpg", "captions": ["a"]}])
+    fails(tmp_path, "caption_all.json", "split", "reid_raw.json")
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    assert len(read_annotations(tmp_path, tmp_path)["train"]) == 6
+
+
+def test_several_raw_files(tmp_path):
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    write_json(tmp_path / "data_captions.json", RSTP)
+    fails(tmp_path, "reid_raw.json", "data_captions.json", "several")
+
+
+def test_no_test_file(tmp_path):
+    write_json(tmp_path / "train_reid.json", [reid_entry(1, "a.jpg", "x")])
+    fails(tmp_path, "no test_reid.json")
+
+
+def test_missing_folders(tmp_path):
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    fails(tmp_path / "nowhere", "anno_dir", "nowhere", image_dir=tmp_path)
+    fails(tmp_path / "reid_raw.json", "anno_dir", "reid_raw.json", image_dir=tmp_path)
+    fails(tmp_path, "image_dir", "nowhere", image_dir=tmp_path / "nowhere")
+
+
+# What is in it
+
+
+@pytest.mark.parametrize("content", [b"{]", b"", b"\xff\xfe\xff", b"version https://git-lfs.github.com/spec/v1"])
+def test_not_json(tmp_path, content):
+    (tmp_path / "reid_raw.json").write_bytes(content)
+    fails(tmp_path, "reid_raw.json cannot be read as JSON")
+
+
+@pytest.mark.parametrize("content", [{"annotations": []}, "text", None, 3])
+def test_not_a_list(tmp_path, content):
+    write_json(tmp_path / "reid_raw.json", content)
+    fails(tmp_path, "reid_raw.json", "list")
+
+
+def test_json_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "reid_raw.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(CUHK).encode())
+    assert len(read_annotations(tmp_path, tmp_path)["train"]) == 6
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("split", MISSING),
+        ("split", "training"),
+        ("split", ["train"]),
+        ("id", MISSING),
+        ("id", "12"),
+        ("id", 1.0),
+        ("id", True),
+        ("id", None),
+        ("file_path", MISSING),
+        ("file_path", ""),
+        ("file_path", 3),
+        ("file_path", "/etc/a.jpg"),
+        ("file_path", "../a.jpg"),
+        ("file_path", "a/../../b.jpg"),
+        ("captions", MISSING),
+        ("captions", []),
+        ("captions", "a man"),
+        ("captions", ["a man", None]),
+        ("captions", [["a"]]),
+        ("captions_bt", "un"),
+        ("captions_bt", [1]),
+    ],
+)
+def test_wrong_fields(tmp_path, field, value):
+    wrong = entry("train", 1, "a.jpg", "x")
+    if value is MISSING:
+        del wrong[field]
+    else:
+        wrong[field] = value
+    write_json(tmp_path / "reid_raw.json", [*CUHK, wrong])
+    found = f"no `{field}`" if value is MISSING else f"`{field}: {value!r}`"
+    fails(tmp_path, f"reid_raw.json entry 6 (counted from 1) has {found}, expected ", "mend or remove")
+
+
+def test_wrong_fields_of_rstpreid_are_called_by_their_name(tmp_path):
+    write_json(tmp_path / "data_captions.json", [*RSTP, RSTP[0] | {"img_path": "../a.jpg"}])
+    fails(tmp_path, "data_captions.json entry 4", "`img_path: '../a.jpg'`")
+
+
+def test_entries_that_are_no_objects(tmp_path):
+    write_json(tmp_path / "reid_raw.json", [*CUHK, "text\nof two lines"])
+    fails(tmp_path, "entry 6 (counted from 1) is 'text\\nof two lines'")
+
+
+def test_long_values_are_shortened(tmp_path):
+    write_json(tmp_path / "reid_raw.json", [entry("word " * 1000, 1, "a.jpg", "x")])
+    with pytest.raises(UserError) as caught:
+        read_annotations(tmp_path, tmp_path)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_empty_splits(tmp_path, name):
+    write_json(tmp_path / "reid_raw.json", [one for one in CUHK if one["split"] != name])
+    fails(tmp_path, f"no {name} entries")
+
+
+def test_empty_training_file(tmp_path):
+    write_reid(tmp_path)
+    write_json(tmp_path / "train_reid.json", [])
+    fails(tmp_path, "no train entries")
+
+
+# Images
+
+
+@pytest.fixture
+def cuhk(tmp_path) -> Path:
+    """CUHK-PEDES as it is unpacked: the annotation beside the folder `imgs`."""
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    for one in CUHK:
+        write_image(tmp_path / "imgs" / one["file_path"])
+    return tmp_path
+
+
+def test_image_dir_is_imgs(cuhk):
+    splits = read_annotations(cuhk, cuhk / "imgs")
+    assert splits["test"].image_paths == ["CUHK01/7.png"]
+    check_images(splits, cuhk / "imgs")
+
+
+def test_image_dir_is_the_parent_of_imgs(cuhk):
+    (cuhk / "imgs" / CUHK[0]["file_path"]).unlink()  # the first file that exists decides
+    splits = read_annotations(cuhk, cuhk)
+    assert splits["test"].image_paths == ["imgs/CUHK01/7.png"]
+    write_image(cuhk / "imgs" / CUHK[0]["file_path"])
+    check_images(splits, cuhk)
+
+
+def test_missing_images(cuhk):
+    splits = read_annotations(cuhk, cuhk / "imgs")
+    for one in CUHK[1:3]:
+        (cuhk / "imgs" / one["file_path"]).unlink()
+    with pytest.raises(UserError, match="2 of 5 annotated images") as caught:
+        check_images(splits, cuhk / "imgs")
+    assert "'cam_b/2.png', 'CUHK01/7.png';" in str(caught.value)
+
+
+def test_of_many_missing_images_five_are_named(tmp_path):
+    paths = [f"{i}.jpg" for i in range(7)]
+    split = Split(paths * 2, [0] * 14, ["x"] * 14, [None] * 14, list(range(14)))
+    with pytest.raises(UserError, match="7 of 7 annotated images") as caught:
+        check_images({"test": split}, tmp_path)
+    assert "'4.jpg', ...;" in str(caught.value)
+    assert "5.jpg" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Statistics
+
+
+def made_up_split(counts: Counts) -> Split:
+    identities = [i % counts.identities for i in range(counts.images)]
+    caption_images = [i % counts.images for i in range(counts.captions)]
+    captions = [""] * counts.captions
+    return Split([""] * counts.images, identities, captions, [None] * counts.captions, caption_images)
+
+
+def test_table(tmp_path):
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    table, warnings = statistics_table(read_annotations(tmp_path, tmp_path), None)
+    assert [line.split() for line in table.splitlines()] == [
+        ["split", "identities", "images", "captions"],
+        ["train", "2", "3", "6"],
+        ["val", "1", "1", "2"],
+        ["test", "1", "1", "2"],
+    ]
+    assert len({len(line) for line in table.splitlines()}) == 1
+    assert warnings == []
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED_COUNTS)
+def test_no_warning_where_all_numbers_are_the_published_ones(dataset):
+    splits = {name: made_up_split(counts) for name, counts in PUBLISHED_COUNTS[dataset].items()}
+    table, warnings = statistics_table(splits, dataset)
+    assert warnings == []
+    assert f"{PUBLISHED_COUNTS[dataset]['train'].captions:,}" in table
+
+
+def test_a_warning_shows_both_numbers():
+    splits = {name: made_up_split(counts) for name, counts in PUBLISHED_COUNTS["RSTPReid"].items()}
+    splits["train"] = made_up_split(Counts(3_701, 18_505, 37_009))
+    assert statistics_table(splits, "RSTPReid")[1] == ["RSTPReid train: 37,009 captions here, 37,010 published"]
+
+
+def test_a_split_that_is_missing_or_not_published():
+    splits = {name: made_up_split(counts) for name, counts in PUBLISHED_COUNTS["RSTPReid"].items()}
+    validation = splits.pop("val")
+    assert statistics_table(splits, "RSTPReid")[1][0] == "RSTPReid val: 0 identities here, 200 published"
+    icfg = {name: made_up_split(counts) for name, counts in PUBLISHED_COUNTS["ICFG-PEDES"].items()}
+    warnings = statistics_table(icfg | {"val": validation}, "ICFG-PEDES")[1]
+    assert warnings[0] == "ICFG-PEDES val: 200 identities here, 0 published"
+    assert len(warnings) == 3
+
+
+def test_unknown_dataset():
+    with pytest.raises(UserError, match="'CUHK'.*CUHK-PEDES, ICFG-PEDES, RSTPReid"):
+        statistics_table({}, "CUHK")
+
+
+# Speed
+
+
+def test_a_file_of_published_size_is_read_in_seconds(tmp_path):
+    """68,126 captions of 25 words; about one second where this was written, so ten mean that something is wrong."""
+    words = random.Random(0).choices(["Red", "shirt", "black", "jeans", "a", "man,", "walking."], k=10_000)
+    sentences = [" ".join(words[i : i + 25]) for i in range(1000)]
+    write_json(
+        tmp_path / "reid_raw.json",
+        [
+            entry("test" if i == 0 else "train", i // 3, f"cam_a/{i}.png", sentences[i % 1000], sentences[i % 997])
+            for i in range(34_064)
+        ],
+    )
+    start = time.perf_counter()
+    splits = read_annotations(tmp_path, tmp_path)
+    assert time.perf_counter() - start < 10
+    assert len(splits["train"]) == 68_126

@@ -1,0 +1,278 @@
+"""What a run leaves behind, who writes it, and which folders it may write to."""
+
+import errno
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
+
+from misc.errors import UserError
+from misc.run.log import RUN_FILES, RunLog, check_run_folder, peak_memory_gigabytes, wandb_project
+from misc.run.progress import Progress
+
+ROOT = Path(__file__).parents[3]
+
+
+def record(epoch: int) -> dict[str, float]:
+    """One epoch as `main.py` logs it, every number its own."""
+    names = ("loss_nitc", "loss_ritc", "loss", "seconds", "r1", "r5", "r10", "mAP", "mINP")
+    return {"epoch": epoch} | {name: 10.0 * epoch + number for number, name in enumerate(names)}
+
+
+def content(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- the folder of a run ------------------------------------------------------------------------------------------
+
+
+def test_a_new_or_empty_folder_or_one_with_other_files_is_free(tmp_path):
+    check_run_folder(tmp_path, overwrite=False)
+    check_run_folder(tmp_path / "new" / "below", overwrite=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    check_run_folder(tmp_path, overwrite=False)
+    assert content(tmp_path) == ["notes.txt"]
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # tests may run as root
+    with pytest.raises(UserError, match="saved_path.*may not be written to"):
+        check_run_folder(tmp_path / "new", overwrite=False)
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_folder_that_holds_a_file_of_a_run_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("old")
+    with pytest.raises(UserError) as caught:
+        check_run_folder(tmp_path, overwrite=False)
+    assert all(part in str(caught.value) for part in ("model.saved_path", str(tmp_path), name, "--overwrite"))
+    check_run_folder(tmp_path, overwrite=True)
+    assert content(tmp_path) == [name]  # to check changes nothing
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, overwrite):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"model\.saved_path.*is a file"):
+            check_run_folder(folder, overwrite=overwrite)
+
+
+def test_what_a_run_left_that_died_before_it_began_is_no_run(tmp_path):
+    (tmp_path / "train.log").touch()
+    check_run_folder(tmp_path, overwrite=False)
+
+
+def test_a_new_run_replaces_the_files_of_the_old_and_no_others(tmp_path):
+    others = ("ViT-B-16.pt.part", "notes.txt")
+    for name in (*RUN_FILES, "checkpoint_last.pth.part", *others):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(UserError, match="already holds a run"):  # it came while this run was being prepared
+        RunLog(tmp_path)
+    assert content(tmp_path) == sorted((*RUN_FILES, "checkpoint_last.pth.part", *others))
+    with RunLog(tmp_path, overwrite=True) as log:
+        log.line("new")
+    assert content(tmp_path) == [*others, "train.log"]
+    assert all((tmp_path / name).read_text() == "old" for name in others)
+    assert (tmp_path / "train.log").read_text() == "new\n"
+
+
+def test_a_resumed_run_keeps_its_log_and_the_epochs_before_its_checkpoint(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.line("first")
+        for epoch in (1, 2, 3):
+            log.epoch(record(epoch), 10 * epoch)
+    for name in ("checkpoint_best.pth", "config.yaml"):
+        (tmp_path / name).write_text("kept")
+    (tmp_path / "checkpoint_last.pth.part").write_text("half a checkpoint")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "r1": 1')  # the machine went down
+    with RunLog(tmp_path, resume=Progress(epoch=2)) as log:
+        log.line("second")
+        log.epoch(record(3), 30)
+    assert content(tmp_path) == ["checkpoint_best.pth", "config.yaml", "metrics.jsonl", "train.log"]
+    assert (tmp_path / "train.log").read_text() == "first\nsecond\n"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [record(1), record(2), record(3)]
+
+
+OTHER_RUN = """
+import sys
+from pathlib import Path
+from misc.errors import UserError
+from misc.run.progress import Progress
+from misc.run.log import RunLog
+try:
+    RunLog(Path(sys.argv[1]), overwrite=True)
+except UserError as error:
+    print(error)
+"""
+
+
+def other_run(folder: Path) -> str:
+    """What a run in another process says when it starts into the folder."""
+    arguments = [sys.executable, "-c", OTHER_RUN, str(folder)]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.line("mine")
+        assert "another run is writing into" in other_run(tmp_path)
+        assert (tmp_path / "train.log").read_text() == "mine\n"
+    assert other_run(tmp_path) == ""  # the lock goes with its run
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def without(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", without)
+    with RunLog(tmp_path) as log:
+        log.line("written")
+    assert (tmp_path / "train.log").read_text() == "written\n"
+    assert re.search("warning: .* cannot be locked .No locks available", capsys.readouterr().out)
+
+
+# ---- lines, numbers, curve ----------------------------------------------------------------------------------------
+
+
+def test_lines_go_to_the_screen_and_to_the_log_at_once(tmp_path, capsys):
+    with RunLog(tmp_path / "runs" / "one") as log:
+        log.line("first")
+        log.line("ε = 0.01\ntwo lines")
+        written = (tmp_path / "runs" / "one" / "train.log").read_text(encoding="utf-8")
+    assert written == capsys.readouterr().out == "first\nε = 0.01\ntwo lines\n"
+
+
+def test_each_epoch_is_one_json_line(tmp_path):
+    with RunLog(tmp_path) as log:
+        for epoch in (1, 2):
+            log.epoch(record(epoch), iteration=10 * epoch)
+            lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+            assert len(lines) == epoch  # on the disk before the next epoch begins
+    assert [json.loads(line) for line in lines] == [record(1), record(2)]
+
+
+def test_the_curve_shows_what_metrics_jsonl_holds(tmp_path, monkeypatch):
+    drawn = {}
+    plot = Axes.plot
+
+    def remember(axes, epochs, values, **options):
+        drawn[options["label"]] = (list(epochs), list(values))
+        return plot(axes, epochs, values, **options)
+
+    monkeypatch.setattr(Axes, "plot", remember)
+    with RunLog(tmp_path) as log:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record(epoch)) + "\n" for epoch in (1, 2, 3)))
+        log.curve()
+    epochs = [1, 2, 3]
+    assert drawn == {
+        "nitc": (epochs, [10.0, 20.0, 30.0]),
+        "ritc": (epochs, [11.0, 21.0, 31.0]),
+        "sum": (epochs, [12.0, 22.0, 32.0]),
+        "R@1": (epochs, [14.0, 24.0, 34.0]),
+        "R@5": (epochs, [15.0, 25.0, 35.0]),
+        "R@10": (epochs, [16.0, 26.0, 36.0]),
+        "mAP": (epochs, [17.0, 27.0, 37.0]),
+        "mINP": (epochs, [18.0, 28.0, 38.0]),
+    }
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.format == "PNG" and np.asarray(image.convert("L")).std() > 0
+
+
+def use(log: RunLog) -> None:
+    """Everything that a run does with its log."""
+    log.line("a line")
+    with log.progress(2, 0, "epoch 1") as bar:
+        bar.update()
+    log.scalars({"loss": 1.0}, 1)
+    log.epoch(record(1), 2)
+    log.curve()
+
+
+def test_other_ranks_write_nothing(tmp_path, capfd):
+    with RunLog(tmp_path / "run", is_main=False) as log:
+        use(log)
+    assert content(tmp_path) == [] and capfd.readouterr() == ("", "")
+
+
+def test_without_a_folder_lines_go_to_the_screen_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with RunLog(None) as log:
+        use(log)
+    assert content(tmp_path) == [] and capsys.readouterr().out == "a line\n"
+
+
+# ---- TensorBoard and wandb ----------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands for TensorBoard's writer and for wandb's run."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: self.calls.append((name, *arguments, *options.values()))
+
+
+def install(monkeypatch, name: str, **content) -> None:
+    """Makes `import name` give a module of this content."""
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_tensorboard_gets_every_number_on_rank_0(tmp_path, monkeypatch):
+    writer, folders = Recorder(), []
+    install(monkeypatch, "tensorboard")
+    install(monkeypatch, "torch.utils.tensorboard", SummaryWriter=lambda folder: (folders.append(folder), writer)[1])
+    for is_main in (True, False):
+        with RunLog(tmp_path, is_main=is_main, tensorboard=True) as log:
+            log.scalars({"loss": 1.5, "loss_nitc": 0.5}, 7)
+    assert folders == [str(tmp_path)]
+    assert writer.calls == [("add_scalar", "loss", 1.5, 7), ("add_scalar", "loss_nitc", 0.5, 7), ("close",)]
+
+
+def test_wandb_gets_the_configuration_and_every_number_on_rank_0(tmp_path, monkeypatch):
+    run, started = Recorder(), []
+    install(monkeypatch, "wandb", init=lambda **options: (started.append(options), run)[1])
+    for is_main in (True, False):
+        with RunLog(tmp_path, is_main=is_main, wandb_project="mine", run_id="abc", config={"device": "cpu"}) as log:
+            log.epoch({"r1": 50.0}, 9)
+    same_run = {"id": "abc", "resume": "allow"}
+    assert started == [{"project": "mine", "dir": str(tmp_path), "config": {"device": "cpu"}, **same_run}]
+    assert run.calls == [("log", {"epoch/r1": 50.0}, 9), ("finish", 0)]
+
+
+@pytest.mark.parametrize("wanted", [{"tensorboard": True}, {"wandb_project": "mine"}], ids=["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch, wanted):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    name = next(iter(wanted)).removesuffix("_project")
+    with pytest.raises(UserError, match=rf"log\.{name}.*pip install {name}"):
+        RunLog(tmp_path / "run", **wanted)
+    assert content(tmp_path) == []
+
+
+def test_the_environment_names_the_wandb_project(monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert wandb_project(False) is None and wandb_project(True)
+    monkeypatch.setenv("WANDB_PROJECT", "people")
+    assert wandb_project(False) == wandb_project(True) == "people"
+
+
+def test_peak_memory_is_in_gigabytes():
+    block = np.ones(50_000_000)  # 0.4 · 10⁹ bytes
+    assert block.nbytes / 1e9 < peak_memory_gigabytes(torch.device("cpu")) < 100

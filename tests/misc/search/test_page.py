@@ -1,0 +1,474 @@
+"""The page and its server, as people meet them: a real server, a real browser, the demo's checkpoint and pedestrians.
+
+The people were never seen in training, and the queries are captions that were not either.
+"""
+
+import http.client
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import search
+from tests.helpers.demo import Unseen, draw_unseen, identity_of, write_demo_checkpoint
+from tests.helpers.runs import ROOT
+
+for module in ("fastapi", "uvicorn"):
+    pytest.importorskip(module, reason="needs requirements-search.txt")
+
+pytestmark = pytest.mark.slow
+
+PEOPLE = 60
+USERS = 50
+
+
+class Site(NamedTuple):
+    """A server: its port, the folder that it searches, and who is in it."""
+
+    port: int
+    folder: Path
+    people: dict[str, Unseen]
+
+    @property
+    def captions(self) -> list[tuple[str, str]]:
+        """Each caption, and whom it describes."""
+        return [
+            (caption, identity)
+            for identity, person in self.people.items()
+            for captions in person.captions.values()
+            for caption in captions
+        ]
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def paths(self) -> list[str]:
+        assert self.status == 200, self
+        return [result["path"] for result in json.loads(self.body)["results"]]
+
+    @property
+    def error(self) -> str:
+        assert self.headers["content-type"] == "application/json" and self.status >= 400, self
+        (error,) = json.loads(self.body).values()
+        return error
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Iterator[Site]:
+    root = tmp_path_factory.mktemp("site")
+    write_demo_checkpoint(root / "demo.pth")
+    people = draw_unseen(root / "crops", PEOPLE)
+    (root / "secret.jpg").write_bytes(b"not of the index")
+    index(root / "crops", "--checkpoint", root / "demo.pth")
+    (root / "crops" / "later.jpg").write_bytes(b"not of the index")
+    with running(root / "crops") as (port, process):
+        yield Site(port, root / "crops", people)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+def index(folder: Path, *arguments) -> None:
+    """`search.py index`, in this process: importing torch again would take most of the time."""
+    assert search.main(["index", str(folder), "--workers", "0", *map(str, arguments)]) == 0
+
+
+@contextmanager
+def running(folder: Path, *arguments: str) -> Iterator[tuple[int, subprocess.Popen]]:
+    """`search.py serve` on a free port: the port, and the process."""
+    command = [sys.executable, "search.py", "serve", folder, "--port", "0", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            yield int(line.split(" (")[0].rpartition(":")[2]), process
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def get(site) -> Callable[..., Answer]:
+    """A request whose path goes out as it is written here."""
+
+    def get(address: str, /, method: str = "GET", headers: dict[str, str] | None = None, **parameters) -> Answer:
+        if parameters:
+            address += "?" + urllib.parse.urlencode(parameters)
+        connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
+        try:
+            connection.request(method, address, headers=headers or {})
+            response = connection.getresponse()
+            found = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, found, response.read())
+        finally:
+            connection.close()
+
+    return get
+
+
+# ---- the server -----------------------------------------------------------------------------------------------------
+
+
+def test_the_right_people_come_first(site, get):
+    """The demo's R@1 among 250 people is 55: among 60 it must be more; chance is 1.7."""
+    captions = site.captions[::5]
+    hits = [identity_of(get("/api/search", text=caption, results=1).paths[0]) == who for caption, who in captions]
+    assert len(captions) == 96 and sum(hits) / len(hits) > 0.55
+
+
+def test_scores_fall_and_the_threshold_cuts(get):
+    answer = json.loads(get("/api/search", text="a woman in a red coat", results=30).body)
+    scores = [result["score"] for result in answer["results"]]
+    assert len(scores) == 30 and scores == sorted(scores, reverse=True) and answer["images"] == 4 * PEOPLE
+    cut = json.loads(get("/api/search", text="a woman in a red coat", results=30, threshold=scores[9]).body)
+    assert len(cut["results"]) == 10
+    assert get("/api/search", text="a woman in a red coat", threshold=1).paths == []
+
+
+def test_more_like_a_picture_begins_with_itself(site, get):
+    path = next(iter(site.people["1601"].captions))
+    found = get("/api/similar", path=path, results=4).paths
+    assert found[0] == path and len(found) == 4
+
+
+def test_pictures_of_the_index_are_served(site, get):
+    path = next(iter(site.people["1601"].captions))
+    answer = get(f"/images/{path}")
+    assert (answer.status, answer.headers["content-type"]) == (200, "image/jpeg")
+    assert answer.body == (site.folder / path).read_bytes()
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../secret.jpg",
+        "..%2fsecret.jpg",
+        "%2e%2e/secret.jpg",
+        "cam_a/../../secret.jpg",
+        "cam_a/..%5c..%5csecret.jpg",
+        "//etc/passwd",
+        "/etc/passwd",
+        "%2fetc%2fpasswd",
+        "....//secret.jpg",
+        "cam_a%00.jpg",
+        "%ff%fe.jpg",
+        "../crops_index/index.json",
+        "later.jpg",
+        "cam_a",
+        "",
+        ".",
+    ],
+)
+def test_nothing_but_the_index_is_served(site, get, path):
+    assert get(f"/images/{path}").status == 404
+    assert get("/api/similar", path=urllib.parse.unquote(path, errors="replace")).status == 404
+
+
+@pytest.mark.parametrize("path", ["../server.py", "%2e%2e/server.py", "..%2fserver.py", "//etc/passwd", "none.js", ""])
+def test_nothing_but_the_page_is_static(get, path):
+    assert get(f"/static/{path}").status == 404
+
+
+def test_a_picture_that_is_gone_is_told(site, get, tmp_path):
+    path = next(iter(site.people["1602"].captions))
+    shutil.move(site.folder / path, tmp_path / "away.jpg")
+    try:
+        assert get(f"/images/{path}").error == f"{path} is no longer there: index the folder again"
+    finally:
+        shutil.move(tmp_path / "away.jpg", site.folder / path)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"text": "x" * 10_000}, "the description has 10,000 characters: 500 are the most"),
+        ({"text": "😀" * 10_000}, "the description has 10,000 characters: 500 are the most"),
+        ({"text": "a\x00b"}, "U+0000"),
+        ({"text": "\x1b[31mred"}, "U+001B"),
+        ({"text": "red\x7f"}, "U+007F"),
+        ({"text": ""}, "empty"),
+        ({"text": " \n "}, "empty"),
+        ({}, "text: field required"),
+        ({"text": "red", "results": 0}, "results: input should be greater than or equal to 1, not 0"),
+        ({"text": "red", "results": 201}, "results: "),
+        ({"text": "red", "results": "many"}, "results: "),
+        ({"text": "red", "threshold": "nan"}, "threshold: "),
+        ({"text": "red", "threshold": 2}, "threshold: "),
+    ],
+)
+def test_bad_requests_get_a_clear_error(get, parameters, says):
+    answer = get("/api/search", **parameters)
+    assert answer.status == 400 and says in answer.error and "\n" not in answer.error
+
+
+def test_other_addresses_and_methods_get_a_clear_error(get):
+    assert (get("/nothing").status, get("/nothing").error) == (404, "/nothing: Not Found")
+    assert get("/docs").status == 404
+    assert get("/api/search", method="POST", text="red").status == 405
+    assert get("/api/similar").error == "path: field required"
+
+
+def test_a_page_of_another_name_may_not_ask(site, get):
+    answer = get("/api/about", headers={"Host": f"evil.example:{site.port}"})
+    assert answer.status == 400 and "evil.example" in answer.error
+    assert get("/api/about", headers={"Host": f"localhost:{site.port}"}).status == 200
+    with running(site.folder, "--allow-host", "evil.example") as (port, _):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/api/about", headers={"Host": "evil.example"})
+        assert connection.getresponse().status == 200
+
+
+def test_it_listens_on_this_machine_alone(site):
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other:
+        assert other.connect_ex(("127.0.0.2", site.port)) != 0
+
+
+def test_a_port_that_is_taken_is_one_line(site):
+    command = [sys.executable, "search.py", "serve", site.folder, "--port", str(site.port)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "Address already in use" in ended.stderr and "--port" in ended.stderr
+
+
+def test_fifty_users_at_once_get_what_one_gets(site, get):
+    captions = [caption for caption, _ in site.captions[: USERS * 8 : 8]]
+    alone = [get("/api/search", text=caption, results=5).paths for caption in captions]
+    with ThreadPoolExecutor(USERS) as users:
+        together = list(users.map(lambda caption: get("/api/search", text=caption, results=5).paths, captions))
+    assert len(captions) == USERS
+    # Rounding differs between one query and several, so equal scores may change places.
+    assert [set(paths) for paths in together] == [set(paths) for paths in alone]
+
+
+def test_a_new_index_is_found_without_a_restart(site, get, tmp_path):
+    folder = tmp_path / "crops"
+    shutil.copytree(site.folder / "cam_a", folder / "cam_a")
+    index(folder, "--checkpoint", site.folder.parent / "demo.pth")
+    with running(folder) as (port, _):
+
+        def images() -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.request("GET", "/api/search?text=red")
+            return json.loads(connection.getresponse().read())["images"]
+
+        before = images()
+        shutil.copytree(site.folder / "cam_b", folder / "cam_b")
+        index(folder)
+        assert before < images() == len(list(folder.rglob("*.jpg")))
+
+
+# ---- the browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Debian's Chromium, headless."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
+    if None in programs:
+        pytest.skip("needs Debian's packages chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",  # Chromium as root has none
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1280,900",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    yield browser
+    browser.quit()
+
+
+class Page:
+    """What somebody does and sees."""
+
+    def __init__(self, browser, site: Site):
+        from selenium.webdriver.common.keys import Keys
+
+        self.browser, self.site, self.keys = browser, site, Keys
+
+    def open(self, query: str = "") -> None:
+        self.browser.get(f"http://127.0.0.1:{self.site.port}/{query}")
+        self.settle()
+
+    def one(self, selector: str):
+        return self.browser.find_element("css selector", selector)
+
+    def type(self, text: str, column: int = 1) -> None:
+        field = self.one(f"#text-{column}")
+        field.clear()
+        field.send_keys(text, self.keys.ENTER)
+        self.settle()
+
+    def press(self, *keys: str) -> None:
+        self.browser.switch_to.active_element.send_keys(*keys)
+        self.settle()
+
+    def settle(self) -> None:
+        """Until no search is under way; settings count after a pause of typing."""
+        time.sleep(0.1)
+        self.until(lambda: not self.browser.find_elements("css selector", "[aria-busy=true]"))
+
+    def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline, self.browser.find_element("css selector", "body").text
+            time.sleep(0.05)
+
+    def paths(self, column: int = 1) -> list[str]:
+        cards = f"document.querySelectorAll('#results-{column} > .card')"
+        return self.browser.execute_script(f"return [...{cards}].map((card) => card.dataset.path)")
+
+    def focused(self, attribute: str) -> str | None:
+        return self.browser.switch_to.active_element.get_attribute(attribute)
+
+
+@pytest.fixture
+def page(chromium, site) -> Iterator[Page]:
+    page = Page(chromium, site)
+    chromium.set_window_size(1280, 900)
+    chromium.get_log("browser")
+    page.open()
+    yield page
+    complaints = [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [entry for entry in complaints if "status of 4" not in entry["message"]], complaints
+
+
+def test_typing_a_description_shows_the_right_people_first(page, site, get):
+    """Captions of people that it has never seen; and a description whose first four results are right but for one."""
+    for caption, who in site.captions[:4]:
+        expected = get("/api/search", text=caption, results=20).paths
+        page.type(caption)
+        assert page.paths() == expected
+        assert who in [identity_of(path) for path in page.paths()[:10]]
+    page.type("a woman in a red coat")
+    wears_red = [
+        person.upper.colour == "red" for person in (site.people[identity_of(path)].person for path in page.paths()[:4])
+    ]
+    assert sum(wears_red) >= 3
+    assert page.one("#status-1").text.startswith(f"20 of {4 * PEOPLE} pictures in ")
+    pictures = page.browser.find_elements("css selector", "#results-1 img")
+    page.until(lambda: pictures[0].get_property("naturalWidth") == 64)
+
+
+def test_more_like_a_card_and_back(page, get):
+    page.type("a man with a blue jacket")
+    before = page.paths()
+    page.browser.find_elements("css selector", "#results-1 .more")[2].click()
+    page.settle()
+    assert page.paths() == get("/api/similar", path=before[2], results=20).paths
+    assert before[2] in page.one("#like-1").text
+    similar = page.paths()
+    page.browser.back()
+    page.until(lambda: page.paths() == before)
+    page.browser.forward()
+    page.until(lambda: page.paths() == similar)
+    page.one("#back-1").click()
+    page.until(lambda: page.paths() == before)
+
+
+def test_two_descriptions_side_by_side(page):
+    page.type("a woman in a red coat")
+    page.one("#compare").click()
+    page.type("a woman in a red dress", column=2)
+    first, second = page.paths(1), page.paths(2)
+    assert len(first) == len(second) == 20 and first != second
+    marked = [
+        card.get_attribute("data-path")
+        for card in page.browser.find_elements("css selector", "#results-1 > .card")
+        if card.find_element("css selector", ".both").is_displayed()
+    ]
+    assert marked == [path for path in first if path in second]
+    left, right = (page.one(f"#column-{column}").rect for column in (1, 2))
+    assert left["x"] + left["width"] <= right["x"] + 1 and left["y"] == right["y"]
+    page.browser.refresh()  # the address holds it all
+    page.settle()
+    assert (page.paths(1), page.paths(2)) == (first, second)
+    page.one("#compare").click()
+    assert not page.one("#column-2").is_displayed()
+
+
+def test_number_and_threshold(page):
+    page.type("a man in black")
+    for field, value, expected in (("#count", "5", 5), ("#threshold", "1", 0), ("#threshold", "", 5)):
+        page.one(field).send_keys(page.keys.CONTROL, "a")
+        page.one(field).send_keys(value or page.keys.DELETE)
+        page.until(lambda expected=expected: len(page.paths()) == expected)
+    page.settle()
+    assert page.one("#status-1").text.startswith("5 of ")
+
+
+def test_by_keyboard_alone(page):
+    page.type("a man in black")
+    page.press(page.keys.TAB)  # the button
+    page.press(page.keys.TAB)
+    assert page.focused("class") == "more"
+    paths = page.paths()
+
+    def card() -> str:
+        return page.browser.execute_script("return document.activeElement.closest('.card').dataset.path")
+
+    page.press(page.keys.ARROW_RIGHT)
+    assert card() == paths[1]
+    page.press(page.keys.ARROW_DOWN)
+    assert card() not in paths[:3]
+    page.press(page.keys.ARROW_UP)
+    assert card() == paths[1]
+    page.press(page.keys.END)
+    assert card() == paths[-1]
+    page.press(page.keys.HOME, page.keys.ARROW_RIGHT, page.keys.ENTER)
+    assert page.paths()[0] == paths[1]  # more like it begins with itself
+    page.press(page.keys.ESCAPE)
+    assert page.focused("id") == "text-1"
+
+
+def test_errors_are_shown_and_do_not_stay(page, site):
+    page.open("?" + urllib.parse.urlencode({"q": "x" * 10_000}))
+    assert "500 are the most" in page.one("#error-1").text and page.paths() == []
+    page.open("?" + urllib.parse.urlencode({"q": "a\x01b"}))
+    assert "U+0001" in page.one("#error-1").text
+    page.open("?" + urllib.parse.urlencode({"q": "", "like": "../secret.jpg"}))
+    assert "is not in the index" in page.one("#error-1").text
+    page.type("<img src=x onerror=alert(1)>")
+    assert not page.one("#error-1").is_displayed() and len(page.paths()) == 20
+    assert len(page.one("#text-1").get_attribute("maxlength")) == 3
+
+
+@pytest.mark.parametrize("width", [360, 320])
+def test_on_a_phone(page, width):
+    metrics = {"width": width, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        page.open("?" + urllib.parse.urlencode({"q": "a woman in a red coat"}))
+        tops = [card.rect["y"] for card in page.browser.find_elements("css selector", "#results-1 > .card")]
+        assert tops.count(tops[0]) >= 2
+        page.one("#compare").click()
+        page.type("a man in black", column=2)
+        wide = page.browser.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= width
+        for selector in ("#search-1 button", "#text-1", "#compare", "#results-1 .more"):
+            assert page.one(selector).rect["height"] >= 43.5
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -1,0 +1,123 @@
+"""Which device a process takes, and when that is refused. The collectives are tested in test_ranks.py."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from misc.errors import UserError
+from misc.system import distributed
+from misc.system.distributed import Processes, processes
+from tests.helpers.processes import run_on_ranks
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretends that the machine has so many GPUs; none of them is touched."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+    return pretend
+
+
+def device_alone(device: str | int) -> tuple[str, str | None]:
+    with processes(device, "nccl", "env://") as here:
+        assert (here.rank, here.world_size, here.is_main) == (0, 1, True)
+        return str(here.device), here.note
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "taken"),
+    [("auto", 0, "cpu"), ("auto", 2, "cuda:0"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda:0"), (1, 2, "cuda:1")],
+)
+def test_device_without_torchrun(gpus, device, count, taken):
+    gpus(count)
+    assert device_alone(device) == (taken, None)
+
+
+@pytest.mark.parametrize(("count", "taken"), [(0, "cpu"), (2, "cuda:0")])
+def test_an_index_of_another_machine_falls_back_with_a_note(gpus, count, taken):
+    gpus(count)
+    device, note = device_alone(5)
+    assert device == taken
+    assert "5" in note and taken in note
+
+
+def test_cuda_without_a_gpu_is_refused(gpus):
+    gpus(0)
+    with pytest.raises(UserError, match="device: cuda.*device=cpu"):
+        device_alone("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "message"),
+    [
+        ("auto", 2, "4 processes.*2 GPUs.*--nproc_per_node=2"),
+        (0, 3, "4 processes.*3 GPUs.*--nproc_per_node=3"),
+        ("cuda", 0, "device: cuda.*device=cpu"),
+    ],
+)
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch, device, count, message):
+    gpus(count)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), processes(device, "nccl", "env://"):
+        pass
+
+
+def test_after_an_error_no_rank_waits_for_the_others(monkeypatch):
+    """With nccl, destroying the group waits for all ranks, which are in another collective by then."""
+    destroyed = []
+    monkeypatch.setattr(distributed, "_join", lambda device, *_: distributed.Processes(0, 1, device))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: destroyed.append(True))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="mine alone"), processes("cpu", "gloo", "env://"):
+        raise UserError("mine alone")
+    assert not destroyed
+    with processes("cpu", "gloo", "env://"):
+        pass
+    assert destroyed
+
+
+@pytest.mark.parametrize(
+    ("torchruns", "restarts", "own_store", "warned"),
+    [("2", "3", False, True), ("2", "3", True, False), ("2", "0", False, False), ("1", "3", False, False)],
+)
+def test_restarts_of_several_torchruns_that_would_hang_are_warned_of(
+    monkeypatch, torchruns, restarts, own_store, warned
+):
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_: iter([(distributed.dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": torchruns,
+        "TORCHELASTIC_MAX_RESTARTS": restarts,
+        "TORCHELASTIC_USE_AGENT_STORE": str(not own_store),
+    }.items():
+        monkeypatch.setenv(name, value)
+    note = distributed._join(torch.device("cpu"), "gloo", "env://").note
+    assert (note is not None and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note) == warned
+
+
+def find_or_make(here: Processes, path: Path) -> str:
+    """What each of several ranks does that would all download the same file."""
+
+    def find() -> str:
+        if path.exists():
+            return "found"
+        time.sleep(0.5)  # time enough for another rank to find nothing either
+        path.touch()
+        return "made"
+
+    return here.first_on_machine(find)
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_machine_downloads_and_the_others_find_it(tmp_path):
+    assert run_on_ranks(3, find_or_make, tmp_path, tmp_path / "file") == ["made", "found", "found"]
+    assert find_or_make(Processes(0, 1, torch.device("cpu")), tmp_path / "alone") == "made"

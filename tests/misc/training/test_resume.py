@@ -1,0 +1,362 @@
+"""A run that was stopped and goes on ends as if it had never been stopped, to the last bit."""
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from misc.config.loading import load_config, plain
+from misc.errors import UserError
+from misc.run.checkpoint import read_checkpoint, write_checkpoint
+from misc.system.distributed import Processes
+from misc.system.interruption import Interrupted, Interruption
+from misc.training.resume import Course
+from tests.helpers.runs import (
+    EVERYTHING,
+    METRICS,
+    QUICK,
+    Outcome,
+    Run,
+    assert_same_run,
+    at_step,
+    finished,
+    of_dataset,
+    only_error,
+    start,
+)
+from tests.helpers.seeded import clip_weights
+from tests.helpers.tiny_dataset import write_tiny_dataset
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+"""Of an epoch: 48 samples in batches of 4."""
+
+
+class Crash(BaseException):
+    """Ends a run as a power cut would: nobody takes it."""
+
+
+@pytest.fixture
+def train(run, data, tmp_path) -> Callable[..., Outcome]:
+    """Two epochs with every objective, in this process, into `tmp_path / "run"`."""
+    return lambda *arguments: run(*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", *arguments)
+
+
+def crash() -> None:
+    raise Crash
+
+
+# ---- a crash --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "resumed_from"),
+    [(1, (0, 0)), (5, (0, 0)), (6, (0, 5)), (STEPS, (0, 10)), (STEPS + 1, (1, 0)), (STEPS + 8, (1, 5))],
+)
+def test_a_crash_in_any_step_costs_nothing_but_time(train, unstopped, monkeypatch, tmp_path, step, resumed_from):
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        at_step(patched, step, crash)
+        train()
+    progress = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["progress"]
+    assert (progress["epoch"], progress["step"]) == resumed_from
+    outcome = train("--resume")
+    assert outcome.status == 0, outcome.err
+    assert f"resumed after epoch {resumed_from[0]} and {resumed_from[1]} of 12 steps" in outcome.out
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+@pytest.mark.parametrize("place", ["report", "write_retrieval", "Keeper.save_best", "RunLog.curve"])
+def test_a_crash_after_an_epoch_costs_nothing_but_time(train, unstopped, monkeypatch, tmp_path, place):
+    import main
+
+    owner, _, name = place.rpartition(".")
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(getattr(main, owner) if owner else main, name, lambda *_, **__: crash())
+        train()
+    assert train("--resume").status == 0
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+def test_the_number_of_workers_may_change(train, unstopped, monkeypatch, tmp_path):
+    for step, workers in ((8, 1), (9, 3)):
+        with monkeypatch.context() as patched, pytest.raises(Crash):
+            at_step(patched, step, crash)
+            train(f"data.num_workers={workers}", *(["--resume"] if workers == 3 else []))
+    assert train("--resume").status == 0
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(run, data, tmp_path, monkeypatch):
+    """Nor does the configuration say their sizes: the checkpoint does."""
+    sizes = {"embed": 32, "resolution": (32, 32), "patch": 16, "vision_width": 32, "vision_layers": 1}
+    weights = clip_weights(**sizes, text_width=32, text_layers=1)
+    torch.save({name: torch.as_tensor(value) for name, value in weights.items()}, tmp_path / "clip.pt")
+    own = ("experiment.input_resolution=[32, 16]", f"model.checkpoint={tmp_path / 'clip.pt'}", "model.activation=gelu")
+    arguments = (
+        *QUICK,
+        *of_dataset(data),
+        *own,
+        "schedule.epoch=1",
+        "log.sheet=0",
+        f"model.saved_path={tmp_path / 'run'}",
+    )
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        at_step(patched, 3, crash)
+        run(*arguments)
+    (tmp_path / "clip.pt").unlink()
+    outcome = run(*arguments, "--resume")
+    assert outcome.status == 0 and "resumed" in outcome.out, outcome
+    config = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["config"]
+    assert (config["model"]["vision_layers"], config["model"]["activation"]) == (1, "gelu")
+    assert config["experiment"]["simclr_mlp"] == [32, 128, 32]
+
+
+def copy_without(run: Run, folder: Path, key: str) -> None:
+    """A copy of a run whose checkpoint does not tell model.`key`."""
+    shutil.copytree(run.folder, folder)
+    content = read_checkpoint(folder / "checkpoint_last.pth")
+    del content["config"]["model"][key]
+    write_checkpoint(folder / "checkpoint_last.pth", content)
+
+
+def test_a_run_of_before_there_was_a_choice_of_activation_keeps_the_one_that_it_had(train, unstopped, tmp_path):
+    copy_without(unstopped, tmp_path / "run", "activation")
+    refused = only_error(train("--resume", "model.activation=gelu"))
+    assert "model.activation is gelu here and quick_gelu there" in refused
+    assert train("--resume").status == 0
+
+
+def test_a_checkpoint_without_sizes_is_refused(train, unstopped, tmp_path):
+    copy_without(unstopped, tmp_path / "run", "vision_width")
+    assert "model.vision_width" in only_error(train("--resume"))
+
+
+def test_a_run_that_is_complete_stays_as_it_is(train, unstopped, tmp_path):
+    shutil.copytree(unstopped.folder, tmp_path / "run")
+    outcome = train("--resume")
+    assert outcome.status == 0 and "epoch 1 step" not in outcome.out
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+def test_the_log_goes_on(train, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        at_step(patched, 8, crash)
+        train()
+    before = finished(tmp_path / "run").log
+    assert "epoch 1 step 6/12" in before
+    train("--resume")
+    after = finished(tmp_path / "run").log
+    assert after.startswith(before) and after.count("epoch 1 step 6/12") == 2  # it was not saved after the fifth
+
+
+# ---- a signal -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_ends_the_step_saves_and_stops(train, unstopped, monkeypatch, tmp_path, number, status):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        at_step(patched, 8, lambda: signal.raise_signal(number))
+        outcome = train("data.num_workers=1")
+    assert signal.getsignal(number) == before
+    assert outcome.status == status
+    assert outcome.err == f"stopped by {number.name}\n"
+    progress = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["progress"]
+    assert (progress["epoch"], progress["step"], progress["record"]["steps"]) == (0, 8, 8)
+    assert "stopped at step 8 of epoch 1: go on with --resume" in outcome.out
+    assert train("--resume").status == 0
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+def test_a_signal_while_evaluating_ends_at_once(train, unstopped, monkeypatch, tmp_path):
+    import main
+
+    with monkeypatch.context() as patched:
+        patched.setattr(main, "timed_evaluation", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert train().status == 143
+    progress = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["progress"]
+    assert (progress["epoch"], progress["step"]) == (0, STEPS)
+    assert train("--resume").status == 0
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+def test_only_the_second_ctrl_c_is_not_taken():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    alone = Processes(0, 1, torch.device("cpu"))
+    with Interruption() as interruption, pytest.raises(Interrupted, match="SIGINT"), interruption.deferred(alone):
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.number == signal.SIGINT
+        signal.raise_signal(signal.SIGTERM)  # a launcher's, while the run saves
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ---- torchrun starts the processes anew -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attempt(monkeypatch) -> Callable[[str, int], None]:
+    """A function: this process now is of the launch of that name, and was started anew so many times."""
+
+    def pretend(launch: str, number: int) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+
+    return pretend
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_a_restart_resumes_by_itself(train, unstopped, monkeypatch, tmp_path, attempt, flags):
+    if flags:
+        shutil.copytree(unstopped.folder, tmp_path / "run")
+    attempt("one", 0)
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        at_step(patched, 9, crash)
+        train(*flags)
+    attempt("one", 1)
+    outcome = train(*flags)
+    assert outcome.status == 0 and "resumed after epoch 0 and 5" in outcome.out
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+def test_a_restart_resumes_no_run_of_another_launch(train, unstopped, tmp_path, attempt):
+    """A restart after a refusal must not go on with the run that it was refused for."""
+    shutil.copytree(unstopped.folder, tmp_path / "run")
+    for number in (0, 1):
+        attempt("another", number)
+        assert "already holds a run" in only_error(train())
+    attempt("yet another", 1)
+    outcome = train("--overwrite")
+    assert outcome.status == 0 and "resumed" not in outcome.out
+
+
+def test_a_restart_before_the_first_checkpoint_begins_anew(train, unstopped, monkeypatch, tmp_path, attempt):
+    import main
+
+    attempt("one", 0)
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(main.Keeper, "save_last", lambda keeper: crash())
+        train()
+    attempt("one", 1)
+    assert train().status == 0
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+# ---- what may change, and what may not ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(train, monkeypatch, tmp_path) -> Path:
+    """The folder of a run that was stopped after 8 steps."""
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        at_step(patched, 8, crash)
+        train()
+    return tmp_path / "run"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("schedule.lr=2e-3", "schedule.lr is 0.002 here and 0.001 there"),
+        ("schedule.epoch=3", "schedule.epoch is 3 here and 2 there"),
+        ("misc.seed=5", "misc.seed is 5 here and 1 there"),
+        ("experiment.id=false", "experiment.id is False here and True there"),
+        ("data.batch_size=8", "processes × data.batch_size is 8 here and 4 there"),
+        ("misc.precision=bf16", "misc.precision comes to bf16 here and to fp32 there"),
+    ],
+)
+def test_another_course_is_refused(train, stopped, argument, words):
+    before = content(stopped)
+    message = only_error(train("--resume", argument))
+    assert words in message and f"--config {stopped / 'config.yaml'}" in message
+    assert content(stopped) == before
+
+
+def test_without_gathering_it_is_the_batch_of_a_rank_that_counts():
+    course = Course(plain(load_config(overrides=("model.use_gather=false",))), 40, "fp32", "same")
+    saved = {"config": course.config, **course.state(), "batch": 80}
+    with pytest.raises(UserError, match=r"cannot go on: data\.batch_size is 40 here and 80 there"):
+        course.check(saved, Path("runs/x/checkpoint_last.pth"))
+    course.check(saved | {"batch": 40}, Path("runs/x/checkpoint_last.pth"))
+
+
+def test_other_captions_are_refused(run, data, stopped, tmp_path):
+    other = write_tiny_dataset(tmp_path / "other")
+    entries = json.loads((other.anno_dir / "reid_raw.json").read_text())
+    entries[0]["captions"][0] += " Mended."
+    (other.anno_dir / "reid_raw.json").write_text(json.dumps(entries))
+    saved_path = f"model.saved_path={stopped}"
+    assert "captions" in only_error(run(*EVERYTHING, *of_dataset(other), saved_path, "--resume"))
+
+
+def test_the_saved_configuration_resumes_a_run_and_so_does_one_with_other_places(run, stopped, unstopped, tmp_path):
+    moved = tmp_path / "moved"
+    stopped.rename(moved)
+    own = (
+        "--config",
+        moved / "config.yaml",
+        f"model.saved_path={moved}",
+        "log.print_period=1",
+        "data.test_batch_size=3",
+    )
+    assert run(*own, "--resume").status == 0
+    assert_same_run(moved, unstopped)
+
+
+def test_there_must_be_something_to_resume(train, tmp_path):
+    message = only_error(train("--resume"))
+    assert "--resume: there is no" in message and str(tmp_path / "run" / "checkpoint_last.pth") in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_weights_of_an_epoch_are_no_state_of_a_training(train, unstopped, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(unstopped.folder / "checkpoint_best.pth", tmp_path / "run" / "checkpoint_last.pth")
+    assert "model.ckpt_type=saved" in only_error(train("--resume"))
+
+
+def test_a_broken_checkpoint_is_named_and_left(train, stopped):
+    path = stopped / "checkpoint_last.pth"
+    path.write_bytes(path.read_bytes()[:-100])
+    before = content(stopped)
+    assert str(path) in only_error(train("--resume"))
+    assert content(stopped) == before
+
+
+def test_resume_and_overwrite_exclude_each_other(monkeypatch, capsys):
+    import main
+
+    monkeypatch.setattr(sys, "argv", ["main.py", "--resume", "--overwrite"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2 and "not allowed with" in capsys.readouterr().err
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(run, data, tmp_path, monkeypatch):
+    """Four samples on one rank, then two on each of two: the same course but for rounding, with dropout off."""
+    own = [*EVERYTHING, *of_dataset(data), "experiment.dropout=0", "log.sheet=0"]
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    assert run(*own, f"model.saved_path={whole}").status == 0
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        at_step(patched, 8, crash)
+        run(*own, f"model.saved_path={changed}")
+    outcome = start(*own, f"model.saved_path={changed}", "data.batch_size=2", "--resume", ranks=2)
+    assert outcome.status == 0, outcome.err
+    assert "resumed after epoch 0 and 5 of 12 steps" in outcome.out
+    for record, expected in zip(finished(changed).records, finished(whole).records, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert [record[name] for name in METRICS] == pytest.approx([expected[name] for name in METRICS])

@@ -1,0 +1,481 @@
+"""Weights out: what the real libraries compute of an export is what we compute; and in again, the same tensors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+import open_clip
+import pytest
+import torch
+from easydict import EasyDict
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from misc.build import model as build
+from misc.config.loading import load_config
+from misc.data.views import EvaluationView
+from misc.errors import UserError
+from misc.files import whole_folder
+from model.pretrained import export as exporting
+from model.pretrained.settings import CLIP_PREPROCESSING, TBPS_PREPROCESSING
+from model.pretrained.weights import read_weights
+from model.tbps_clip import TBPSCLIP
+from tests.helpers.golden_models import GOLDEN, TINY_MODEL, VIT_B16, seeded_model
+from tests.helpers.runs import METRICS, QUICK, ROOT, Run, of_dataset, only_error
+from tests.helpers.seeded import TINY, clip_weights, normal
+from text_utils.tokenizer import Tokenizer
+
+CAPTIONS = [row["text"] for row in json.loads((GOLDEN / "captions.json").read_text(encoding="utf-8"))[:100]]
+"""As people write them; those behind them are traps."""
+SQUARE = TINY_MODEL | {"resolution": (64, 64), "text_length": 77}
+TALL = TINY_MODEL | {"resolution": (64, 32), "text_length": 77}
+FORMS = ("openclip", "huggingface", "onnx")
+TOLERANCE = 1e-4
+
+
+class Source(NamedTuple):
+    """A checkpoint, and the model that it is of."""
+
+    path: Path
+    model: TBPSCLIP
+
+
+def checkpoint(folder: Path, architecture: dict, activation: str) -> Source:
+    """As a run leaves it, training heads included."""
+    torch.manual_seed(0)
+    sizes = {"resolution": architecture["resolution"], "context": architecture["text_length"]}
+    own = {"activation": activation, "simclr_widths": [32, 8, 32]}
+    model = seeded_model(architecture | own, clip_weights(**TINY | sizes))
+    config = {
+        "experiment": {
+            "input_resolution": list(architecture["resolution"]),
+            "text_length": architecture["text_length"],
+        },
+        "model": {key: architecture[key] for key in architecture if key not in ("resolution", "text_length")}
+        | {"activation": activation},
+    }
+    path = folder / "checkpoint_best.pth"
+    torch.save({"model": model.state_dict(), "config": config, "epoch": 3, "metrics": {}}, path)
+    return Source(path, model)
+
+
+@pytest.fixture(params=["quick_gelu", "gelu"])
+def source(request, tmp_path) -> Source:
+    return checkpoint(tmp_path, SQUARE, request.param)
+
+
+@pytest.fixture
+def tall(tmp_path) -> Source:
+    return checkpoint(tmp_path, TALL, "quick_gelu")
+
+
+def export(form: str, source: Path, folder: Path, *overrides: str) -> str:
+    """As `main.py --export` does it; gives the line for the log."""
+    weights = read_weights(source)
+    model, config, _ = build.build_saved_model(load_config(overrides=overrides), weights)
+    return exporting.export(form, folder, build.build_export(config, model.eval(), weights, Tokenizer()))
+
+
+def images(*size: int, count: int = 5) -> Tensor:
+    return torch.from_numpy(normal("export.images", count, 3, *size))
+
+
+def picture() -> Image.Image:
+    """Smooth enough that two ways of resizing agree."""
+    coarse = Image.fromarray((255 * np.random.RandomState(0).rand(9, 5, 3)).astype(np.uint8))
+    return coarse.resize((90, 210), Image.Resampling.BICUBIC)
+
+
+def token_rows(length: int = 77) -> Tensor:
+    ids = [Tokenizer().encode(caption, 77) for caption in CAPTIONS]
+    return torch.tensor([row + [0] * (length - len(row)) for row in ids])
+
+
+@torch.no_grad()
+def text_features(model: TBPSCLIP) -> Tensor:
+    return model.encode_text(token_rows())
+
+
+@torch.no_grad()
+def assert_image_features(model: TBPSCLIP, pixels: Tensor, found: Tensor | np.ndarray) -> None:
+    assert_near(torch.as_tensor(found), model.encode_image(pixels))
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape and expected.abs().max() > 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+# ---- the real libraries ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_open_clip_computes_the_same(source, tmp_path):
+    folder = tmp_path / "out"
+    export("openclip", source.path, folder)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+    assert_image_features(source.model, images(64, 64), model.eval().encode_image(images(64, 64)))
+    assert_near(model.encode_text(tokenize(CAPTIONS)), text_features(source.model))
+    assert model.logit_scale == source.model.logit_scale
+    torch.testing.assert_close(preprocess(picture()), EvaluationView((64, 64))(picture()), rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_open_clip_computes_the_same_for_tall_images(tall, tmp_path):
+    folder = tmp_path / "out"
+    export("openclip", tall.path, folder)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    assert_image_features(tall.model, images(64, 32), model.eval().encode_image(images(64, 32)))
+    torch.testing.assert_close(preprocess(picture()), EvaluationView((64, 32))(picture()), rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_transformers_computes_the_same(source, tmp_path):
+    folder = tmp_path / "out"
+    export("huggingface", source.path, folder)
+    model = CLIPModel.from_pretrained(folder).eval()
+    processor = CLIPProcessor.from_pretrained(folder)
+    inputs = processor(text=CAPTIONS, images=picture(), return_tensors="pt", padding=True, truncation=True)
+    assert_image_features(
+        source.model, images(64, 64), model.get_image_features(pixel_values=images(64, 64)).pooler_output
+    )
+    of_text = model.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert_near(of_text.pooler_output, text_features(source.model))
+    assert model.logit_scale == source.model.logit_scale
+    assert model.config.logit_scale_init_value == pytest.approx(source.model.logit_scale.item())
+    expected = EvaluationView((64, 64))(picture())
+    torch.testing.assert_close(inputs["pixel_values"][0], expected, rtol=0, atol=0.02)
+    assert list(processor.image_processor.image_mean) == [0.485, 0.456, 0.406]  # ImageNet's, which it was trained with
+    assert list(processor.image_processor.image_std) == [0.229, 0.224, 0.225]
+
+
+def test_transformers_reads_the_tokenizer(tmp_path):
+    """Captions of people get our ids, and so does the word whose token is the mask here."""
+    export("huggingface", checkpoint(tmp_path, SQUARE, "gelu").path, tmp_path / "out")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), Tokenizer()
+    long = "a man in a red coat " * 30
+    for caption in [*CAPTIONS, "Jekyll and Hyde", "", long]:
+        assert theirs(caption, truncation=True)["input_ids"] == ours.encode(caption, 77), caption
+    assert len(theirs) == 49408
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (49406, 49407, 49407)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["square", "tall"])
+def test_onnxruntime_computes_the_same(tmp_path, kind):
+    made = checkpoint(tmp_path, *((SQUARE, "gelu") if kind == "square" else (TALL, "quick_gelu")))
+    folder = tmp_path / "out"
+    export("onnx", made.path, folder)
+    of_images, of_text = (onnxruntime.InferenceSession(folder / f"{name}_encoder.onnx") for name in ("image", "text"))
+    size = SQUARE["resolution"] if kind == "square" else TALL["resolution"]
+    for count in (1, 2, 5):
+        found = of_images.run(["features"], {"images": images(*size, count=count).numpy()})[0]
+        assert_image_features(made.model, images(*size, count=count), found)
+
+    expected, longest = text_features(made.model), int((token_rows() > 0).sum(dim=1).max())
+    for token_ids in (token_rows(), token_rows(longest)):
+        assert_near(torch.as_tensor(of_text.run(["features"], {"token_ids": token_ids.numpy()})[0]), expected)
+    caption = np.array([Tokenizer().encode(CAPTIONS[0], 77)])
+    alone = of_text.run(["features"], {"token_ids": caption})[0]  # without padding, a batch of one
+    assert_near(torch.as_tensor(alone), expected[:1])
+
+    metadata = of_text.get_modelmeta().custom_metadata_map
+    assert float(metadata["logit_scale"]) == made.model.logit_scale.item()
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    pixels = torch.as_tensor(np.asarray(processor(picture())["pixel_values"][0]))
+    torch.testing.assert_close(pixels, EvaluationView(size)(picture()), rtol=0, atol=0.02)
+
+
+@pytest.mark.slow
+def test_onnx_models_beyond_the_format_s_two_gigabytes_keep_their_weights_beside(tall, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "ONE_FILE", 0)
+    export("onnx", tall.path, tmp_path / "out")
+    assert (tmp_path / "out/text_encoder.onnx").stat().st_size < 1_000_000 < 49408 * 48 * 4
+    session = onnxruntime.InferenceSession(tmp_path / "out/image_encoder.onnx")
+    assert_image_features(tall.model, images(64, 32), session.run(None, {"images": images(64, 32).numpy()})[0])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_towers_as_wide_as_vit_b16_are_the_same_in_all_three(tmp_path):
+    """Three layers of the twelve: the others would only take four times as long."""
+    layers = {"vision_layers": 3, "text_layers": 3}
+    model = seeded_model(VIT_B16 | layers, clip_weights(**layers))
+    path = tmp_path / "weights.pt"
+    torch.save({"model": model.state_dict(), "config": {}}, path)
+    for form in FORMS:
+        export(form, path, tmp_path / form)
+    of_images = onnxruntime.InferenceSession(tmp_path / "onnx/image_encoder.onnx")
+    found = {
+        "openclip": open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval().encode_image,
+        "huggingface": lambda x: (
+            CLIPModel.from_pretrained(tmp_path / "huggingface").get_image_features(x).pooler_output
+        ),
+        "onnx": lambda x: torch.as_tensor(of_images.run(None, {"images": x.numpy()})[0]),
+    }
+    pixels = images(224, 224, count=2)
+    for encode in found.values():
+        assert_image_features(model, pixels, encode(pixels))
+
+    expected, token_ids = text_features(model)[:16], token_rows()[:16]
+    of_text = onnxruntime.InferenceSession(tmp_path / "onnx/text_encoder.onnx")
+    theirs = CLIPModel.from_pretrained(tmp_path / "huggingface")
+    assert_near(open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval().encode_text(token_ids), expected)
+    assert_near(theirs.get_text_features(token_ids, attention_mask=(token_ids > 0).long()).pooler_output, expected)
+    assert_near(torch.as_tensor(of_text.run(None, {"token_ids": token_ids.numpy()})[0]), expected)
+
+
+# ---- round trips ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["openclip", "huggingface"])
+def test_out_and_in_again_are_the_same_tensors_and_settings(source, tmp_path, form):
+    export(form, source.path, tmp_path / "out")
+    first, second = read_weights(source.path), read_weights(tmp_path / "out")
+    assert second.form == {"openclip": "folder of open_clip", "huggingface": "folder of Hugging Face"}[form]
+    assert_same_weights(second, first)
+    assert (second.settings, second.grid, second.sizes) == (first.settings, first.grid, first.sizes)
+    assert second.preprocessing == TBPS_PREPROCESSING and not second.heads
+
+    export(form, tmp_path / "out", tmp_path / "again")
+    for file in sorted((tmp_path / "out").iterdir()):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def assert_same_weights(found, expected) -> None:
+    assert found.state.keys() == expected.state.keys()
+    for name, value in expected.state.items():
+        assert torch.equal(found.state[name], value), name
+
+
+def test_from_tool_to_tool(source, tmp_path):
+    """Ours → Hugging Face → open_clip → Hugging Face."""
+    export("huggingface", source.path, tmp_path / "1")
+    export("openclip", tmp_path / "1", tmp_path / "2")
+    export("huggingface", tmp_path / "2", tmp_path / "3")
+    assert_same_weights(read_weights(tmp_path / "3"), read_weights(source.path))
+    for file in sorted((tmp_path / "1").iterdir()):
+        assert (tmp_path / "3" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_single_file_of_an_export_needs_the_activation_to_be_given(source, tmp_path):
+    for form, name in (("openclip", "open_clip_model.safetensors"), ("huggingface", "model.safetensors")):
+        export(form, source.path, tmp_path / form)
+        found = read_weights(tmp_path / form / name)
+        assert_same_weights(found, read_weights(source.path))
+        with pytest.raises(UserError, match="model.activation=quick_gelu"):
+            build.as_saved(load_config(), found)
+
+
+def test_what_transformers_saves_of_an_export_is_the_same_again(source, tmp_path):
+    export("huggingface", source.path, tmp_path / "out")
+    CLIPModel.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    CLIPProcessor.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    first, second = read_weights(source.path), read_weights(tmp_path / "again")
+    assert_same_weights(second, first)
+    assert (second.settings, second.preprocessing) == (first.settings, TBPS_PREPROCESSING)
+
+
+def test_a_published_checkpoint_is_exported(tmp_path):
+    made = checkpoint(tmp_path, SQUARE, "quick_gelu")
+    state = {
+        name.replace("image_encoder.", "visual.").replace("text_encoder.", "encode_text."): value
+        for name, value in made.model.state_dict().items()
+        if name.startswith(("image_encoder.", "text_encoder.", "logit_scale"))
+    }
+    config = EasyDict(experiment={"input_resolution": 64, "text_length": 77})
+    torch.save({"model": state, "optimizer": {}, "config": config}, tmp_path / "published.pth")
+    export("huggingface", tmp_path / "published.pth", tmp_path / "out")
+    assert_same_weights(read_weights(tmp_path / "out"), read_weights(made.path))
+
+
+def test_clip_that_was_not_trained_here_keeps_clip_s_preprocessing(tmp_path):
+    state = {name: torch.as_tensor(value) for name, value in clip_weights(**TINY | {"resolution": (64, 64)}).items()}
+    torch.save(state, tmp_path / "weights.pt")
+    export("huggingface", tmp_path / "weights.pt", tmp_path / "out", "model.activation=gelu")
+    assert read_weights(tmp_path / "out").preprocessing == CLIP_PREPROCESSING
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor(picture())["pixel_values"][0].shape == (3, 64, 64)
+    assert list(processor.image_mean) == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_exported_run_is_evaluated_to_the_same_numbers(run, unstopped, data, tmp_path):
+    best = unstopped.folder / "checkpoint_best.pth"
+    outcome = run("--export", "openclip", tmp_path / "out", f"model.checkpoint={best}")
+    assert outcome.status == 0 and outcome.err == "", outcome
+    line = outcome.out.splitlines()[-1]
+    assert line.startswith(f"exported for openclip to {tmp_path / 'out'}: open_clip_config.json, open_clip_model.saf")
+    assert "checkpoint of TBPS-CLIP, epoch" in outcome.out
+
+    tables = []
+    for weights in (best, tmp_path / "out"):
+        outcome = run("--evaluate", weights, *QUICK, *of_dataset(data))
+        assert outcome.status == 0, outcome
+        tables.append([line for line in outcome.out.splitlines() if line.startswith(" ")][-1])
+    assert tables[0] == tables[1] and len(tables[0].split()) == len(METRICS)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_an_export(run, data, source, tmp_path):
+    export("huggingface", source.path, tmp_path / "out")
+    settings = (f"model.checkpoint={tmp_path / 'out'}", "experiment.input_resolution=[64, 32]", "schedule.epoch=1")
+    folder = tmp_path / "run"
+    outcome = run(*QUICK, *of_dataset(data), *settings, "log.sheet=0", f"model.saved_path={folder}")
+    assert outcome.status == 0, outcome
+    log = Run(folder, outcome).log
+    assert f"weights of {tmp_path / 'out'} (folder of Hugging Face)" in log
+    assert "image position embeddings resized from 4 × 4 to 4 × 2 patches" in log
+    found = read_weights(folder / "checkpoint_best.pth")
+    expected = read_weights(source.path)
+    assert (found.sizes, found.grid) == (expected.sizes, (4, 2))
+    assert found.settings.activation == expected.settings.activation
+
+
+MISTAKES = {
+    "unknown form": (
+        lambda source, folder: ("--export", "tflite", folder / "out"),
+        ["tflite", "openclip, huggingface"],
+    ),
+    "folder that exists": (
+        lambda source, folder: ("--export", "openclip", folder, f"model.checkpoint={source.path}"),
+        ["exists"],
+    ),
+    "file that exists": (
+        lambda source, folder: ("--export", "openclip", source.path, f"model.checkpoint={source.path}"),
+        ["checkpoint_best.pth exists"],
+    ),
+    "no weights": (lambda source, folder: ("--export", "onnx", folder / "out", "model.checkpoint=null"), ["null"]),
+    "no such weights": (
+        lambda source, folder: ("--export", "onnx", folder / "out", f"model.checkpoint={folder / 'none.pt'}"),
+        ["none.pt", "No such file"],
+    ),
+    "tall images": (
+        lambda source, folder: ("--export", "huggingface", folder / "out", f"model.checkpoint={source.path}"),
+        ["64 × 32", "openclip or onnx"],
+    ),
+    "no folder": (
+        lambda source, folder: ("--export", "openclip", f"model.checkpoint={source.path}"),
+        ["model.checkpoint=", "is a setting", "--export FORM OUT"],
+    ),
+    "a name that is too long": (
+        lambda source, folder: ("--export", "openclip", folder / ("x" * 300), f"model.checkpoint={source.path}"),
+        ["cannot be written (File name too long)"],
+    ),
+    "weights with a name that is too long": (
+        lambda source, folder: ("--export", "openclip", folder / "out", f"model.checkpoint={folder / ('x' * 300)}.pt"),
+        ["cannot be read (File name too long)"],
+    ),
+    "a pipe": (
+        lambda source, folder: ("--export", "openclip", folder / "out", "model.checkpoint=/dev/null"),
+        ["not a file"],
+    ),
+    "a file in its way": (
+        lambda source, folder: ("--export", "openclip", source.path / "out", f"model.checkpoint={source.path}"),
+        ["cannot be written", "choose another folder"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(run, tall, tmp_path, mistake):
+    arguments, words = MISTAKES[mistake]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    message = only_error(run(*arguments(tall, tmp_path)))
+    assert all(word in message for word in words), message
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_option_without_its_folder_is_refused(run):
+    with pytest.raises(SystemExit) as ended:
+        run("--export", "openclip")
+    assert ended.value.code == 2
+
+
+def test_packages_that_are_missing_are_named(run, tall, tmp_path, monkeypatch):
+    from importlib import util
+
+    find_spec = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
+    message = only_error(run("--export", "onnx", tmp_path / "out", f"model.checkpoint={tall.path}"))
+    assert "pip install onnx onnxscript" in message and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_disk_that_gets_full_leaves_nothing(run, tmp_path, full_disk, form):
+    made = checkpoint(tmp_path, SQUARE, "gelu")
+    full_disk(1_000_000)
+    message = only_error(run("--export", form, tmp_path / "out", f"model.checkpoint={made.path}"))
+    assert "cannot be written" in message and "free some space" in message
+    assert [path.name for path in tmp_path.iterdir()] == [made.path.name]
+
+
+def test_a_failure_leaves_nothing(tall, tmp_path, monkeypatch):
+    def failing(folder, content):
+        (folder / "config.json").write_text("{}")
+        raise ArithmeticError("our own mistake")
+
+    monkeypatch.setitem(exporting.FORMS, "openclip", failing)
+    with pytest.raises(ArithmeticError):
+        export("openclip", tall.path, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [tall.path.name]
+
+
+def test_what_a_killed_export_leaves_is_in_nobody_s_way(tall, tmp_path):
+    code = (
+        f"from misc.files import whole_folder\nwith whole_folder(__import__('pathlib').Path({str(tmp_path / 'out')!r}))"
+    )
+    code += " as folder:\n (folder / 'half').write_text('x'); print('there', flush=True); import time; time.sleep(60)"
+    writing = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert writing.stdout.readline() == "there\n"
+    os.kill(writing.pid, signal.SIGKILL)
+    writing.wait()
+    assert not (tmp_path / "out").exists()
+    export("openclip", tall.path, tmp_path / "out")
+    assert not (tmp_path / "out/half").exists()
+    (left,) = (path for path in tmp_path.iterdir() if path not in (tall.path, tmp_path / "out"))
+    assert left.name.startswith("out.") and left.name.endswith(".part")
+
+
+def test_a_folder_of_the_user_with_such_a_name_is_kept(tall, tmp_path):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part/precious").touch()
+    export("openclip", tall.path, tmp_path / "out")
+    assert (tmp_path / "out.part/precious").exists()
+
+
+def test_of_two_exports_to_one_folder_one_is_whole_and_the_other_told_so(tmp_path):
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "out") as second:
+        (second / "second").touch()
+        with whole_folder(tmp_path / "out") as first:
+            (first / "first").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_parents_that_were_made_go_with_a_failure(tmp_path):
+    with pytest.raises(ArithmeticError), whole_folder(tmp_path / "a/b/out") as folder:
+        (folder / "file").touch()
+        raise ArithmeticError
+    assert not list(tmp_path.iterdir())
+    with whole_folder(tmp_path / "a/b/out") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "a/b/out/file").exists()
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "out") as folder:
+        (folder / "new").touch()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/old").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]

@@ -1,0 +1,125 @@
+import gzip
+import importlib.util
+import json
+import multiprocessing
+import pickle
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from misc.errors import UserError
+from text_utils.tokenizer import END, MASK, START, VOCABULARY_SIZE, Tokenizer
+
+ROWS = json.loads((Path(__file__).parents[1] / "golden" / "captions.json").read_text(encoding="utf-8"))
+LITERAL_SPECIALS = [row["text"] for row in ROWS if "<|" in row["text"]]
+"""The published code obeys what these say; ours must read them as text."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row["text"] not in LITERAL_SPECIALS])
+def test_golden_captions(tokenizer, row):
+    assert tokenizer.encode(row["text"]) == row["ids_77"]
+    assert tokenizer.encode(row["text"], 24) == row["ids_24"]
+    assert tokenizer.decode(row["ids_77"]) == row["decoded"]
+
+
+def test_golden_file_is_whole():
+    assert len(ROWS) == 140
+    assert len(LITERAL_SPECIALS) == 2
+
+
+@pytest.mark.parametrize("text", LITERAL_SPECIALS)
+def test_literal_special_tokens_are_text(tokenizer, text):
+    start, *inside, end = tokenizer.encode(text)
+    assert (start, end) == (START, END)
+    assert max(inside) < MASK
+    assert tokenizer.decode(inside).replace(" ", "") == text.replace(" ", "")
+
+
+def test_special_ids_are_spelled_out(tokenizer):
+    assert (MASK, START, END, VOCABULARY_SIZE) == (49405, 49406, 49407, 49408)
+    assert tokenizer.decode([START, MASK, END]) == "<|startoftext|><|mask|><|endoftext|>"
+
+
+def test_the_word_whose_place_the_mask_token_took(tokenizer):
+    assert tokenizer.encode("Dr Jekyll")[-3:] == [43893, 865, END]
+    assert tokenizer.decode([43893, 865]) == "jekyll "
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 77])
+def test_a_long_caption_is_cut_and_keeps_its_end(tokenizer, length):
+    whole = tokenizer.encode("red shirt " * 100, 1000)
+    assert len(whole) == 202
+    assert tokenizer.encode("red shirt " * 100, length) == whole[: length - 1] + [END]
+
+
+def test_a_caption_that_just_fits_is_not_cut(tokenizer):
+    assert tokenizer.encode("red shirt", 4) == tokenizer.encode("red shirt")
+
+
+def test_characters_that_cannot_be_shown_are_dropped(tokenizer):
+    assert tokenizer.encode("\x00red\x07 \x1b[31mshirt\x7f") == tokenizer.encode("red shirt")
+
+
+def test_html_entities_are_mended_twice(tokenizer):
+    """ftfy leaves entities alone in a text that has a `<`."""
+    assert tokenizer.encode("a < b &amp;amp; c") == tokenizer.encode("a < b & c")
+
+
+def test_contractions_are_found_in_any_case(tokenizer):
+    """The long s, which `lower` does not turn into s, is one case of s: two words here, not three."""
+    assert tokenizer.decode(tokenizer.encode("it'\u017f")[1:-1]) == "it '\u017f "
+
+
+def test_any_text_is_accepted(tokenizer):
+    random = Random(0)
+    for _ in range(300):
+        # Every code point, lone surrogates too: JSON can hold them.
+        text = "".join(chr(random.randrange(random.choice([0x80, 0x3000, 0x110000]))) for _ in range(30))
+        start, *inside, end = tokenizer.encode(text, 1000)
+        assert (start, end) == (START, END)
+        assert all(0 <= token < MASK for token in inside)
+
+
+def test_pickles_small_and_works_in_a_spawned_process(tokenizer):
+    assert len(pickle.dumps(tokenizer)) < 200
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(tokenizer.encode, ("red shirt",)) == tokenizer.encode("red shirt")
+
+
+def test_open_clip_is_not_imported():
+    code = "import sys, text_utils.tokenizer as t; t.Tokenizer(); sys.exit('open_clip' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_open_clip_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install open_clip_torch"):
+        Tokenizer()
+
+
+def test_open_clip_without_its_vocabulary(monkeypatch, tmp_path):
+    package = ModuleSpec("open_clip", None, is_package=True)
+    package.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    with pytest.raises(UserError, match="pip install open_clip_torch"):
+        Tokenizer()
+
+
+def test_merges_are_applied_best_first(monkeypatch, tmp_path):
+    """Worked by hand: of `a b c`, the better merge `b c` is done first, which leaves nothing for `a b`."""
+    with gzip.open(tmp_path / "bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("version\nb c</w>\na b\n")
+    package = ModuleSpec("open_clip", None, is_package=True)
+    package.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    letter_a, merge_bc = ord("a") - ord("!"), 512
+    assert Tokenizer().encode("abc") == [START, letter_a, merge_bc, END]
