@@ -1,0 +1,6 @@
+"""`python -m text_utils.back_translation` still starts the command that lives in `misc/data/back_translation.py`."""
+
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_module("misc.data.back_translation", run_name="__main__", alter_sys=True)
