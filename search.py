@@ -16,7 +16,7 @@ from pathlib import Path
 from misc.errors import UserError
 from misc.files import is_file, is_folder
 from misc.search.encoder import Encoder, load_encoder
-from misc.search.engines import NAMES, Choice, require
+from misc.search.engines import NAMES, EngineChoice, require
 from misc.search.gallery import default_index, open_gallery
 from misc.search.indexing import UNREADABLE, Update, update_index
 from misc.search.result_sheet import draw_result_sheet
@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     make.add_argument("--collection", metavar="NAME", help="of Qdrant (default: the name of the index)")
     make.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pictures at a time (default: 64)")
     make.add_argument(
-        "--workers", type=natural, default=min(8, os.cpu_count() or 1), metavar="N", help="processes that decode"
+        "--workers", type=non_negative, default=min(8, os.cpu_count() or 1), metavar="N", help="processes that decode"
     )
     make.add_argument("--overwrite", action="store_true", help="take the place of an index of another checkpoint")
     make.add_argument(
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     show.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
     )
-    show.add_argument("--port", type=natural, default=8000, metavar="N", help="default: 8000")
+    show.add_argument("--port", type=non_negative, default=8000, metavar="N", help="default: 8000")
     show.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="a name that browsers call this server by"
     )
@@ -96,7 +96,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def natural(text: str) -> int:
+def non_negative(text: str) -> int:
     """A whole number from 0."""
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
@@ -120,30 +120,30 @@ def index(options: argparse.Namespace) -> None:
     address = options.qdrant
     if address is not None and "://" not in address:
         address = str(Path(address).resolve())
-    engine = Choice(options.engine, address, options.collection) if options.engine else None
+    engine = EngineChoice(options.engine, address, options.collection) if options.engine else None
     done = update_index(
         options.folder,
         index_folder(options),
         lambda source, overrides: load_encoder(source, overrides, device),
-        checkpoint=lasting(options.checkpoint),
+        checkpoint=absolute_checkpoint(options.checkpoint),
         overrides=options.set,
         engine=engine,
         overwrite=options.overwrite,
         batch_size=options.batch_size,
         workers=options.workers,
     )
-    for line in told(done, index_folder(options)):
+    for line in summary_lines(done, index_folder(options)):
         print(printable(line))
 
 
-def lasting(checkpoint: str | None) -> str | None:
+def absolute_checkpoint(checkpoint: str | None) -> str | None:
     """A path of this folder as one from everywhere; a tag as it is."""
     if checkpoint is not None and (is_file(checkpoint) or is_folder(checkpoint)):
         return str(Path(checkpoint).resolve())
     return checkpoint
 
 
-def told(done: Update, folder: Path) -> list[str]:
+def summary_lines(done: Update, folder: Path) -> list[str]:
     """What was done, for the terminal."""
     lines = [f"skipped: {path}: {reason}" for path, reason in done.unreadable[:SHOWN]]
     if len(done.unreadable) > SHOWN:

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as v1
 
-from misc.data.views import IMAGENET_DEVIATION, IMAGENET_MEAN
 from model import losses
 from model.objectives import Objectives
+from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
 from model.pretrained.names import from_ours
 from model.tbps_clip import TBPSCLIP, Views
 from model.transformer import QuickGELU
@@ -155,20 +155,22 @@ def step_losses(
 
     image, logits, soft_logits = logits_and_soft(views.image)
     nitc = contrast(logits, soft_logits)
-    if objectives.multi_view:
+    if objectives.mvs_image:
         nitc = (nitc + contrast(*logits_and_soft(views.second_image)[1:])) / 2
-    weighted = {"nitc": objectives.nitc * nitc}
-    if objectives.ritc > 0:
-        reverse = [losses.reversed_contrastive(own, targets, objectives.ritc_epsilon) for own in (logits, logits.T)]
-        weighted["ritc"] = objectives.ritc * sum(reverse) / 2
-    if objectives.citc > 0:
-        parts = (objectives.citc_in_modal, objectives.citc_cross_modal)
-        weighted["citc"] = objectives.citc * losses.cyclic_contrastive(image, text, *parts)
-    if objectives.ss > 0:
+    weighted = {"nitc": objectives.nitc_ratio * nitc}
+    if "ritc" in objectives.weights:
+        reverse = [losses.reversed_contrastive(own, targets, objectives.ritc_eps) for own in (logits, logits.T)]
+        weighted["ritc"] = objectives.ritc_ratio * sum(reverse) / 2
+    if "citc" in objectives.weights:
+        parts = (objectives.citc_lambda1, objectives.citc_lambda2)
+        weighted["citc"] = objectives.citc_ratio * losses.cyclic_contrastive(image, text, *parts)
+    if "ss" in objectives.weights:
         first, second = (
             F.normalize(model.simclr_projector(model.encode_image(view)).float(), dim=1) for view in views.simclr_images
         )
-        weighted["ss"] = objectives.ss * losses.nt_xent(first, second, first, second, 0, objectives.ss_temperature)
+        weighted["ss"] = objectives.ss_ratio * losses.nt_xent(
+            first, second, first, second, 0, objectives.simclr_temperature
+        )
     return weighted
 
 
@@ -182,7 +184,7 @@ def optimizer(model: nn.Module, *, weight_decay: float, betas: tuple[float, floa
     return torch.optim.AdamW(groups, lr=1e-5, betas=betas, eps=eps)
 
 
-class Augmentation:
+class PublishedAugmentation:
     """All four views of an image, each from the decoded image, by the first generation of torchvision's transforms on
     float tensors."""
 

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
-from misc.build import model as build
-from misc.config import loading as config
-from misc.data.samples import Batch
-from misc.run.log import peak_memory_gigabytes
-from misc.system.distributed import processes
+from misc.build.architecture import resolve_architecture
+from misc.build.model import build_model
+from misc.build.training import build_objectives, build_trainer
+from misc.config.loading import DEFAULT_CONFIG, load_config
+from misc.data.batches import Batch
+from misc.run.profiling import peak_memory_gigabytes
+from misc.system.distributed import join_ranks
 from misc.system.precision import Precision
 from model.objectives import Objectives
 from model.tbps_clip import Views
@@ -35,7 +37,7 @@ IDENTITIES = 100
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=config.DEFAULT_CONFIG, metavar="FILE")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE")
     parser.add_argument("--chunks", type=int, nargs="+", default=[320, 160, 80, 40, 20], metavar="N")
     parser.add_argument("--steps", type=int, default=3, help="timed after one that is not")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
@@ -67,24 +69,27 @@ def main() -> None:
 
 def measure(file: str | Path, overrides: tuple[str, ...], steps: int) -> dict[str, float]:
     """Peak of the process and what the steps added to it, in 10⁹ bytes, and the median time of a step in seconds."""
-    merged = build.settle(config.load_config(file, overrides=overrides), None)
-    with processes(merged.device, merged.distributed.backend, merged.distributed.url) as here:
-        objectives = build.build_objectives(merged, here)
-        model, _ = build.build_model(merged, objectives, IDENTITIES, weights=None)
-        precision = Precision.choose(merged.misc.precision, here.device)
-        trainer = build.build_trainer(merged, model, objectives, steps + 1, precision, here)
+    merged = resolve_architecture(load_config(file, overrides=overrides), None)
+    with join_ranks(merged.device, merged.distributed.backend, merged.distributed.url) as ranks:
+        objectives = build_objectives(merged, ranks)
+        model, _ = build_model(merged, objectives, IDENTITIES, weights=None)
+        precision = Precision.choose(merged.misc.precision, ranks.device)
+        trainer = build_trainer(merged, model, objectives, steps + 1, precision, ranks)
         model.train()
         batch = random_batch(
-            objectives, config.resolution(merged), merged.data.batch_size, torch.Generator().manual_seed(0)
+            objectives,
+            tuple(merged.experiment.input_resolution),
+            merged.data.batch_size,
+            torch.Generator().manual_seed(0),
         )
-        before = peak_memory_gigabytes(here.device)
+        before = peak_memory_gigabytes(ranks.device)
         times = []
         for step in range(steps + 1):
             started = time.perf_counter()
             losses = trainer.step(batch, step, steps + 1)
             sum(losses.values()).item()  # waits for the device
             times.append(time.perf_counter() - started)
-        peak = peak_memory_gigabytes(here.device)
+        peak = peak_memory_gigabytes(ranks.device)
     return {
         "peak_gigabytes": peak,
         "step_gigabytes": peak - before,

@@ -91,7 +91,7 @@ def exact(options: argparse.Namespace) -> dict[str, float]:
 def faiss(options: argparse.Namespace) -> dict[str, float]:
     """Built and searched in one process, so the memory is that of building too."""
     gallery = open_gallery(options.folder)
-    building, (settings, notes) = _timed(lambda: engines.build(gallery, engines.Choice("faiss")))
+    building, (settings, notes) = _timed(lambda: engines.build(gallery, engines.EngineChoice("faiss")))
     write_info(options.folder, Info(**{**vars(gallery.info), "engine": settings}))
     size = next(options.folder.glob("faiss_*")).stat().st_size
     print(*notes)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from easydict import EasyDict
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,13 +27,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import baseline
 from benchmarks.chunks import IDENTITIES, random_batch
 from benchmarks.comparison import HEADER, Comparison, counted, in_turn
-from misc.build import model as build
-from misc.config import loading as config
+from misc.build.architecture import resolve_architecture
+from misc.build.model import build_model
+from misc.build.training import build_objectives
+from misc.config.loading import load_config
 from misc.data.annotations import Split
-from misc.data.samples import Augmentation, Draw, TrainingSet, collate
+from misc.data.batches import collate
+from misc.data.sampler import Draw
+from misc.data.samples import Augmentation, TrainingSet
 from misc.retrieval import metrics
-from misc.run.log import peak_memory_gigabytes
-from misc.system.distributed import Processes
+from misc.run.profiling import peak_memory_gigabytes
+from misc.system.distributed import Ranks
 from misc.system.precision import Precision
 from misc.training.optimizer import build_optimizer, parameter_groups
 from model.objectives import Objectives
@@ -60,16 +65,16 @@ class Setup:
     rounds: int
     overrides: tuple[str, ...] = ()
 
-    def configuration(self, recipe: str) -> config.EasyDict:
+    def configuration(self, recipe: str) -> EasyDict:
         """A recipe, without dropout so that both ways compute the same."""
         own = (f"data.batch_size={self.batch}", "model.checkpoint=null", "experiment.dropout=0", *self.overrides)
-        return build.settle(config.load_config(simplified=RECIPES[recipe], overrides=own), None)
+        return resolve_architecture(load_config(simplified=RECIPES[recipe], overrides=own), None)
 
-    def recipe(self, name: str) -> tuple[config.EasyDict, Objectives, TBPSCLIP]:
+    def recipe(self, name: str) -> tuple[EasyDict, Objectives, TBPSCLIP]:
         """Its configuration, its losses, and its model with random weights."""
         merged = self.configuration(name)
-        objectives = build.build_objectives(merged, Processes(0, 1, self.device))
-        model, _ = build.build_model(merged, objectives, IDENTITIES, weights=None)
+        objectives = build_objectives(merged, Ranks(0, 1, self.device))
+        model, _ = build_model(merged, objectives, IDENTITIES, weights=None)
         return merged, objectives, model.to(self.device).train()
 
 
@@ -79,8 +84,8 @@ def steps(
     """A training step without the optimizer, the published way and ours, and their models. A step gives its losses."""
     merged, objectives, model = setup.recipe(recipe)
     other = baseline.Baseline(model).to(setup.device).train()
-    everything = dataclasses.replace(objectives, multi_view=True, ss=1.0)  # the baseline moves all views
-    batch = random_batch(everything, config.resolution(merged), rows, torch.Generator().manual_seed(0))
+    everything = dataclasses.replace(objectives, mvs_image=True, ss=True)  # the baseline moves all views
+    batch = random_batch(everything, tuple(merged.experiment.input_resolution), rows, torch.Generator().manual_seed(0))
     views = batch.views
     used = dataclasses.replace(
         views,
@@ -167,13 +172,13 @@ def bench_loader(setup: Setup) -> Iterator[Comparison]:
         for recipe in RECIPES:
             merged = setup.configuration(recipe)
             experiment = merged.experiment
-            everything = baseline.Augmentation(config.resolution(merged))
+            everything = baseline.PublishedAugmentation(tuple(merged.experiment.input_resolution))
             dataset = TrainingSet(
                 split,
                 Path(folder),
                 Tokenizer(),
                 Augmentation(
-                    resolution=config.resolution(merged),
+                    resolution=tuple(merged.experiment.input_resolution),
                     text_length=experiment.text_length,
                     second_view=experiment.mvs_image,
                     second_caption=False,
@@ -223,7 +228,7 @@ def bench_evaluation(setup: Setup) -> Iterator[Comparison]:
     merged, _, model = setup.recipe("simplified")
     other = baseline.Baseline(model).to(setup.device)
     rows = 4 * setup.batch
-    images = torch.randn(rows, 3, *config.resolution(merged)).to(setup.device)
+    images = torch.randn(rows, 3, *merged.experiment.input_resolution).to(setup.device)
     tokenizer = Tokenizer()
     ids = [torch.tensor(tokenizer.encode(caption)) for caption in captions_of(rows)]
     token_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(setup.device)
@@ -286,7 +291,9 @@ def bench_changes(setup: Setup) -> Iterator[Comparison]:
     """Each change alone: a part of the work before and after it, forward and backward, in the full recipe."""
     merged, objectives, model = setup.recipe("full")
     other = baseline.Baseline(model).to(setup.device).train()
-    everything = random_batch(objectives, config.resolution(merged), setup.batch, torch.Generator().manual_seed(0))
+    everything = random_batch(
+        objectives, tuple(merged.experiment.input_resolution), setup.batch, torch.Generator().manual_seed(0)
+    )
     views = everything.to(setup.device).views
     images = [views.image, views.second_image, *views.simclr_images]
     padded = F.pad(views.token_ids, (0, baseline.TEXT_LENGTH - views.token_ids.shape[1]))

@@ -20,9 +20,10 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root, for the next two lines
-from misc.data.views import IMAGENET_DEVIATION, IMAGENET_MEAN, PoolView, SimCLRView, to_tensor
+from misc.data.views import PoolView, SimCLRView, to_tensor
 from misc.pedestrians import draw_pedestrian, imagine_identity
 from misc.system.randomness import seeded
+from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
 
 WIDTH, HEIGHT, PIXELS_PER_INCH = 1600, 840, 100
 INK, GREY, LIGHT_GREY = "#27303b", "#66707c", "#eceff2"

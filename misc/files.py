@@ -66,18 +66,18 @@ def lock_file(file: IO, lock: Callable[[IO, int], None]) -> str | None:
     return None
 
 
-def unfinished(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Where a new `path` is written until it is whole; what a crash leaves there is of no use."""
     return path.with_name(path.name + ".part")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the name `path` when the context ends well and is on the disk by then.
 
     Whatever happens, `path` is the file that was there before or the whole new one.
     """
-    part = unfinished(path)
+    part = partial_path(path)
     try:
         with part.open("wb") as file:
             yield file
@@ -91,7 +91,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder to write files into, which takes the name `path` when the context ends well; else nothing is left.
 
     Missing parents are made. Only a process that is killed leaves something: a folder of another name, ending in .part.

@@ -5,7 +5,8 @@ B captions, L tokens, P image tokens, D width of the shared space, M tokens pick
 
 from torch import Tensor, nn
 
-from model.transformer import QUICK_GELU, Attention, QuickGELU, Transformer, widened
+from model.architecture import QUICK_GELU
+from model.transformer import Attention, QuickGELU, Transformer, to_float32
 
 
 def simclr_projector(widths: list[int]) -> nn.Sequential:
@@ -65,6 +66,6 @@ class MaskedLanguageHead(nn.Module):
         Returns: (M, vocab_size), in the order of the picked tokens, row by row.
         """
         x = self.cross_attn.cross(self.ln_pre_t(text_tokens), self.ln_pre_i(image_tokens))
-        x = widened(x)  # the residual stream stays in float32, as in the towers
+        x = to_float32(x)  # the residual stream stays in float32, as in the towers
         x = self.cross_modal_transformer(x, valid=valid)
         return self.mlm_head(self.ln_post(x)[picked])

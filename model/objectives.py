@@ -1,78 +1,111 @@
-"""From the features of all ranks to named, weighted losses. Which losses are on is decided once, at construction."""
+"""From the features of all ranks to named, weighted losses.
+
+A loss is one row of a table at the end of this file: `CONTRASTIVE_TERMS` for losses that compare the samples of a
+batch, `PER_SAMPLE_TERMS` for losses that look at each sample on its own. Its equation is in `losses.py`.
+
+B rows of this rank, G rows of all ranks, L tokens, D width of the shared space.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import losses
 from model.tbps_clip import Features
-from model.transformer import widened
+from model.transformer import to_float32
 from text_utils.masking import IGNORED_LABEL
 
 
 @dataclass(frozen=True)
 class Objectives:
-    """The weighted sum of SPEC section 5; a loss whose weight is 0 is off and computes nothing.
+    """The weighted sum of the paper's losses. A loss that is off computes nothing.
+
+    Fields have the names of the keys in the configuration's section `experiment`: a switch turns a loss on, its
+    `_ratio` is its weight. A ratio of 0 turns it off too. N-ITC has no switch.
 
     Attributes:
         gather: (B, …) tensor of this rank → (G, …) of all ranks, in rank order, with gradient to every rank.
-        rank: of this process among those that `gather` joins; its rows begin at rank · B of the gathered ones.
-        nitc, ritc, citc, ss, ss_text, mlm, identity, sdm: weights of N-ITC, R-ITC, C-ITC, SS-I, SS-T, MLM, ID and SDM.
-        pair_labels: N-ITC becomes ITC: of each row, its own pair alone matches.
-        multi_view: N-ITC is the mean over two pool views (MVS-I).
-        multi_view_text: N-ITC is the mean over two augmented captions (MVS-T); of both, over all four combinations.
-        ritc_epsilon: ε of R-ITC.
-        citc_in_modal, citc_cross_modal: λ1 and λ2 of C-ITC.
-        ss_temperature: temperature of NT-Xent.
-        sdm_scale, sdm_epsilon: fixed scale of the cosines in SDM, and what is added to its labels.
+        rank: number of this process among those that `gather` joins; its rows start at rank · B of the gathered ones.
+        nitc_ratio: weight of N-ITC, the normalised image-text contrastive loss.
+        nitc_labels: `identity`: all samples of a person match; `pair`: only a sample's own pair matches (ITC).
+        mvs_image: N-ITC is the mean over two pool views (MVS-I).
+        mvs_text: N-ITC is the mean over two augmented captions (MVS-T); with MVS-I over all four combinations.
+        ritc, ritc_ratio, ritc_eps: R-ITC, the reversed image-text contrastive loss, and its ε.
+        citc, citc_ratio, citc_lambda1, citc_lambda2: C-ITC, the cyclic image-text contrastive loss, and the weights of
+            its in-modal and its cross-modal part.
+        ss, ss_text, ss_ratio, simclr_temperature: SS-I and SS-T, self-supervision between two views of an image or a
+            caption, and the temperature of NT-Xent.
+        mlm, mlm_ratio: masked language modelling.
+        id, id_ratio: identity classification.
+        sdm, sdm_ratio, sdm_scale, sdm_eps: SDM, IRRA's similarity distribution matching, its fixed scale of the cosines
+            and its ε.
     """
 
     gather: Callable[[Tensor], Tensor]
     rank: int = 0
-    nitc: float = 1.0
-    ritc: float = 1.0
-    citc: float = 0.1
-    ss: float = 0.4
-    mlm: float = 0.0
-    identity: float = 0.0
-    ss_text: float = 0.0
-    sdm: float = 0.0
-    pair_labels: bool = False
-    multi_view: bool = True
-    multi_view_text: bool = False
-    ritc_epsilon: float = 0.01
-    citc_in_modal: float = 0.25
-    citc_cross_modal: float = 0.25
-    ss_temperature: float = 0.1
+    nitc_ratio: float = 1.0
+    nitc_labels: str = "identity"
+    mvs_image: bool = True
+    mvs_text: bool = False
+    ritc: bool = True
+    ritc_ratio: float = 1.0
+    ritc_eps: float = 0.01
+    citc: bool = True
+    citc_ratio: float = 0.1
+    citc_lambda1: float = 0.25
+    citc_lambda2: float = 0.25
+    ss: bool = True
+    ss_text: bool = False
+    ss_ratio: float = 0.4
+    simclr_temperature: float = 0.1
+    mlm: bool = False
+    mlm_ratio: float = 1.0
+    id: bool = False
+    id_ratio: float = 1.0
+    sdm: bool = False
+    sdm_ratio: float = 1.0
     sdm_scale: float = 50.0
-    sdm_epsilon: float = 1e-8
+    sdm_eps: float = 1e-8
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss that is on, by name, in the order in which they are computed."""
+        weights = {}
+        for name, term in (CONTRASTIVE_TERMS | PER_SAMPLE_TERMS).items():
+            ratio = getattr(self, term.ratio)
+            if getattr(self, name, True) and ratio > 0:
+                weights[name] = ratio
+        return weights
 
     @property
     def uses_temperature(self) -> bool:
-        return self.nitc > 0 or self.ritc > 0
+        """Whether a loss that is on trains the temperature."""
+        return any(CONTRASTIVE_TERMS[name].uses_temperature for name in self.weights if name in CONTRASTIVE_TERMS)
 
     @property
     def needs_second_view(self) -> bool:
-        return self.multi_view and self.nitc > 0
+        return self.mvs_image and "nitc" in self.weights
 
     @property
     def needs_second_caption(self) -> bool:
-        return self.multi_view_text and self.nitc > 0
-
-    @property
-    def needs_simclr_captions(self) -> bool:
-        return self.ss_text > 0
+        return self.mvs_text and "nitc" in self.weights
 
     @property
     def needs_simclr_views(self) -> bool:
-        return self.ss > 0
+        return "ss" in self.weights
+
+    @property
+    def needs_simclr_captions(self) -> bool:
+        return "ss_text" in self.weights
 
     @property
     def needs_masked_captions(self) -> bool:
-        return self.mlm > 0
+        return "mlm" in self.weights
 
     def __call__(
         self,
@@ -81,7 +114,7 @@ class Objectives:
         soft_label_ratio: float,
         masked_labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted losses by name, 0-dim float32; their sum is what is trained.
+        """Computes the weighted losses by name, 0-dim float32. Their sum is what is minimised.
 
         Args:
             features: of this rank's B rows.
@@ -94,74 +127,15 @@ class Objectives:
         return weighted | self.classify(features, identities, masked_labels, rows=len(identities), picked=picked)
 
     def contrast(self, features: Features, identities: Tensor, soft_label_ratio: float) -> dict[str, Tensor]:
-        """N-ITC, R-ITC, C-ITC, SS-I, SS-T and SDM, which compare the samples of a batch and need all B rows at once."""
-        weighted = {}
-        image, text = _normalised(features.image), _normalised(features.text)
+        """Computes the losses that compare the samples of a batch; they need all B rows at once."""
+        image, text = normalise_rows(features.image), normalise_rows(features.text)
         all_images, all_texts = self.gather(image), self.gather(text)
-
-        if self.nitc > 0 or self.ritc > 0 or self.sdm > 0:
-            all_identities = self.gather(identities)
-            targets = losses.matching_distribution(identities, all_identities, image.dtype)
-            cosines = (image @ all_texts.T, text @ all_images.T)
-        if self.nitc > 0:
-            labels = targets
-            if self.pair_labels:
-                start = self.rank * len(identities)
-                labels = losses.pair_distribution(len(identities), len(all_identities), start, like=image)
-            images, texts = [(image, all_images)], [(text, all_texts)]
-            if self.multi_view:
-                second = _normalised(features.second_image)
-                images.append((second, self.gather(second)))
-            if self.multi_view_text:
-                second = _normalised(features.second_text)
-                texts.append((second, self.gather(second)))
-            views = [
-                self._normalised_contrastive(
-                    cosines if number == 0 else (own_image @ every_text.T, own_text @ every_image.T),
-                    features.scale,
-                    labels,
-                    soft_label_ratio,
-                )
-                for number, ((own_image, every_image), (own_text, every_text)) in enumerate(product(images, texts))
-            ]
-            weighted["nitc"] = self.nitc * sum(views) / len(views)
-        if self.ritc > 0:
-            image_to_text, text_to_image = (
-                losses.reversed_contrastive(features.scale * direction, targets, self.ritc_epsilon)
-                for direction in cosines
-            )
-            weighted["ritc"] = self.ritc * (image_to_text + text_to_image) / 2
-        if self.sdm > 0:
-            image_to_text, text_to_image = (
-                losses.reversed_contrastive(self.sdm_scale * direction, targets, self.sdm_epsilon)
-                for direction in cosines
-            )
-            weighted["sdm"] = self.sdm * (image_to_text + text_to_image)
-        if self.citc > 0:
-            weighted["citc"] = self.citc * losses.cyclic_contrastive(
-                all_images, all_texts, self.citc_in_modal, self.citc_cross_modal
-            )
-        if self.ss > 0:
-            weighted["ss"] = self.ss * self._self_supervised(features.simclr)
-        if self.ss_text > 0:
-            weighted["ss_text"] = self.ss_text * self._self_supervised(features.simclr_text)
-        return weighted
-
-    def _self_supervised(self, views: tuple[Tensor, Tensor]) -> Tensor:
-        first, second = map(_normalised, views)
-        return losses.nt_xent(
-            first, second, self.gather(first), self.gather(second), self.rank * len(first), self.ss_temperature
-        )
-
-    @staticmethod
-    def _normalised_contrastive(
-        cosines: tuple[Tensor, Tensor], scale: Tensor, labels: Tensor, soft_label_ratio: float
-    ) -> Tensor:
-        """Mean of both directions."""
-        image_to_text, text_to_image = (
-            losses.normalised_contrastive(scale * direction, labels, soft_label_ratio) for direction in cosines
-        )
-        return (image_to_text + text_to_image) / 2
+        batch = Contrast(self, features, identities, soft_label_ratio, image, text, all_images, all_texts)
+        return {
+            name: self.weights[name] * term.compute(self, batch)
+            for name, term in CONTRASTIVE_TERMS.items()
+            if name in self.weights
+        }
 
     def classify(
         self,
@@ -172,35 +146,203 @@ class Objectives:
         rows: int,
         picked: Tensor | None,
     ) -> dict[str, Tensor]:
-        """MLM and ID, which look at each sample alone: the parts that any rows contribute, whose sum is the loss.
+        """Computes the losses that look at each sample on its own: the part that some rows contribute. The parts of all
+        rows add up to the loss.
 
         Args:
             features, identities, masked_labels: of some of the B rows.
             rows: B.
-            picked: of `picked_tokens` for all B rows.
+            picked: result of `picked_tokens` for all B rows.
         """
-        weighted = {}
-        if self.mlm > 0:
-            labels = masked_labels[masked_labels != IGNORED_LABEL]
-            weighted["mlm"] = self.mlm * losses.masked_language(widened(features.masked_logits), labels, picked)
-        if self.identity > 0:
-            image_logits, text_logits = map(widened, features.identity_logits)
-            weighted["id"] = self.identity * losses.identity(image_logits, text_logits, identities, rows)
-        return weighted
+        part = Part(features, identities, masked_labels, rows, picked)
+        return {
+            name: self.weights[name] * term.compute(self, part)
+            for name, term in PER_SAMPLE_TERMS.items()
+            if name in self.weights
+        }
 
     def picked_tokens(self, masked_labels: Tensor | None) -> Tensor | None:
-        """Tokens that MLM predicts on a rank, on average over all ranks: 0-dim; None without MLM."""
-        if self.mlm == 0:
+        """Counts the tokens that MLM predicts on a rank, as a mean over all ranks: 0-dim; None without MLM."""
+        if not self.needs_masked_captions:
             return None
         own = (masked_labels != IGNORED_LABEL).sum().float()
         return self.gather(own[None]).mean()
 
 
-def _normalised(features: Tensor) -> Tensor:
-    """L2-normalised rows in float32."""
-    return F.normalize(widened(features), dim=1)
+@dataclass(frozen=True)
+class Contrast:
+    """A batch as the contrastive losses see it. What only some losses need is computed when the first of them asks.
+
+    Attributes:
+        objectives: the losses; their `gather` joins the ranks.
+        features: of this rank's B rows.
+        identities: (B,) int64.
+        soft_label_ratio: α of N-ITC at this step.
+        image, text: (B, D) float32, L2-normalised rows of this rank.
+        all_images, all_texts: (G, D) the same of all ranks.
+    """
+
+    objectives: Objectives
+    features: Features
+    identities: Tensor
+    soft_label_ratio: float
+    image: Tensor
+    text: Tensor
+    all_images: Tensor
+    all_texts: Tensor
+
+    @cached_property
+    def all_identities(self) -> Tensor:
+        """(G,) int64."""
+        return self.objectives.gather(self.identities)
+
+    @cached_property
+    def matches(self) -> Tensor:
+        """(B, G) q̂: which columns show the person of a row; each row sums to one."""
+        return losses.matching_distribution(self.identities, self.all_identities, self.image.dtype)
+
+    @cached_property
+    def cosines(self) -> tuple[Tensor, Tensor]:
+        """Image to text and text to image, each (B, G)."""
+        return self.image @ self.all_texts.T, self.text @ self.all_images.T
+
+
+class Part(NamedTuple):
+    """Some rows of a batch, as the losses see them that look at each sample on its own.
+
+    Attributes:
+        features, identities, masked_labels: of these rows.
+        rows: B, the number of rows of the whole batch.
+        picked: tokens that MLM predicts on a rank, mean over ranks: 0-dim; None without MLM.
+    """
+
+    features: Features
+    identities: Tensor
+    masked_labels: Tensor | None
+    rows: int
+    picked: Tensor | None
+
+
+def normalise_rows(features: Tensor) -> Tensor:
+    """L2-normalises rows, in float32."""
+    return F.normalize(to_float32(features), dim=1)
 
 
 def soft_label_ratio_at(step: int, steps_per_epoch: int, ratio: float) -> float:
     """α of N-ITC: grows linearly from 0 over the first epoch, then stays at `ratio`."""
     return ratio * min(1.0, step / steps_per_epoch)
+
+
+# ---- the terms of the sum -------------------------------------------------------------------------------------------
+
+
+def _nitc(self: Objectives, batch: Contrast) -> Tensor:
+    """Mean of both directions, over all combinations of an image view and a caption."""
+    labels, cosines = batch.matches, batch.cosines
+    if self.nitc_labels == "pair":
+        rows = len(batch.identities)
+        labels = losses.pair_distribution(rows, len(batch.all_identities), self.rank * rows, like=batch.image)
+    images, texts = [(batch.image, batch.all_images)], [(batch.text, batch.all_texts)]
+    if self.mvs_image:
+        second = normalise_rows(batch.features.second_image)
+        images.append((second, self.gather(second)))
+    if self.mvs_text:
+        second = normalise_rows(batch.features.second_text)
+        texts.append((second, self.gather(second)))
+    views = []
+    for number, ((image, all_images), (text, all_texts)) in enumerate(product(images, texts)):
+        directions = cosines if number == 0 else (image @ all_texts.T, text @ all_images.T)
+        image_to_text, text_to_image = (
+            losses.normalised_contrastive(batch.features.scale * direction, labels, batch.soft_label_ratio)
+            for direction in directions
+        )
+        views.append((image_to_text + text_to_image) / 2)
+    return sum(views) / len(views)
+
+
+def _ritc(self: Objectives, batch: Contrast) -> Tensor:
+    """Mean of both directions."""
+    image_to_text, text_to_image = (
+        losses.reversed_contrastive(batch.features.scale * direction, batch.matches, self.ritc_eps)
+        for direction in batch.cosines
+    )
+    return (image_to_text + text_to_image) / 2
+
+
+def _sdm(self: Objectives, batch: Contrast) -> Tensor:
+    """Sum of both directions, as in IRRA."""
+    image_to_text, text_to_image = (
+        losses.reversed_contrastive(self.sdm_scale * direction, batch.matches, self.sdm_eps)
+        for direction in batch.cosines
+    )
+    return image_to_text + text_to_image
+
+
+def _citc(self: Objectives, batch: Contrast) -> Tensor:
+    return losses.cyclic_contrastive(batch.all_images, batch.all_texts, self.citc_lambda1, self.citc_lambda2)
+
+
+def _ss(self: Objectives, batch: Contrast) -> Tensor:
+    return _self_supervised(self, batch.features.simclr)
+
+
+def _ss_text(self: Objectives, batch: Contrast) -> Tensor:
+    return _self_supervised(self, batch.features.simclr_text)
+
+
+def _self_supervised(self: Objectives, views: tuple[Tensor, Tensor]) -> Tensor:
+    first, second = map(normalise_rows, views)
+    all_first, all_second = self.gather(first), self.gather(second)
+    return losses.nt_xent(first, second, all_first, all_second, self.rank * len(first), self.simclr_temperature)
+
+
+def _mlm(self: Objectives, part: Part) -> Tensor:
+    labels = part.masked_labels[part.masked_labels != IGNORED_LABEL]
+    return losses.masked_language(to_float32(part.features.masked_logits), labels, part.picked)
+
+
+def _id(self: Objectives, part: Part) -> Tensor:
+    image_logits, text_logits = map(to_float32, part.features.identity_logits)
+    return losses.identity(image_logits, text_logits, part.identities, part.rows)
+
+
+class ContrastiveTerm(NamedTuple):
+    """A loss that compares the samples of a batch.
+
+    Attributes:
+        compute: the loss of a batch, before its weight: 0-dim.
+        ratio: field of `Objectives` that holds its weight.
+        uses_temperature: whether it trains the temperature.
+    """
+
+    compute: Callable[[Objectives, Contrast], Tensor]
+    ratio: str
+    uses_temperature: bool = False
+
+
+class PerSampleTerm(NamedTuple):
+    """A loss that looks at each sample on its own.
+
+    Attributes:
+        compute: the part of some rows, before its weight: 0-dim.
+        ratio: field of `Objectives` that holds its weight.
+    """
+
+    compute: Callable[[Objectives, Part], Tensor]
+    ratio: str
+
+
+CONTRASTIVE_TERMS = {
+    "nitc": ContrastiveTerm(_nitc, "nitc_ratio", uses_temperature=True),
+    "ritc": ContrastiveTerm(_ritc, "ritc_ratio", uses_temperature=True),
+    "sdm": ContrastiveTerm(_sdm, "sdm_ratio"),
+    "citc": ContrastiveTerm(_citc, "citc_ratio"),
+    "ss": ContrastiveTerm(_ss, "ss_ratio"),
+    "ss_text": ContrastiveTerm(_ss_text, "ss_ratio"),
+}
+"""By name, in the order in which they are computed. The name is also the key that turns the loss on."""
+
+PER_SAMPLE_TERMS = {
+    "mlm": PerSampleTerm(_mlm, "mlm_ratio"),
+    "id": PerSampleTerm(_id, "id_ratio"),
+}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.adaptation import ContextPrompt, ImageAdapter
+from model.architecture import Architecture
 from model.heads import MaskedLanguageHead, identity_classifier, simclr_projector
 from model.text_transformer import TextTransformer, valid_tokens
 from model.transformer import Transformer
@@ -73,11 +74,7 @@ class TBPSCLIP(nn.Module):
     """The dual encoder with the heads of the losses that are on.
 
     Args:
-        resolution: (height, width) in pixels.
-        patch_size, vision_width, vision_layers, vision_heads: the image encoder (ViT-B/16: 16, 768, 12, 12).
-        text_length, vocab_size, text_width, text_layers, text_heads: the text encoder (77, 49408, 512, 12, 8).
-        embed_dim: width of the shared space.
-        activation: of the MLPs in both towers, `quick_gelu` or `gelu`.
+        architecture: sizes of the two encoders.
         dropout: of the attention weights in the text encoder.
         lock_bottom: freezes the patch-embedding convolution (paper's trick "locked bottom layer").
         grad_checkpointing: computes every transformer block once more in the backward pass instead of keeping it.
@@ -91,19 +88,8 @@ class TBPSCLIP(nn.Module):
 
     def __init__(
         self,
+        architecture: Architecture,
         *,
-        resolution: tuple[int, int],
-        patch_size: int,
-        vision_width: int,
-        vision_layers: int,
-        vision_heads: int,
-        text_length: int,
-        vocab_size: int,
-        text_width: int,
-        text_layers: int,
-        text_heads: int,
-        embed_dim: int,
-        activation: str,
         dropout: float = 0.0,
         lock_bottom: bool = True,
         grad_checkpointing: bool = False,
@@ -115,36 +101,20 @@ class TBPSCLIP(nn.Module):
         adapter_ratio: float | None = None,
     ):
         super().__init__()
+        embed_dim = architecture.embed_dim
         self.embed_dim = embed_dim
-        self.image_encoder = VisionTransformer(
-            resolution=resolution,
-            patch_size=patch_size,
-            width=vision_width,
-            layers=vision_layers,
-            heads=vision_heads,
-            embed_dim=embed_dim,
-            activation=activation,
-        )
-        self.text_encoder = TextTransformer(
-            vocab_size=vocab_size,
-            text_length=text_length,
-            width=text_width,
-            layers=text_layers,
-            heads=text_heads,
-            embed_dim=embed_dim,
-            activation=activation,
-            dropout=dropout,
-        )
+        self.image_encoder = VisionTransformer(architecture)
+        self.text_encoder = TextTransformer(architecture, dropout=dropout)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.simclr_projector = simclr_projector(simclr_widths) if simclr_widths else None
         self.text_simclr_projector = simclr_projector(text_simclr_widths) if text_simclr_widths else None
         self.masked_language_head = (
-            MaskedLanguageHead(width=embed_dim, depth=masked_language_depth, vocab_size=vocab_size)
+            MaskedLanguageHead(width=embed_dim, depth=masked_language_depth, vocab_size=architecture.vocab_size)
             if masked_language_depth
             else None
         )
         self.identity_classifier = identity_classifier(embed_dim, identities) if identities else None
-        self.prompt = ContextPrompt(context_length, text_width) if context_length else None
+        self.prompt = ContextPrompt(context_length, architecture.text_width) if context_length else None
         self.image_adapter = None if adapter_ratio is None else ImageAdapter(embed_dim, adapter_ratio)
         self.image_encoder.conv1.requires_grad_(not lock_bottom)
         if adaptations := [module for module in (self.prompt, self.image_adapter) if module is not None]:

@@ -1,9 +1,10 @@
-"""CLIP's text encoder: a causal transformer over byte-pair tokens (SPEC: width 512, 12 layers, 8 heads, 77 tokens)."""
+"""CLIP's text encoder: a causal transformer over byte-pair tokens (Radford et al., 2021)."""
 
 import torch
 from torch import Tensor, nn
 
 from model.adaptation import ContextPrompt
+from model.architecture import Architecture
 from model.transformer import Transformer, project
 
 
@@ -11,33 +12,24 @@ class TextTransformer(nn.Module):
     """Token ids to features in the shared space.
 
     Args:
-        vocab_size: number of token ids; the end-of-text token has the highest.
-        text_length: longest caption in tokens, start and end included.
-        width: D of the transformer.
-        layers, heads: number of residual blocks, and of attention heads in each.
-        embed_dim: width of the shared image-text space.
-        activation: of the MLPs, a key of `ACTIVATIONS`.
+        architecture: sizes of the model; those of the text encoder are used.
         dropout: probability with which an attention weight is dropped in training (paper: 0.05).
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        text_length: int,
-        width: int,
-        layers: int,
-        heads: int,
-        embed_dim: int,
-        activation: str,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, architecture: Architecture, *, dropout: float = 0.0):
         super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(text_length, width))
-        self.transformer = Transformer(width, layers, heads, dropout=dropout, activation=activation)
+        width = architecture.text_width
+        self.token_embedding = nn.Embedding(architecture.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(architecture.text_length, width))
+        self.transformer = Transformer(
+            width,
+            architecture.text_layers,
+            architecture.text_heads,
+            activation=architecture.activation,
+            dropout=dropout,
+        )
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        self.text_projection = nn.Parameter(torch.empty(width, architecture.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width**-0.5)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.architecture import GELU, QUICK_GELU
+
 
 class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x), the activation of OpenAI's weights (not the GELU of torch)."""
@@ -19,12 +21,10 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-QUICK_GELU, GELU = "quick_gelu", "gelu"
 ACTIVATIONS = {QUICK_GELU: QuickGELU, GELU: nn.GELU}
-"""OpenAI's, MetaCLIP's and DFN's weights were trained with the first, LAION's and DataComp's with the second."""
 
 
-def widened(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """In float32 where mixed precision made it narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -35,7 +35,7 @@ def project(x: Tensor, norm: nn.LayerNorm, projection: Tensor) -> Tensor:
     In float32 also under autocast: rounded to bf16, features would be off by more than what tells near ties apart.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return norm(widened(x)) @ projection
+        return norm(to_float32(x)) @ projection
 
 
 class Attention(nn.Module):

@@ -1,8 +1,9 @@
-"""CLIP's image encoder: a vision transformer (SPEC: ViT-B/16 is width 768, 12 layers, 12 heads, patch 16)."""
+"""CLIP's image encoder: a vision transformer (Dosovitskiy et al., 2021)."""
 
 import torch
 from torch import Tensor, nn
 
+from model.architecture import Architecture
 from model.transformer import Transformer, project
 
 
@@ -10,36 +11,23 @@ class VisionTransformer(nn.Module):
     """Images to features in the shared space.
 
     Args:
-        resolution: (height, width) in pixels, multiples of `patch_size`.
-        patch_size: side of a square patch in pixels.
-        width: D of the transformer.
-        layers, heads: number of residual blocks, and of attention heads in each.
-        embed_dim: width of the shared image-text space.
-        activation: of the MLPs, a key of `ACTIVATIONS`.
+        architecture: sizes of the model; those of the image encoder are used.
     """
 
-    def __init__(
-        self,
-        *,
-        resolution: tuple[int, int],
-        patch_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        embed_dim: int,
-        activation: str,
-    ):
+    def __init__(self, architecture: Architecture):
         super().__init__()
-        self.grid = (resolution[0] // patch_size, resolution[1] // patch_size)
-        patches = self.grid[0] * self.grid[1]
+        width, patch_size = architecture.vision_width, architecture.patch_size
+        self.grid = architecture.grid
         deviation = width**-0.5
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(deviation * torch.randn(width))
-        self.positional_embedding = nn.Parameter(deviation * torch.randn(patches + 1, width))
+        self.positional_embedding = nn.Parameter(deviation * torch.randn(architecture.patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, activation=activation)
+        self.transformer = Transformer(
+            width, architecture.vision_layers, architecture.vision_heads, activation=architecture.activation
+        )
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(deviation * torch.randn(width, embed_dim))
+        self.proj = nn.Parameter(deviation * torch.randn(width, architecture.embed_dim))
 
     def forward(self, images: Tensor, *, all_tokens: bool = False) -> Tensor:
         """Encodes images.

@@ -18,13 +18,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from misc.data.samples import GlobalBatchSampler, outlive_signals
+from misc.data.sampler import GlobalBatchSampler
+from misc.data.workers import outlive_signals
 from misc.errors import UserError
 from misc.run.checkpoint import read_checkpoint
+from misc.run.folder import LAST_CHECKPOINT
 from misc.run.progress import Progress
-from misc.system.distributed import Launch, Processes
+from misc.system.distributed import Launch, Ranks
 from misc.system.interruption import Interrupted, Interruption
-from misc.training.resume import LAST, Course, Keeper
+from misc.training.resume import CheckpointWriter, RunIdentity
 from misc.training.trainer import Trainer
 from tests.helpers.runs import (
     EVERYTHING,
@@ -162,9 +164,9 @@ def test_a_training_that_is_killed_again_and_again_ends_as_if_it_never_was(train
         else:
             current.kill_all()
             restarts["all"] += 1
-            if (folder / LAST).exists():
-                assert read_checkpoint(folder / LAST)["progress"]
-            resume = ("--resume",) if (folder / LAST).exists() else ()
+            if (folder / LAST_CHECKPOINT).exists():
+                assert read_checkpoint(folder / LAST_CHECKPOINT)["progress"]
+            resume = ("--resume",) if (folder / LAST_CHECKPOINT).exists() else ()
             current = training(*arguments, *resume, ranks=2, restarts=KILLS)
     assert current.wait(600) == 0, (tmp_path / "output.txt").read_text()[-5000:]
     assert KILLS < 20 or min(restarts.values()) > 0
@@ -182,7 +184,7 @@ def test_torchrun_is_stopped_and_the_run_goes_on(training, unstopped_on_two_rank
     wait_until(lambda: lines_about_steps(tmp_path / "run") >= 5, "5 steps")
     first.process.send_signal(number)
     assert first.wait() != 0
-    progress = read_checkpoint(tmp_path / "run" / LAST)["progress"]
+    progress = read_checkpoint(tmp_path / "run" / LAST_CHECKPOINT)["progress"]
     assert progress["step"] >= 5  # nothing but the signal has saved this
     output = (tmp_path / "output.txt").read_text()
     assert f"stopped at step {progress['step']} of epoch 1" in output and "Error" not in output
@@ -216,7 +218,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_goes_on(
 
 def test_a_collective_that_fails_while_stopping_is_no_news():
     """The launcher ends a rank whose partner has died; only an error of its own is told."""
-    two, alone = (Processes(0, count, torch.device("cpu")) for count in (2, 1))
+    two, alone = (Ranks(0, count, torch.device("cpu")) for count in (2, 1))
     with pytest.raises(Interrupted, match="SIGTERM"), Interruption() as interruption, interruption.deferred(two):
         signal.raise_signal(signal.SIGTERM)
         raise RuntimeError("Connection closed by peer")
@@ -236,9 +238,9 @@ def test_a_signal_that_comes_while_ranks_agree_is_kept_for_the_next_step():
             return number
 
     with Interruption() as interruption:
-        with pytest.raises(Interrupted), interruption.deferred(Processes(0, 1, torch.device("cpu"))):
+        with pytest.raises(Interrupted), interruption.deferred(Ranks(0, 1, torch.device("cpu"))):
             assert not interruption.agreed(Ranks())
-            assert interruption.agreed(Processes(0, 1, torch.device("cpu")))
+            assert interruption.agreed(Ranks(0, 1, torch.device("cpu")))
         assert interruption.number == signal.SIGTERM
 
 
@@ -251,7 +253,7 @@ def test_a_scheduler_that_signals_every_process_of_a_job_is_obeyed_after_saving(
     for process in (workers[0], first.process.pid, workers[1]):
         os.kill(process, signal.SIGTERM)
     assert first.wait() == 143
-    assert read_checkpoint(tmp_path / "run" / LAST)["progress"]["step"] >= 3
+    assert read_checkpoint(tmp_path / "run" / LAST_CHECKPOINT)["progress"]["step"] >= 3
     wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), "the workers' end")
     assert training("--resume").wait() == 0
     assert_same_run(tmp_path / "run", unstopped)
@@ -324,8 +326,8 @@ def test_a_disk_that_gets_full_stops_the_run_and_loses_nothing(run, data, unstop
     with monkeypatch.context() as patched:
         at_step(patched, 8, lambda: full_disk(1_000_000))
         message = only_error(run(*own))
-    assert str(folder / LAST) in message and "File too large" in message and "--resume" in message
-    assert read_checkpoint(folder / LAST)["progress"]["step"] == 5
+    assert str(folder / LAST_CHECKPOINT) in message and "File too large" in message and "--resume" in message
+    assert read_checkpoint(folder / LAST_CHECKPOINT)["progress"]["step"] == 5
     assert not list(folder.glob("*.part"))
     full_disk(resource.RLIM_INFINITY)
     assert run(*own, "--resume").status == 0
@@ -351,7 +353,9 @@ def test_a_disk_without_room_is_found_before_anything_is_trained(run, data, monk
     assert "0.1 GB free" in message and "model.saved_path" in message
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / f"{LAST}.part").write_bytes(bytes(120_000_000))  # of a run that was killed; it will be deleted
+    (tmp_path / "run" / f"{LAST_CHECKPOINT}.part").write_bytes(
+        bytes(120_000_000)
+    )  # of a run that was killed; it will be deleted
     assert run(*own, "schedule.epoch=1").status == 0
 
 
@@ -385,7 +389,7 @@ def test_a_loss_that_is_not_finite_names_its_step_its_losses_and_its_files(run, 
     files = [f"tiny/{image // 2 + 1:04}_{image % 2}.jpg" for image in images]
     assert all(file in message for file in files)
     assert f"images of the batch: {', '.join(files)}\n" in (folder / "train.log").read_text()
-    saved = read_checkpoint(folder / LAST)
+    saved = read_checkpoint(folder / LAST_CHECKPOINT)
     assert saved["progress"]["step"] == 5 and all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
@@ -407,10 +411,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         def state(self) -> dict:
             return {"model": {"proj": torch.tensor([1.0, torch.inf])}, "optimizer": {}, "scaler": {}}
 
-    alone = Processes(0, 1, torch.device("cpu"))
-    course = Course({}, 4, "fp32", "")
-    keeper = Keeper(tmp_path, StubTrainer(), Progress(1, 7), course, Launch("one", 0), "id", alone)
-    for save in (keeper.save_last, keeper.save_best):
+    alone = Ranks(0, 1, torch.device("cpu"))
+    identity = RunIdentity({}, 4, "fp32", "")
+    checkpoints = CheckpointWriter(tmp_path, StubTrainer(), Progress(1, 7), identity, Launch("one", 0), "id", alone)
+    for save in (checkpoints.save_last, checkpoints.save_best):
         with pytest.raises(UserError, match=r"not finite after epoch 2, step 7 \(proj\)"):
             save()
     assert list(tmp_path.iterdir()) == []

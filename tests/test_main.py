@@ -17,7 +17,7 @@ from PIL import Image
 
 import main as program
 from misc.run.checkpoint import read_checkpoint
-from misc.run.log import RUN_FILES
+from misc.run.folder import RUN_FILES
 from tests.helpers.runs import (
     ARCHITECTURE,
     METRICS,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from misc.data.annotations import read_captions
 from misc.errors import DISK_FULL, UserError
-from misc.files import is_folder, lock_file, whole_file
+from misc.files import atomic_file, is_folder, lock_file
 from misc.system.distributed import choose_device
 
 PACKAGES = ("transformers", "sentencepiece")
@@ -109,7 +109,7 @@ def back_translate(
         with _kept(partial, models) as (translations, keep):
             _translate_all(entries, translations, keep, load, batch_size)
             _check_new(out)
-            with whole_file(out) as file:
+            with atomic_file(out) as file:
                 file.write(_line([_translated(path, captions, translations) for path, captions in entries]))
         partial.unlink(missing_ok=True)
     except OSError as error:

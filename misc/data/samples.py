@@ -1,44 +1,29 @@
-"""From a split of a dataset to batches on this rank: sampler, samples, collate, loaders.
+"""Training samples and gallery images: from a split to augmented views and token ids.
 
 A sample's augmentation depends on (seed, epoch, index) alone, so neither the number of workers and ranks nor a restart
 changes it.
 """
 
-import dataclasses
-import multiprocessing
-import os
-import signal
-import struct
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from misc.data.annotations import Split
 from misc.data.image_operations import build_operations
+from misc.data.images import read_image
+from misc.data.sampler import Draw
 from misc.data.views import EvaluationView, PoolView, SimCLRView, mix_captions, mix_images, to_tensor
 from misc.errors import UserError
 from misc.system.randomness import derive_seed, seeded, single_threaded
-from model.tbps_clip import Views
 from text_utils.augmentation import augment_caption
-from text_utils.masking import IGNORED_LABEL, mask_tokens
+from text_utils.masking import mask_tokens
 from text_utils.tokenizer import Tokenizer
-
-
-class Draw(NamedTuple):
-    """What the sampler asks of the training set: a sample of an epoch, and with which other sample MixGen mixes it."""
-
-    epoch: int
-    index: int
-    partner: int | None = None
 
 
 @dataclass
@@ -51,40 +36,6 @@ class Sample:
     masked_labels: list[int] | None
     identity: int
     path: str
-
-
-@dataclass
-class Batch:
-    """B samples of this rank: what is encoded, who is seen (B,) int64, and the image files for messages."""
-
-    views: Views
-    identities: Tensor
-    paths: list[str]
-
-    def __len__(self) -> int:
-        return len(self.identities)
-
-    def rows(self, start: int, stop: int) -> "Batch":
-        """Some of the samples, sharing the memory of these."""
-        shortened = _map_tensors(self, lambda tensor: tensor[start:stop])
-        return dataclasses.replace(shortened, paths=self.paths[start:stop])
-
-    def to(self, device: torch.device) -> "Batch":
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        return _map_tensors(self, Tensor.pin_memory)
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(_map_tensors(item, function) for item in value)
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return type(value)(**{name: _map_tensors(item, function) for name, item in fields.items()})
-    return value
 
 
 @dataclass(frozen=True)
@@ -229,158 +180,3 @@ class EvaluationImages(Dataset):
             return self.view(read_image(self.paths[number]))
         except UserError as error:
             return error
-
-
-def read_image(path: Path, *, upright: bool = False) -> Image.Image:
-    """Decodes an image file to RGB. Raises UserError with its name where that cannot be done.
-
-    Args:
-        upright: turns it as its EXIF data say, which people's own pictures need. Datasets are read as they are.
-    """
-    try:
-        with Image.open(path) as image:
-            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be decoded ({error}): replace it or its entry") from error
-
-
-class GlobalBatchSampler(Sampler[list[Draw]]):
-    """This rank's rows of the global batches of an epoch; the last incomplete global batch is dropped.
-
-    It goes through the `epoch` that is set, from batch `first_step` on. Its length is that of a whole epoch.
-
-    The order depends on (seed, epoch) alone, and the ranks' rows one after another are the global batch: the same G
-    samples meet in a step, however many ranks share them.
-
-    Args:
-        samples: size of the training set.
-        batch_size: B, per rank.
-        seed: of the run.
-        rank, world_size: where this process stands.
-        mixgen_probability, mixgen_ratio: with this probability for a global batch, the first `mixgen_ratio` of its
-            samples are mixed with as many that follow them (MixGen).
-    """
-
-    def __init__(
-        self,
-        samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        mixgen_probability: float = 0.0,
-        mixgen_ratio: float = 0.0,
-    ):
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.mixgen_probability, self.mixgen_ratio = mixgen_probability, mixgen_ratio
-        self.epoch = 0
-        self.first_step = 0
-
-    def __len__(self) -> int:
-        return self.samples // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, "order"))
-        order = torch.randperm(self.samples, generator=generator).tolist()
-        size = self.batch_size * self.world_size
-        for step in range(self.first_step, len(self)):
-            draws = self._mixed(order[step * size : (step + 1) * size], step)
-            yield draws[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-
-    def _mixed(self, indices: list[int], step: int) -> list[Draw]:
-        random = Random(derive_seed(self.seed, self.epoch, step, "mixgen"))
-        mixed = int(self.mixgen_ratio * len(indices)) if random.random() < self.mixgen_probability else 0
-        return [
-            Draw(self.epoch, index, indices[row + mixed] if row < mixed else None) for row, index in enumerate(indices)
-        ]
-
-
-def collate(samples: "list[Sample | UserError]") -> "Batch | UserError":
-    """Stacks samples; captions are padded to the longest of the batch, not to `text_length`."""
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-    names = samples[0].images.keys()
-    images = {name: torch.stack([sample.images[name] for sample in samples]) for name in names}
-    masked = samples[0].masked_ids is not None
-    rows = [sample.captions[name] for name in samples[0].captions for sample in samples]
-    captions = dict(zip(samples[0].captions, pad_tokens(rows).split(len(samples)), strict=True))
-    views = Views(
-        image=images["image"],
-        token_ids=captions["caption"],
-        second_image=images.get("second_image"),
-        simclr_images=(images["first_simclr"], images["second_simclr"]) if "first_simclr" in images else None,
-        second_token_ids=captions.get("second_caption"),
-        simclr_token_ids=(captions["first_simclr"], captions["second_simclr"]) if "first_simclr" in captions else None,
-        masked_token_ids=pad_tokens([sample.masked_ids for sample in samples]) if masked else None,
-        masked_labels=pad_tokens([sample.masked_labels for sample in samples], IGNORED_LABEL) if masked else None,
-    )
-    identities = torch.tensor([sample.identity for sample in samples])
-    return Batch(views, identities, [sample.path for sample in samples])
-
-
-def pad_tokens(rows: list[list[int]], padding: int = 0) -> Tensor:
-    """B lists → (B, L) int64, L the longest of them."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
-
-
-def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of this rank, in the sampler's order, on the CPU. Go through it with `batches`."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-        worker_init_fn=outlive_signals,
-    )
-
-
-def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, pin_memory: bool) -> DataLoader:
-    """(B, 3, H, W) in order. Go through it with `batches`."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        collate_fn=_stack_images,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=outlive_signals,
-    )
-
-
-def outlive_signals(worker: int) -> None:
-    """A loader worker ends by its training process alone, which needs it for the step that it finishes before it stops.
-
-    Ctrl-C and torchrun signal a whole process group, and schedulers every process of a job. Against the latter this
-    helps where workers are forked; one that is started otherwise has threads already, which may take the signal.
-    """
-    os.setpgrp()
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent, daemon=True).start()
-
-
-def _end_by_parent() -> None:
-    training = multiprocessing.parent_process().pid  # os.getppid() may be a server that forks the workers
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
-        pass
-    os._exit(0)
-
-
-def _stack_images(images: "list[Tensor | UserError]") -> "Tensor | UserError":
-    errors = [image for image in images if isinstance(image, UserError)]
-    return errors[0] if errors else torch.stack(images)
-
-
-def batches(loader: Iterable) -> Iterator:
-    """The batches of a loader; a UserError that a sample became is raised here.
-
-    A worker process hands an exception over as a text with its traceback; as a value it stays the one clear line.
-    """
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch

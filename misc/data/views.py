@@ -14,9 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from misc.data.image_operations import Operation
-
-IMAGENET_MEAN = [0.485, 0.456, 0.406]
-IMAGENET_DEVIATION = [0.229, 0.224, 0.225]
+from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
 
 
 def to_tensor(image: Image.Image) -> Tensor:

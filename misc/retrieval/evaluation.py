@@ -3,6 +3,7 @@
 W ranks, Q queries (captions), N gallery images, D width of the shared space.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.data.annotations import Split
-from misc.data.samples import EvaluationImages, batches, gallery_loader, pad_tokens
+from misc.data.batches import batches, gallery_loader, pad_tokens
+from misc.data.samples import EvaluationImages
 from misc.retrieval.metrics import QueryResults, queries_without_match, rank_queries, summarise
-from misc.system.distributed import Processes, gather_strided
+from misc.system.distributed import Ranks, gather_strided
 from misc.system.precision import Precision
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import Tokenizer
@@ -32,6 +34,7 @@ class Retrieval:
         without_match: number of queries whose person is not in the gallery.
         results: per query.
         queries: (Q, D) and gallery: (N, D) float32, L2-normalised.
+        seconds: duration of the evaluation.
     """
 
     metrics: dict[str, float]
@@ -39,12 +42,25 @@ class Retrieval:
     results: QueryResults
     queries: Tensor
     gallery: Tensor
+    seconds: float = 0.0
 
     def first_images(self, query: int, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and numbers of the `count` best gallery images of a query, best first."""
         similarity = self.gallery @ self.queries[query]
         order = similarity.argsort(descending=True, stable=True)[:count]
         return similarity[order], order
+
+
+def result_lines(title: str, retrieval: Retrieval) -> list[str]:
+    """The table of results, as lines for the log."""
+    lines = [
+        f"{title}: {len(retrieval.queries)} queries, {len(retrieval.gallery)} images, {retrieval.seconds:.1f} s",
+        "    R@1    R@5   R@10    mAP   mINP",
+        "".join(f"{value:7.2f}" for value in retrieval.metrics.values()),
+    ]
+    if retrieval.without_match:
+        lines.append(f"warning: {retrieval.without_match} queries ask for a person who is not in the gallery")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -69,24 +85,27 @@ class Evaluator:
     resolution: tuple[int, int]
     batch_size: int
     workers: int
-    processes: Processes
+    ranks: Ranks
     precision: Precision
 
     @torch.no_grad()
     def __call__(self, model: TBPSCLIP) -> Retrieval:
+        started = time.perf_counter()
         was_training = model.training
         model.eval()
         (own_images,) = self.encode_images([model.encode_image], model.embed_dim)
         (own_queries,) = self.encode_captions([model.encode_text], model.embed_dim)
         gallery = gather_strided(own_images, len(self.split.image_paths))
         results = self.rank(own_queries, gallery)
+        queries = gather_strided(own_queries, len(self.split))
         model.train(was_training)
         return Retrieval(
             metrics=summarise(results),
             without_match=queries_without_match(results),
             results=results,
-            queries=gather_strided(own_queries, len(self.split)),
+            queries=queries,
             gallery=gallery,
+            seconds=time.perf_counter() - started,
         )
 
     @torch.no_grad()
@@ -99,7 +118,7 @@ class Evaluator:
 
         Returns: for each encoder (n, D) float32, L2-normalised, in the order that `gather_strided` takes.
         """
-        device = self.processes.device
+        device = self.ranks.device
         images = EvaluationImages(self.split, self.image_dir, self.resolution, self._own(len(self.split.image_paths)))
         loader = gallery_loader(images, self.batch_size, workers=self.workers, pin_memory=device.type == "cuda")
         return self._encode(encoders, batches(loader), width)
@@ -123,7 +142,7 @@ class Evaluator:
 
         Returns: the results of the queries of all ranks, the same on every rank.
         """
-        device = self.processes.device
+        device = self.ranks.device
         identities = torch.tensor(self.split.caption_identities, device=device)[self._own(len(self.split))]
         own = rank_queries(own_queries, gallery, identities, torch.tensor(self.split.image_identities, device=device))
         total = len(self.split)
@@ -135,10 +154,10 @@ class Evaluator:
 
     def _own(self, total: int) -> range:
         """What this rank encodes: every W-th of `total`, so that no item is encoded twice."""
-        return range(self.processes.rank, total, self.processes.world_size)
+        return range(self.ranks.rank, total, self.ranks.world_size)
 
     def _encode(self, encoders: Sequence[Encoder], inputs: Iterable[Tensor], width: int) -> list[Tensor]:
-        device = self.processes.device
+        device = self.ranks.device
         nothing = torch.zeros(0, width, device=device)  # a rank beyond the last item still takes part in the gathers
         features = [[nothing] for _ in encoders]
         for batch in inputs:

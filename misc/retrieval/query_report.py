@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from misc.data.annotations import Split
-from misc.files import check_new_folder, is_file, is_folder, whole_file
+from misc.files import atomic_file, check_new_folder, is_file, is_folder
 from misc.retrieval.evaluation import Evaluator, Retrieval
 from misc.retrieval.sheet import draw_retrieval_sheet
+from misc.run.folder import QUERIES, RETRIEVAL_SHEET
 
-SHEET = "retrieval.png"
-QUERIES = "queries.jsonl"
 COMPARISON = "comparison.jsonl"
 FIRST_IMAGES = 10
-CHOICES = ("random", "hardest")
 
 
 def choose_queries(retrieval: Retrieval, count: int, choice: str, seed: int) -> list[int]:
@@ -56,7 +54,7 @@ def query_records(retrieval: Retrieval, split: Split) -> list[dict[str, Any]]:
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Writes JSON Lines, whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         for record in records:
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace"))
 
@@ -66,7 +64,7 @@ def write_retrieval(
 ) -> None:
     """Writes `count` queries as a picture, chosen as `choose_queries` does it, and all of them as JSON Lines."""
     if queries := choose_queries(retrieval, count, choice, seed):
-        draw_retrieval_sheet(folder / SHEET, retrieval, evaluator.split, evaluator.image_dir, queries=queries)
+        draw_retrieval_sheet(folder / RETRIEVAL_SHEET, retrieval, evaluator.split, evaluator.image_dir, queries=queries)
     write_lines(folder / QUERIES, query_records(retrieval, evaluator.split))
 
 

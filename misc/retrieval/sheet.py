@@ -9,7 +9,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from misc.data.annotations import Split
-from misc.data.samples import read_image
+from misc.data.images import read_image
 from misc.retrieval.evaluation import Retrieval
 
 RIGHT, WRONG, NEITHER = "#1a9641", "#d7191c", "#333333"

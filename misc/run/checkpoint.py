@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from misc.errors import DISK_FULL, UserError
-from misc.files import whole_file
+from misc.files import atomic_file
 from model.pretrained.archives import open_archive
 
 
@@ -19,7 +19,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Raises UserError where the disk is full or refuses it otherwise.
     """
     try:
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__  # torch tells its own trouble after a write

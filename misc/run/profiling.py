@@ -1,5 +1,7 @@
 """A trace of a few training steps, to see where the time goes (chrome://tracing or ui.perfetto.dev open it)."""
 
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,9 +9,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from misc.files import whole_file
+from misc.files import atomic_file
+from misc.run.folder import TRACE
 
-TRACE = "trace.json"
 WAIT, WARMUP, ACTIVE = 2, 1, 3
 """Steps that are left out, since the first ones allocate memory and choose algorithms; that only warm the profiler up;
 and that are traced."""
@@ -26,7 +28,7 @@ def traced_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
         return
 
     def write(profiler: profile) -> None:
-        with whole_file(folder / TRACE) as file:
+        with atomic_file(folder / TRACE) as file:
             profiler.export_chrome_trace(file.name)
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -37,3 +39,11 @@ def traced_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
         record_shapes=True,
     ) as profiler:
         yield profiler.step
+
+
+def peak_memory_gigabytes(device: torch.device) -> float:
+    """Largest memory so far, in 10⁹ bytes: of the GPU, or resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from misc.errors import UserError
-from misc.files import whole_file
+from misc.files import atomic_file
 from misc.search.engines import Exact, ordered
 from misc.search.gallery import ROWS_AT_ONCE, Gallery
 
@@ -34,7 +34,7 @@ def build(gallery: Gallery) -> tuple[dict[str, Any], list[str]]:
     if _file(gallery).exists():  # it is whole, and of these features
         return {"name": "faiss"}, []
     lists = faiss.serialize_index(build_lists(gallery.features))  # faiss itself has no words for a full disk
-    with whole_file(_file(gallery)) as file:
+    with atomic_file(_file(gallery)) as file:
         file.write(lists)
     del lists
     recall = measured_recall(gallery.features, Approximate(gallery))

@@ -12,18 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misc.build import model as build
-from misc.config import loading as config
-from misc.data.samples import pad_tokens
+from misc.build.architecture import architecture_of
+from misc.build.model import build_saved_model, read_any_weights
+from misc.config.loading import load_config
+from misc.config.rules import RULES, TOWER_KEYS
+from misc.data.batches import pad_tokens
 from misc.data.views import EvaluationView
 from misc.errors import UserError
-from misc.system.distributed import Processes
+from misc.system.distributed import Ranks
 from misc.system.precision import Precision
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import Tokenizer
-
-ALLOWED = ("model.activation=", "model.vision_heads=", "model.text_heads=", "experiment.input_resolution=")
-"""What some weights do not tell of themselves, so that it is given."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +71,24 @@ def load_encoder(source: str, overrides: Sequence[str], device: torch.device) ->
 
     Raises UserError for weights that cannot be read, and for overrides that have no part in it.
     """
-    if others := [override for override in overrides if not override.startswith(ALLOWED)]:
-        raise UserError(f"{others[0]} has no part in a search: {', '.join(ALLOWED)} may be given")
-    weights = build.weights_of(source, Processes(0, 1, device))
-    model, saved, _ = build.build_saved_model(config.load_config(overrides=tuple(overrides)), weights)
-    preprocessing = weights.preprocessing
-    # Whole people are looked for: no picture is cut to a square, even for weights that were trained on such.
-    view = EvaluationView(config.resolution(saved), mean=preprocessing.mean, deviation=preprocessing.deviation)
-    architecture = {key: saved.model[key] for key in config.ARCHITECTURE_KEYS}
+    allowed = [key for key, rule in RULES.items() if rule.for_search]
+    if others := [override for override in overrides if override.partition("=")[0] not in allowed]:
+        raise UserError(f"{others[0]} has no effect on a search: only {', '.join(allowed)} can be set")
+    weights = read_any_weights(source, Ranks(0, 1, device))
+    model, saved, _ = build_saved_model(load_config(overrides=tuple(overrides)), weights)
+    architecture, preprocessing = architecture_of(saved), weights.preprocessing
+    # The whole person is shown: no picture is cropped to a square, even for weights that were trained that way.
+    view = EvaluationView(architecture.resolution, mean=preprocessing.mean, deviation=preprocessing.deviation)
+    # These words are part of every index: if they change, all pictures are encoded anew.
+    settings = repr(({key: getattr(architecture, key) for key in TOWER_KEYS}, vars(view), preprocessing))
     return Encoder(
         model=model.to(device).eval(),
         tokenizer=Tokenizer(),
-        text_length=saved.experiment.text_length,
+        text_length=architecture.text_length,
         view=view,
         device=device,
         precision=Precision.choose("auto", device),
-        fingerprint=_fingerprint(weights.state | weights.heads, repr((architecture, vars(view), preprocessing))),
+        fingerprint=_fingerprint(weights.state | weights.heads, settings),
     )
 
 

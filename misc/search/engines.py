@@ -32,7 +32,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """An engine by name, with what it is told.
 
     Attributes:
@@ -46,7 +46,7 @@ class Choice:
     collection: str | None = None
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> "Choice":
+    def of(cls, settings: dict[str, Any]) -> "EngineChoice":
         """What `index.json` says of the engine."""
         return cls(settings["name"], settings.get("address"), settings.get("collection"))
 
@@ -62,7 +62,7 @@ def require(what: str, *modules: str) -> None:
         raise UserError(f"{what} needs {' and '.join(missing)}: pip install -r {REQUIREMENTS}")
 
 
-def check(choice: Choice) -> None:
+def check(choice: EngineChoice) -> None:
     """Raises UserError for an engine that could not be built, before anything is encoded for it."""
     require(f"--engine {choice.name}", *PACKAGES[choice.name])
     if choice.name == "qdrant":
@@ -71,7 +71,7 @@ def check(choice: Choice) -> None:
         qdrant.check(choice)
 
 
-def build(gallery: Gallery, choice: Choice) -> tuple[dict[str, Any], list[str]]:
+def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[str]]:
     """Prepares an engine for a generation, once. Returns what `open_engine` needs, and lines to tell."""
     if choice.name == "faiss":
         from misc.search import approximate
@@ -98,7 +98,7 @@ def open_engine(gallery: Gallery, name: str | None = None) -> Engine:
     if name == "qdrant":
         from misc.search import qdrant
 
-        return qdrant.Qdrant(gallery, Choice.of(settings))
+        return qdrant.Qdrant(gallery, EngineChoice.of(settings))
     return Exact(gallery.features)
 
 

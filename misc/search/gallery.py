@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from misc.errors import UserError, first_of
-from misc.files import lock_file, unfinished, whole_file
+from misc.files import atomic_file, lock_file, partial_path
 from misc.search.pictures import Picture
 
 FORMAT = 1
@@ -86,7 +86,7 @@ def read_info(index: Path) -> Info | None:
 
 def write_info(index: Path, info: Info) -> None:
     """Writes `index.json`, whole or not at all: from here on, its generation is the current one."""
-    with whole_file(index / INFO) as file:
+    with atomic_file(index / INFO) as file:
         file.write(json.dumps(asdict(info), indent=1).encode() + b"\n")
 
 
@@ -99,7 +99,7 @@ def held_index(index: Path) -> Iterator[None]:
     try:
         index.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in index.iterdir()}
-        begun = {unfinished(Path(name)).name for name in (INFO, ENCODED_WITH)}  # by a process that was killed
+        begun = {partial_path(Path(name)).name for name in (INFO, ENCODED_WITH)}  # by a process that was killed
         others = sorted(names - begun - {LOCK, ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH})
         if others and INFO not in names:
             raise UserError(f"{index} holds other things than an index ({first_of(others)}): give another --index")
@@ -179,7 +179,7 @@ class Encoded:
         encoder = index / ENCODED_WITH
         if not encoder.exists() or encoder.read_text() != fingerprint:  # another one's are of no use
             self._pictures.truncate(0)
-            with whole_file(encoder) as file:
+            with atomic_file(encoder) as file:
                 file.write(fingerprint.encode())
         self._pictures.seek(0)
         lines = self._pictures.read().split(b"\n")[:-1]  # without one that was begun
@@ -233,7 +233,7 @@ def write_generation(
     kept = np.array([old.get(picture, -1) if picture not in fresh else -1 for picture in pictures], dtype=np.int64)
     added = np.array([fresh.get(picture, -1) for picture in pictures], dtype=np.int64)
     sources = [(kept, former.features.numpy() if former is not None else None), (added, encoded.features())]
-    with whole_file(features_file(index, generation)) as file:
+    with atomic_file(features_file(index, generation)) as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(pictures), info.width)}
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(pictures), ROWS_AT_ONCE):
@@ -243,7 +243,7 @@ def write_generation(
                 if (part >= 0).any():
                     block[part >= 0] = features[part[part >= 0]]
             file.write(block.tobytes())
-    with whole_file(_pictures_file(index, generation)) as file:
+    with atomic_file(_pictures_file(index, generation)) as file:
         file.writelines(_line(picture) for picture in pictures)
     return replace(info, generation=generation, pictures=len(pictures))
 

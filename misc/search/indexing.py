@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from misc.errors import DISK_FULL, UserError
-from misc.files import whole_file
+from misc.files import atomic_file
 from misc.search import engines
 from misc.search.encoder import Encoder
 from misc.search.gallery import (
@@ -52,7 +52,7 @@ def update_index(
     *,
     checkpoint: str | None,
     overrides: Sequence[str] = (),
-    engine: engines.Choice | None = None,
+    engine: engines.EngineChoice | None = None,
     overwrite: bool = False,
     batch_size: int = 64,
     workers: int = 0,
@@ -78,7 +78,7 @@ def update_index(
         raise UserError(f"{index} is not there yet: give the weights to make it with, --checkpoint CHECKPOINT")
     chosen = (checkpoint, list(overrides)) if checkpoint is not None else (info.checkpoint, info.overrides)
     if engine is not None or info is not None:
-        engines.check(engine or engines.Choice.of(info.engine))
+        engines.check(engine or engines.EngineChoice.of(info.engine))
     encoder = load(*chosen)
     try:
         with held_index(index):
@@ -113,7 +113,7 @@ def _update(
     encoder: Encoder,
     found: list[Picture],
     unreadable: list[Unreadable],
-    engine: engines.Choice | None,
+    engine: engines.EngineChoice | None,
     batch_size: int,
     workers: int,
 ) -> Update:
@@ -137,7 +137,7 @@ def _update(
             kept = sorted([*kept, *(each for each in former.pictures() if each.path.startswith(out_of_sight))])
         if not kept:
             raise UserError(f"{folder}: none of its {len(found)} pictures can be read ({_reason(unreadable)})")
-        notes = _finish(index, info, kept, former, encoded, engine or engines.Choice.of(info.engine))
+        notes = _finish(index, info, kept, former, encoded, engine or engines.EngineChoice.of(info.engine))
         return Update(
             pictures=len(kept),
             encoded=len(missing) - sum(picture.path in skipped for picture in missing),
@@ -150,7 +150,7 @@ def _update(
 
 
 def _finish(
-    index: Path, info: Info, kept: list[Picture], former: Gallery | None, encoded: Encoded, engine: engines.Choice
+    index: Path, info: Info, kept: list[Picture], former: Gallery | None, encoded: Encoded, engine: engines.EngineChoice
 ) -> list[str]:
     """Writes what has changed, and lets the engine follow. Returns what the engine has to say."""
     if former is None or encoded.pictures or kept != list(former.pictures()):
@@ -173,5 +173,5 @@ def _reason(unreadable: list[Unreadable]) -> str:
 
 
 def _write_unreadable(index: Path, unreadable: list[Unreadable]) -> None:
-    with whole_file(index / UNREADABLE) as file:
+    with atomic_file(index / UNREADABLE) as file:
         file.writelines(json.dumps(each._asdict()).encode() + b"\n" for each in unreadable)

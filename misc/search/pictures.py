@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from misc.data.samples import outlive_signals, read_image
+from misc.data.images import read_image
 from misc.data.views import EvaluationView
+from misc.data.workers import outlive_signals
 from misc.errors import UserError
 from misc.files import is_folder
 

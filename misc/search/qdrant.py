@@ -20,8 +20,8 @@ from qdrant_client.http.exceptions import ApiException
 from torch import Tensor
 
 from misc.errors import UserError
-from misc.files import whole_file
-from misc.search.engines import Choice
+from misc.files import atomic_file
+from misc.search.engines import EngineChoice
 from misc.search.gallery import Gallery
 from misc.search.pictures import Picture
 
@@ -34,7 +34,7 @@ CLAIM = "qdrant.json"
 """In the index: the collection that it has made, and so may change."""
 
 
-def check(choice: Choice) -> None:
+def check(choice: EngineChoice) -> None:
     """Raises UserError for an address that is none, or where nobody answers."""
     address = choice.address
     if address is None or ("://" not in address and ":" in Path(address).name):
@@ -44,7 +44,7 @@ def check(choice: Choice) -> None:
         client.get_collections()
 
 
-def build(gallery: Gallery, choice: Choice) -> tuple[dict[str, Any], list[str]]:
+def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[str]]:
     """Makes the collection hold what the gallery holds: what is missing or changed is sent, what is gone deleted.
 
     Raises UserError where the server cannot be reached or says no, and for a collection that this index has not made.
@@ -75,7 +75,7 @@ def build(gallery: Gallery, choice: Choice) -> tuple[dict[str, Any], list[str]]:
 class Qdrant:
     """`engines.Engine` of a gallery that `build` was called for."""
 
-    def __init__(self, gallery: Gallery, choice: Choice):
+    def __init__(self, gallery: Gallery, choice: EngineChoice):
         self.gallery, self.choice = gallery, choice
         self.client = _connect(choice.address)
         with _explained(choice.address):
@@ -109,7 +109,7 @@ def _claim(client: QdrantClient, gallery: Gallery, settings: dict[str, Any]) -> 
             f"{settings['address']} has a collection {collection} that this index has not made, and would overwrite: "
             "give another name with --collection"
         )
-    with whole_file(file) as written:
+    with atomic_file(file) as written:
         written.write(json.dumps(settings).encode())
     if exists and client.get_collection(collection).config.params.vectors.size != gallery.info.width:
         client.delete_collection(collection)  # of another checkpoint, which --overwrite has replaced

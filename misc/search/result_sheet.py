@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from misc.data.samples import read_image
+from misc.data.images import read_image
 from misc.errors import UserError
-from misc.files import whole_file
+from misc.files import atomic_file
 from misc.retrieval.sheet import Cell, draw_sheet, wrapped
 from misc.search.searcher import Query, Result
 
@@ -32,7 +32,7 @@ def draw_result_sheet(path: Path, folder: Path, query: Query, results: Sequence[
     first = wrapped(query.description or f"like {query.file}")
     rows = [(first if start == 0 else "", cells[start : start + IN_A_ROW]) for start in range(0, len(cells), IN_A_ROW)]
     try:
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             draw_sheet(file, rows or [(first, [])], columns=min(IN_A_ROW, max(1, len(cells))))
     except OSError as error:
         raise UserError(f"--sheet {path} cannot be written ({error.strerror}): give another place") from error

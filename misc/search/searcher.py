@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from misc.data.samples import read_image
+from misc.data.images import read_image
 from misc.errors import UserError
 from misc.search import engines
 from misc.search.encoder import Encoder

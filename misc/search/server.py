@@ -42,7 +42,7 @@ Threshold = Annotated[float, Parameter(ge=-1, le=1, allow_inf_nan=False)]
 Answer = list[Result] | UserError
 
 
-class Together:
+class QueryBatcher:
     """Answers queries that come while others are computed all at once, when those are done: one search at a time runs,
     so memory stays bounded, and many users cost little more than one.
 
@@ -86,7 +86,7 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
             lead here, so cannot read what is shown to the user.
     """
     app = FastAPI(title="Person search", docs_url=None, redoc_url=None, openapi_url=None)
-    search = Together(searcher.search)
+    search = QueryBatcher(searcher.search)
 
     @app.get("/api/about")
     def about() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from misc.errors import UserError
-from misc.files import check_new_folder, whole_folder
+from misc.files import atomic_folder, check_new_folder
 from misc.retrieval.evaluation import Encoder, Evaluator
 from misc.retrieval.metrics import QueryResults
 from misc.run.log import RunLog
@@ -119,7 +119,7 @@ def measure_contribution(
 
     whole = _hits(evaluator.rank(own_queries, gallery))
     log.line(f"R@1 of the whole model {100 * whole / captions:.2f}")
-    world_size = evaluator.processes.world_size
+    world_size = evaluator.ranks.world_size
     towers = {
         name: _Tower(
             f"{name} encoder", tower, encode, _within(initial, f"{name}_encoder."), -(-items // world_size), hits
@@ -297,7 +297,7 @@ def write_contribution(folder: Path, contribution: Contribution) -> None:
     towers = {name: measured.pop(name) for name in ("image", "text")}
     content = {**measured, "alphas": ALPHAS, "points": POINTS, **towers}
     try:
-        with whole_folder(folder) as unfinished:
+        with atomic_folder(folder) as unfinished:
             (unfinished / "contribution.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             draw_contribution_chart(unfinished / "contribution.png", **towers)
     except OSError as error:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from misc.errors import UserError
-from misc.files import whole_file
-from misc.run.log import read_records
+from misc.files import atomic_file
+from misc.run.folder import METRICS, read_records
 from misc.study.rows import COLUMNS, Row
 
 PUBLISHED, MEASURED = "#9aa5b1", "#1a9641"
@@ -33,7 +33,7 @@ def measured(root: Path, row: Row) -> Measured | None:
     figures: dict[str, list[float]] = {column: [] for column in row.columns}
     unfinished = []
     for folder in sorted((root / row.run).glob("seed_*")):
-        records = read_records(folder / "metrics.jsonl")
+        records = read_records(folder / METRICS)
         if not records:
             continue
         last = records[-1]
@@ -70,7 +70,7 @@ def write_report(rows: dict[str, Row], root: Path) -> str:
     text = "\n\n".join(parts)
     drawn = [row for row in rows.values() if row.name in found and found[row.name].figures[row.columns[0]]]
     try:
-        with whole_file(root / "report.md") as file:
+        with atomic_file(root / "report.md") as file:
             file.write((text + "\n").encode())
         if drawn:
             _draw(drawn, found, root / "report.png")
@@ -131,5 +131,5 @@ def _draw(rows: list[Row], found: dict[str, Measured], path: Path) -> None:
         axes.set_xlabel(COLUMNS[column].title)
         axes.set_title(title, loc="left")
         axes.legend(fontsize="small", loc="lower right")
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=100)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from misc.config.loading import CONFIG_FOLDER, RULES, read_yaml
+from misc.config.loading import CONFIG_FOLDER, read_yaml
+from misc.config.rules import RULES
 from misc.errors import UserError
-from misc.training.resume import BEST
+from misc.run.folder import BEST_CHECKPOINT
 
 STUDY = CONFIG_FOLDER / "study.yaml"
 STUDY_FOLDER = "runs/study"
@@ -74,24 +75,9 @@ class Row:
             default: of `config/config.yaml`; file: merged with it, both as `section.key` → value.
         """
         return {
-            key: value
-            for key, value in self.settings.items()
-            if not key.startswith(OF_THE_PLACE) or file[key] == default[key]
+            key: value for key, value in self.settings.items() if not RULES[key].file_wins or file[key] == default[key]
         }
 
-
-OF_THE_PLACE = (
-    "anno_dir",
-    "image_dir",
-    "data.dataset",
-    "data.batch_size",
-    "model.checkpoint",
-    "misc.",
-    "schedule.",
-    "experiment.input_resolution",
-    "experiment.text_length",
-)
-"""Beginnings of the keys in which a configuration file counts more than a row: where and how long it trains."""
 
 _KEYS = {"base", "set", "published", "same", "start", "reference"}
 
@@ -193,8 +179,8 @@ def starting_checkpoint(root: Path, row: Row, seed: int) -> Path:
 
     Raises UserError where there is none.
     """
-    own = row_folder(root, row.start, seed) / BEST
-    found = [own] if own.is_file() else sorted((root / row.start).glob(f"seed_*/{BEST}"))
+    own = row_folder(root, row.start, seed) / BEST_CHECKPOINT
+    found = [own] if own.is_file() else sorted((root / row.start).glob(f"seed_*/{BEST_CHECKPOINT}"))
     if not found:
         raise UserError(
             f"--study {row.name} starts from the checkpoint of {row.start}, and there is none in {root / row.start}: "

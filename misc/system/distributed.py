@@ -28,7 +28,7 @@ NO_GPU = "device: cuda, but torch sees no GPU here: set device=cpu, or install t
 
 
 @dataclass(frozen=True)
-class Processes:
+class Ranks:
     """Where this process stands among all.
 
     Attributes:
@@ -49,7 +49,7 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def from_main(self, function: Callable[[], Value]) -> Value:
+    def broadcast_from_main(self, function: Callable[[], Value]) -> Value:
         """What `function` gives on rank 0, on every rank; the other ranks do not call it and wait."""
         if self.world_size == 1:
             return function()
@@ -57,16 +57,16 @@ class Processes:
         dist.broadcast_object_list(box, group=self.control)
         return box[0]
 
-    def first_on_machine(self, function: Callable[[], Value]) -> Value:
+    def local_main_first(self, function: Callable[[], Value]) -> Value:
         """What `function` gives, on every rank; the first rank of each machine calls it before the others do, which so
         find done what it leaves on the disk."""
         if self.world_size == 1:
             return function()
         value = function() if local_rank() == 0 else None
-        self.largest(0)
+        self.all_reduce_max(0)
         return value if local_rank() == 0 else function()
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of all ranks' numbers."""
         if self.world_size == 1:
             return number
@@ -74,7 +74,7 @@ class Processes:
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
         return int(shared)
 
-    def of_all(self, items: list[str]) -> list[str]:
+    def all_gather_list(self, items: list[str]) -> list[str]:
         """The lists of all ranks, one after another."""
         if self.world_size == 1:
             return items
@@ -116,7 +116,7 @@ def local_rank() -> int:
 
 
 @contextmanager
-def processes(device: str | int, backend: str, url: str):
+def join_ranks(device: str | int, backend: str, url: str):
     """Starts this process as one of torchrun's, or alone, and stops it in the end.
 
     Args:
@@ -131,7 +131,7 @@ def processes(device: str | int, backend: str, url: str):
     if not distributed:
         chosen, note = _single_device(device)
         _select(chosen)
-        yield Processes(0, 1, chosen, note)
+        yield Ranks(0, 1, chosen, note)
         return
 
     chosen = _device_of_local_rank(device, local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -147,7 +147,7 @@ def processes(device: str | int, backend: str, url: str):
     dist.destroy_process_group()
 
 
-def _join(device: torch.device, backend: str, url: str) -> Processes:
+def _join(device: torch.device, backend: str, url: str) -> Ranks:
     """Meets the other processes."""
     with_nccl = device.type == "cuda" and backend == "nccl"
     store, rank, world_size = next(dist.rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
@@ -169,7 +169,7 @@ def _join(device: torch.device, backend: str, url: str) -> Processes:
         device_id=device if with_nccl else None,
     )
     control = dist.new_group(backend="gloo") if with_nccl else dist.group.WORLD
-    return Processes(rank, world_size, device, note, control)
+    return Ranks(rank, world_size, device, note, control)
 
 
 def _select(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from misc.system.distributed import Processes
+from misc.system.distributed import Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,14 +56,14 @@ class Interruption:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers repeat it; saving shall not be cut short
 
     @contextmanager
-    def deferred(self, processes: Processes) -> Iterator[None]:
+    def deferred(self, ranks: Ranks) -> Iterator[None]:
         """Within it, a signal only sets `number`: whoever goes through the steps asks `agreed` after each. Raises
         Interrupted at its end when a signal has come."""
         self._deferred = True
         try:
             yield
         except RuntimeError as error:
-            if self.number and processes.world_size > 1:
+            if self.number and ranks.world_size > 1:
                 raise Interrupted(self.number) from error  # launchers end all ranks when one dies: a collective fails
             raise
         finally:
@@ -71,9 +71,9 @@ class Interruption:
         if self.number:
             raise Interrupted(self.number)
 
-    def agreed(self, processes: Processes) -> bool:
+    def agreed(self, ranks: Ranks) -> bool:
         """Whether any rank has been asked to stop; ask on all ranks at the same step, who get the same answer."""
-        number = processes.largest(self.number)  # a signal that comes meanwhile sets `number`, for the next step
+        number = ranks.all_reduce_max(self.number)  # a signal that comes meanwhile sets `number`, for the next step
         if number:
             self.number = number
             self._stop_taking()

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from misc.data.samples import Batch
+from misc.data.batches import Batch
 from model.objectives import Objectives
 from model.tbps_clip import Features, Views
 

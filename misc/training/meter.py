@@ -8,7 +8,7 @@ from torch import Tensor
 
 from misc.errors import UserError
 from misc.run.progress import EpochRecord, Progress
-from misc.system.distributed import Processes, mean_over_ranks
+from misc.system.distributed import Ranks, mean_over_ranks
 
 
 class Meter:
@@ -17,8 +17,8 @@ class Meter:
     Losses stay on the device until `settle`, since reading one waits for it.
     """
 
-    def __init__(self, processes: Processes, progress: Progress):
-        self.processes = processes
+    def __init__(self, ranks: Ranks, progress: Progress):
+        self.ranks = ranks
         self.progress = progress
         self.recent = EpochRecord()
         self._unread: list[tuple[dict[str, Tensor], list[str]]] = []
@@ -43,10 +43,10 @@ class Meter:
             losses = dict(zip(weighted, values, strict=True))
             if not all(map(math.isfinite, values)):
                 step = self.progress.record.steps + 1
-                raise NonFiniteLoss(self.progress.epoch + 1, step, losses, self.processes.of_all(paths))
+                raise NonFiniteLoss(self.progress.epoch + 1, step, losses, self.ranks.all_gather_list(paths))
             for record in self._records():
                 record.steps += 1
-                record.samples += len(paths) * self.processes.world_size
+                record.samples += len(paths) * self.ranks.world_size
                 for name, value in losses.items():
                     record.losses[name] = record.losses.get(name, 0.0) + value
         self._unread = []

@@ -5,38 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from misc.config.loading import ARCHITECTURE_KEYS, flatten
+from misc.config.loading import flatten
+from misc.config.rules import RULES, TOWER_KEYS
 from misc.errors import UserError, first_of
-from misc.files import unfinished
+from misc.files import partial_path
 from misc.run.checkpoint import read_checkpoint, write_checkpoint
-from misc.run.log import check_run_folder
+from misc.run.folder import BEST_CHECKPOINT, LAST_CHECKPOINT, check_run_folder
 from misc.run.progress import Progress
-from misc.system.distributed import Launch, Processes
+from misc.system.distributed import Launch, Ranks
 from misc.training.trainer import Trainer
-from model.transformer import QUICK_GELU
-
-LAST = "checkpoint_last.pth"
-BEST = "checkpoint_best.pth"
-
-MAY_CHANGE = (
-    "device",
-    "misc.precision",
-    "anno_dir",
-    "image_dir",
-    "model.saved_path",
-    "model.checkpoint",
-    "model.grad_checkpointing",
-    "log.",
-    "data.dataset",
-    "data.back_translation_file",
-    "data.batch_size",
-    "data.chunk_size",
-    "data.test_batch_size",
-    "data.num_workers",
-    "distributed.",
-)
-"""Keys, or beginnings of keys, that do not decide what is trained. Of the data the content is compared, of the batch
-size its product with the number of processes, of the precision the number format that it comes to."""
+from model.architecture import QUICK_GELU
 
 
 def find_start(folder: Path, *, resume: bool, overwrite: bool, launch: Launch) -> dict[str, Any] | None:
@@ -51,7 +29,7 @@ def find_start(folder: Path, *, resume: bool, overwrite: bool, launch: Launch) -
 
     Raises UserError where there is nothing to resume, the checkpoint is broken, or the folder holds another run.
     """
-    path = folder / LAST
+    path = folder / LAST_CHECKPOINT
     if resume:
         if not path.is_file():
             raise UserError(
@@ -77,13 +55,13 @@ def _read(path: Path) -> dict[str, Any]:
     model = content["config"].get("model")
     if "progress" in content and isinstance(model, dict):
         model.setdefault("activation", QUICK_GELU)  # the only one, when there was no choice yet
-        if missing := [key for key in ARCHITECTURE_KEYS if key not in model]:
+        if missing := [key for key in TOWER_KEYS if key not in model]:
             raise UserError(f"{path}: its configuration has no model.{missing[0]}: begin another run")
     return content
 
 
 @dataclass(frozen=True)
-class Course:
+class RunIdentity:
     """What decides the steps of a run; a run may only go on where it is the same.
 
     Attributes:
@@ -107,8 +85,8 @@ class Course:
         own, other = flatten(self.config), flatten(saved["config"])
         differences = [
             f"{key} is {own[key]} here and {other[key]} there"
-            for key in own.keys() & other.keys()
-            if own[key] != other[key] and not key.startswith(MAY_CHANGE)
+            for key, rule in RULES.items()
+            if key in other and own[key] != rule.values.convert(other[key]) and not rule.may_change
         ]
         if self.batch != saved["batch"]:
             product = "processes × data.batch_size" if self.config["model"]["use_gather"] else "data.batch_size"
@@ -128,7 +106,7 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Keeper:
+class CheckpointWriter:
     """Keeps a run on the disk. Rank 0 writes, and the others wait for it.
 
     Attributes:
@@ -143,27 +121,27 @@ class Keeper:
     folder: Path
     trainer: Trainer
     progress: Progress
-    course: Course
+    identity: RunIdentity
     launch: Launch
     run_id: str
-    processes: Processes
+    ranks: Ranks
 
     def save_last(self) -> None:
         """Writes `checkpoint_last.pth`, from which the run can go on. Call it on all ranks."""
-        if self.processes.is_main:
+        if self.ranks.is_main:
             own = {
                 "progress": self.progress.state(),
-                **self.course.state(),
+                **self.identity.state(),
                 "launch": self.launch.name,
                 "run_id": self.run_id,
             }
-            self._write(LAST, self.trainer.state() | own)
-        self.processes.largest(0)  # no rank ends, which would end the others, before the file is there
+            self._write(LAST_CHECKPOINT, self.trainer.state() | own)
+        self.ranks.all_reduce_max(0)  # no rank ends, which would end the others, before the file is there
 
     def save_best(self) -> None:
         """Writes `checkpoint_best.pth`: weights to evaluate and to start from."""
-        if self.processes.is_main:
-            self._write(BEST, {"model": self.trainer.state()["model"]})
+        if self.ranks.is_main:
+            self._write(BEST_CHECKPOINT, {"model": self.trainer.state()["model"]})
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         broken = [key for key, tensor in content["model"].items() if not tensor.isfinite().all()]
@@ -173,20 +151,20 @@ class Keeper:
                 f"({first_of(broken)}): {self.folder / name} is left as it is; lower schedule.lr, or set "
                 "misc.precision=fp32"
             )
-        common = {"config": self.course.config, "epoch": self.progress.epoch, "metrics": self.progress.metrics}
+        common = {"config": self.identity.config, "epoch": self.progress.epoch, "metrics": self.progress.metrics}
         write_checkpoint(self.folder / name, content | common)
 
     def check_space(self) -> None:
         """Raises UserError, on rank 0, where the disk has no room for the checkpoints to come."""
-        if not self.processes.is_main:
+        if not self.ranks.is_main:
             return
         parameters = list(self.trainer.bare_model.parameters())
         weights = sum(p.nbytes for p in parameters)
         last = weights + 2 * sum(p.nbytes for p in parameters if p.requires_grad)  # AdamW keeps two numbers for each
         needed = 2 * last + weights  # a new file is complete before the old one goes
         existing = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.exists())
-        own = [self.folder / LAST, self.folder / BEST]
-        replaced = sum(path.stat().st_size for path in (*own, *map(unfinished, own)) if path.is_file())
+        own = [self.folder / LAST_CHECKPOINT, self.folder / BEST_CHECKPOINT]
+        replaced = sum(path.stat().st_size for path in (*own, *map(partial_path, own)) if path.is_file())
         free = shutil.disk_usage(existing).free + replaced
         if free < needed:
             raise UserError(

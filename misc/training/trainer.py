@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from misc.data.samples import Batch, batches
+from misc.data.batches import Batch, batches
 from misc.errors import UserError
-from misc.run.log import RunLog, peak_memory_gigabytes
+from misc.run.log import RunLog
+from misc.run.profiling import peak_memory_gigabytes
 from misc.run.progress import EpochRecord, Progress
-from misc.system.distributed import Processes
+from misc.system.distributed import Ranks
 from misc.system.precision import Precision
 from misc.system.randomness import derive_seed
 from misc.training.gradient_cache import backward_in_chunks
@@ -48,7 +49,7 @@ class Trainer:
     softlabel_ratio: float
     precision: Precision
     scaler: torch.amp.GradScaler
-    processes: Processes
+    ranks: Ranks
     seed: int
     chunk_size: int | None = None
 
@@ -71,7 +72,7 @@ class Trainer:
             weighted = backward_in_chunks(
                 batch,
                 self.chunk_size,
-                device=self.processes.device,
+                device=self.ranks.device,
                 encode=lambda views, number: self._encode(views, iteration, number),
                 objectives=self.objectives,
                 soft_label_ratio=soft_label_ratio,
@@ -84,7 +85,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, iteration: int, soft_label_ratio: float) -> dict[str, Tensor]:
         """The gradients of the whole batch in one pass. Returns: weighted losses by name, detached."""
-        batch = batch.to(self.processes.device)
+        batch = batch.to(self.ranks.device)
         features = self._encode(batch.views, iteration)
         weighted = self.objectives(features, batch.identities, soft_label_ratio, batch.views.masked_labels)
         self.scaler.scale(sum(weighted.values())).backward()
@@ -93,7 +94,7 @@ class Trainer:
     def _encode(self, views: Views, iteration: int, chunk: int = 0) -> Features:
         """Dropout depends on (seed, iteration, rank, chunk) alone, so it is the same when a chunk is encoded once more,
         and after a restart."""
-        torch.manual_seed(derive_seed(self.seed, "dropout", iteration, self.processes.rank, chunk))
+        torch.manual_seed(derive_seed(self.seed, "dropout", iteration, self.ranks.rank, chunk))
         with self.precision.autocast():
             return self.model(views)
 
@@ -131,7 +132,7 @@ class Trainer:
         loader.batch_sampler.epoch, loader.batch_sampler.first_step = progress.epoch, progress.step
         if progress.step == steps:
             return
-        meter = Meter(self.processes, progress)
+        meter = Meter(self.ranks, progress)
         with log.progress(steps, progress.step, f"epoch {progress.epoch + 1}") as bar:
             waiting_since = time.perf_counter()
             for batch in batches(loader):
@@ -174,7 +175,7 @@ class Trainer:
         log.line(
             f"epoch {progress.epoch + 1} step {progress.step}/{steps} | loss {losses['loss']:.4f} ({parts}) | "
             f"lr {rate:.2e} | {speed['samples_per_second']:.1f} samples/s, {speed['data_wait']:.0%} waiting for data, "
-            f"{peak_memory_gigabytes(self.processes.device):.2f} GB | {remaining:.0f} s left in this epoch"
+            f"{peak_memory_gigabytes(self.ranks.device):.2f} GB | {remaining:.0f} s left in this epoch"
             + (f" | {skipped} steps skipped" if skipped else "")
         )
         return f"loss {losses['loss']:.3f}, {speed['samples_per_second']:.0f} samples/s"
@@ -195,7 +196,7 @@ class Trainer:
             ranks), `data_wait` (share of the time, 0 to 1), `peak_memory_gigabytes`, and with fp16 `skipped_steps`
             (since the training began).
         """
-        memory = {"peak_memory_gigabytes": peak_memory_gigabytes(self.processes.device)}
+        memory = {"peak_memory_gigabytes": peak_memory_gigabytes(self.ranks.device)}
         skipped = self.skipped_steps((progress.epoch + 1) * progress.step)
         return {
             **progress.record.means(),

@@ -19,11 +19,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from misc.errors import DISK_FULL, UserError
-from misc.files import whole_folder
+from misc.files import atomic_folder
+from model.architecture import QUICK_GELU, Architecture
+from model.preprocessing import INTERPOLATIONS, Preprocessing
 from model.pretrained.names import from_ours, to_hugging_face
-from model.pretrained.settings import INTERPOLATIONS, Preprocessing
 from model.tbps_clip import TBPSCLIP
-from model.transformer import QUICK_GELU
 from text_utils.tokenizer import END, SPELLED, START, Tokenizer
 
 OPSET = 18
@@ -40,17 +40,13 @@ class Export:
 
     Attributes:
         model: in evaluation mode, its parameters float32 on the CPU.
-        architecture: what `model` was built from, but for the heads of training: `patch_size` … `activation`.
-        resolution: (height, width) in pixels.
-        text_length: tokens of a caption, start and end included.
+        architecture: sizes of `model`.
         preprocessing: of images.
         tokenizer: of captions.
     """
 
     model: TBPSCLIP
-    architecture: dict[str, Any]
-    resolution: tuple[int, int]
-    text_length: int
+    architecture: Architecture
     preprocessing: Preprocessing
     tokenizer: Tokenizer
 
@@ -67,9 +63,9 @@ def export(form: str, folder: Path, content: Export) -> str:
     Raises: UserError for an unknown form, a folder that exists or cannot be written, a model that the form has no
         place for, or a package that is not installed.
     """
-    check_export(form, folder, content.resolution)
+    check_export(form, folder, content.architecture.resolution)
     try:
-        with whole_folder(folder) as unfinished:
+        with atomic_folder(folder) as unfinished:
             FORMS[form](unfinished, content)
             files = sorted(unfinished.iterdir())
             size = sum(file.stat().st_size for file in files) / 1e6
@@ -102,23 +98,27 @@ def check_export(form: str, folder: Path, resolution: tuple[int, int] | None = N
 def _write_open_clip(folder: Path, content: Export) -> None:
     """`open_clip.create_model_and_transforms("local-dir:FOLDER")`, and the same for `get_tokenizer`."""
     sizes, preprocessing = content.architecture, content.preprocessing
-    image_size = list(content.resolution) if content.resolution[0] != content.resolution[1] else content.resolution[0]
+    image_size = (
+        list(content.architecture.resolution)
+        if content.architecture.resolution[0] != content.architecture.resolution[1]
+        else content.architecture.resolution[0]
+    )
     model = {
-        "embed_dim": sizes["embed_dim"],
-        "quick_gelu": sizes["activation"] == QUICK_GELU,
+        "embed_dim": sizes.embed_dim,
+        "quick_gelu": sizes.activation == QUICK_GELU,
         "vision_cfg": {
             "image_size": image_size,
-            "patch_size": sizes["patch_size"],
-            "width": sizes["vision_width"],
-            "layers": sizes["vision_layers"],
-            "head_width": sizes["vision_width"] // sizes["vision_heads"],
+            "patch_size": sizes.patch_size,
+            "width": sizes.vision_width,
+            "layers": sizes.vision_layers,
+            "head_width": sizes.vision_width // sizes.vision_heads,
         },
         "text_cfg": {
-            "context_length": content.text_length,
-            "vocab_size": sizes["vocab_size"],
-            "width": sizes["text_width"],
-            "layers": sizes["text_layers"],
-            "heads": sizes["text_heads"],
+            "context_length": content.architecture.text_length,
+            "vocab_size": sizes.vocab_size,
+            "width": sizes.text_width,
+            "layers": sizes.text_layers,
+            "heads": sizes.text_heads,
         },
     }
     preprocess = {
@@ -140,20 +140,24 @@ def _write_hugging_face(folder: Path, content: Export) -> None:
     towers = {
         tower: {
             "model_type": f"clip_{tower}_model",
-            "hidden_size": sizes[f"{tower}_width"],
-            "intermediate_size": 4 * sizes[f"{tower}_width"],
-            "num_hidden_layers": sizes[f"{tower}_layers"],
-            "num_attention_heads": sizes[f"{tower}_heads"],
-            "projection_dim": sizes["embed_dim"],
-            "hidden_act": sizes["activation"],
+            "hidden_size": getattr(sizes, f"{tower}_width"),
+            "intermediate_size": 4 * getattr(sizes, f"{tower}_width"),
+            "num_hidden_layers": getattr(sizes, f"{tower}_layers"),
+            "num_attention_heads": getattr(sizes, f"{tower}_heads"),
+            "projection_dim": sizes.embed_dim,
+            "hidden_act": sizes.activation,
             "layer_norm_eps": 1e-5,
         }
         for tower in ("vision", "text")
     }
-    towers["vision"] |= {"image_size": content.resolution[0], "patch_size": sizes["patch_size"], "num_channels": 3}
+    towers["vision"] |= {
+        "image_size": sizes.resolution[0],
+        "patch_size": sizes.patch_size,
+        "num_channels": 3,
+    }
     towers["text"] |= {
-        "vocab_size": sizes["vocab_size"],
-        "max_position_embeddings": content.text_length,
+        "vocab_size": sizes.vocab_size,
+        "max_position_embeddings": content.architecture.text_length,
         "bos_token_id": START,
         "eos_token_id": END,
         "pad_token_id": END,
@@ -161,7 +165,7 @@ def _write_hugging_face(folder: Path, content: Export) -> None:
     config = {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
-        "projection_dim": sizes["embed_dim"],
+        "projection_dim": sizes.embed_dim,
         "logit_scale_init_value": content.model.logit_scale.item(),
         "vision_config": towers["vision"],
         "text_config": towers["text"],
@@ -173,7 +177,7 @@ def _write_hugging_face(folder: Path, content: Export) -> None:
 
 
 def _write_image_processor(folder: Path, content: Export) -> None:
-    height, width = content.resolution
+    height, width = content.architecture.resolution
     preprocessing = content.preprocessing
     processor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -200,7 +204,11 @@ def _write_tokenizer(folder: Path, content: Export) -> None:
     merges = "\n".join(" ".join(pair) for pair in content.tokenizer.merges)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     _write_json(folder / "special_tokens_map.json", specials)
-    tokenizer = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": content.text_length}
+    tokenizer = {
+        "tokenizer_class": "CLIPTokenizer",
+        "do_lower_case": True,
+        "model_max_length": content.architecture.text_length,
+    }
     _write_json(folder / "tokenizer_config.json", tokenizer | specials)
 
 
@@ -212,11 +220,11 @@ def _write_onnx(folder: Path, content: Export) -> None:
 
     Features are not L2-normalised; `logit_scale`, before its exponential, is in the metadata of both.
     """
-    height, width = content.resolution
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=content.text_length)
+    height, width = content.architecture.resolution
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=content.architecture.text_length)
     images = torch.zeros(2, 3, height, width)
-    token_ids = torch.tensor([[START, END, *[0] * (content.text_length - 2)]] * 2)
-    settings = {"logit_scale": repr(content.model.logit_scale.item()), "activation": content.architecture["activation"]}
+    token_ids = torch.tensor([[START, END, *[0] * (content.architecture.text_length - 2)]] * 2)
+    settings = {"logit_scale": repr(content.model.logit_scale.item()), "activation": content.architecture.activation}
     for name, encoder, inputs, dimensions in (
         ("image", content.model.image_encoder, {"images": images}, {0: batch}),
         ("text", content.model.text_encoder, {"token_ids": token_ids}, {0: batch, 1: length}),

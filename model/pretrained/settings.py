@@ -1,52 +1,12 @@
 """What the tensors of a CLIP do not tell, and what is written beside them in the forms that have a place for it."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from misc.data.views import IMAGENET_DEVIATION, IMAGENET_MEAN
 from misc.errors import UserError, first_of
-from model.transformer import ACTIVATIONS, GELU, QUICK_GELU
-
-INTERPOLATIONS = {"bicubic": 3, "bilinear": 2}
-"""How open_clip calls them, and the number that Hugging Face has from Pillow."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes pixels of the size that a model wants.
-
-    Attributes:
-        mean, deviation: of the three channels of images with values 0 … 1.
-        squash: height and width are resized each for itself; otherwise the shorter side is resized and the middle cut
-            out.
-        interpolation: a key of `INTERPOLATIONS`.
-    """
-
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-    squash: bool
-    interpolation: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        """Raises UserError for values that cannot be: they come from files of others."""
-        for name, values in (("mean", self.mean), ("std", self.deviation)):
-            if len(values) != 3 or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-                raise UserError(f"its settings have {list(values)!r} for the {name} of an image, not three numbers")
-        if min(self.deviation) <= 0:
-            raise UserError(f"its settings have {list(self.deviation)} for the std of an image, not above 0")
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(
-                f"its settings resize images by {self.interpolation!r}, not by {' or '.join(INTERPOLATIONS)}"
-            )
-
-
-CLIP_PREPROCESSING = Preprocessing(
-    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), squash=False
-)
-"""OpenAI's and open_clip's."""
-TBPS_PREPROCESSING = Preprocessing(tuple(IMAGENET_MEAN), tuple(IMAGENET_DEVIATION), squash=True)
-"""What TBPS-CLIP is trained with, here and in the published code."""
+from model.architecture import GELU, QUICK_GELU
+from model.preprocessing import CLIP_PREPROCESSING, INTERPOLATIONS, TBPS_PREPROCESSING, Preprocessing
+from model.transformer import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -179,11 +139,11 @@ def of_open_clip(model: dict[str, Any], preprocess: dict[str, Any], *, quick_gel
     if mode not in ("shortest", "squash"):
         raise UserError(f"its settings resize images in the mode {mode!r}, not in shortest or squash")
     width, head_width = vision.get("width", 768), vision.get("head_width", 64)
-    told = _is_count(width) and _is_count(head_width)
+    recorded = _is_count(width) and _is_count(head_width)
     quick = model.get("quick_gelu", False) if quick_gelu is None else quick_gelu
     return Settings(
         activation=QUICK_GELU if quick else GELU,
-        vision_heads=width // head_width if told else f"{width!r} / {head_width!r}",
+        vision_heads=width // head_width if recorded else f"{width!r} / {head_width!r}",
         text_heads=text.get("heads", 8),
         resolution=_resolution(vision.get("image_size", 224)),
         preprocessing=Preprocessing(

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from misc.errors import UserError, first_of
 from misc.files import is_file, is_folder
+from model.architecture import QUICK_GELU
+from model.preprocessing import CLIP_PREPROCESSING, TBPS_PREPROCESSING, Preprocessing
 from model.pretrained import names, registry, settings
-from model.pretrained.architecture import read_sizes
 from model.pretrained.archives import EXPECTED, open_archive
-from model.pretrained.settings import CLIP_PREPROCESSING, TBPS_PREPROCESSING, Preprocessing, Settings
-from model.transformer import QUICK_GELU
+from model.pretrained.settings import Settings
+from model.pretrained.sizes import read_sizes
 
 # Entries that are settings or tables of positions, not weights.
 OPENAI_SETTINGS = {"input_resolution", "context_length", "vocab_size"}  # int64 scalars, which its archives alone hold
@@ -137,22 +138,22 @@ def read_weights(source: str | Path | Location) -> Weights:
     """
     location = source if isinstance(source, Location) else find_weights(source)
     with _naming(location.name):
-        kind, content, told = _open(location)
+        kind, content, recorded = _open(location)
         entries, checkpoint = _state_dict(content)
         state = _tensors(entries)
         scheme = names.scheme_of(state)
         if checkpoint is not None and scheme in names.TBPS_SCHEMES:
-            told, form = settings.of_checkpoint(checkpoint["config"]), _age(scheme, checkpoint)
+            recorded, form = settings.of_checkpoint(checkpoint["config"]), _age(scheme, checkpoint)
         else:
-            told, form = _complete(told, scheme, entries), _form(kind, scheme)
+            recorded, form = _complete(recorded, scheme, entries), _form(kind, scheme)
         state, heads = _to_openai_names(state, scheme)
         sizes = read_sizes({name: tuple(tensor.shape) for name, tensor in state.items()})
-        told.check(sizes)
-        grid = _grid(len(state["visual.positional_embedding"]) - 1, sizes["patch_size"], told.resolution)
+        recorded.check(sizes)
+        grid = _grid(len(state["visual.positional_embedding"]) - 1, sizes["patch_size"], recorded.resolution)
         if grid is None and scheme not in names.TBPS_SCHEMES:
             grid = square_grid(len(state["visual.positional_embedding"]) - 1)
         state, heads = _finite_copies(state), _finite_copies(heads)
-    return Weights(location.name, form, state, heads, sizes, told, grid)
+    return Weights(location.name, form, state, heads, sizes, recorded, grid)
 
 
 @contextmanager
@@ -172,12 +173,12 @@ def _open(location: Location) -> tuple[str, Any, Settings]:
     if (files := _first_file(folder, OPEN_CLIP_FILES)) and is_file(folder / "open_clip_config.json"):
         config = _read_json(folder / "open_clip_config.json")
         sections = (config.get(key) for key in ("model_cfg", "preprocess_cfg"))
-        told = settings.of_open_clip(*(section if isinstance(section, dict) else {} for section in sections))
-        return "folder of open_clip", _read_parts(files), told
+        recorded = settings.of_open_clip(*(section if isinstance(section, dict) else {} for section in sections))
+        return "folder of open_clip", _read_parts(files), recorded
     if (files := _first_file(folder, HUGGING_FACE_FILES)) and is_file(folder / "config.json"):
-        told = settings.of_hugging_face(_read_json(folder / "config.json"), _image_processor(folder))
-        return "folder of Hugging Face", _read_parts(files), told
-    inside = _first_file(folder, ("checkpoint_best.pth", "checkpoint_last.pth"))
+        recorded = settings.of_hugging_face(_read_json(folder / "config.json"), _image_processor(folder))
+        return "folder of Hugging Face", _read_parts(files), recorded
+    inside = next(iter(sorted(folder.glob("checkpoint_*.pth"))), None)
     either, other = f"config.json and {HUGGING_FACE_FILES[0]}", f"open_clip_config.json and {OPEN_CLIP_FILES[0]}"
     hint = f"give the file {inside}" if inside else f"it should hold {either}, or {other}"
     raise UserError(f"a folder, but none of Hugging Face or open_clip: {hint}")
@@ -268,15 +269,15 @@ def _kind(value: Any) -> str:
     return str(value.dtype) if not value.is_floating_point() else "not a dense tensor"
 
 
-def _complete(told: Settings, scheme: str, entries: dict[str, Any]) -> Settings:
+def _complete(recorded: Settings, scheme: str, entries: dict[str, Any]) -> Settings:
     """What a bare state dict tells by its names: whose code it was trained with."""
     if scheme == "published":
         return Settings(QUICK_GELU, preprocessing=TBPS_PREPROCESSING)
     if scheme == "ours":
         return Settings(preprocessing=TBPS_PREPROCESSING)
-    if told.activation is None and entries.keys() >= OPENAI_SETTINGS:
+    if recorded.activation is None and entries.keys() >= OPENAI_SETTINGS:
         return Settings(QUICK_GELU)
-    return told
+    return recorded
 
 
 def _to_openai_names(state: dict[str, Tensor], scheme: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -49,7 +49,7 @@ def test_another_step_is_noticed(monkeypatch):
     monkeypatch.setattr(baseline.losses, "cyclic_contrastive", lambda *_: torch.tensor(1.0))
     contrast = benchmarks.Objectives.contrast
     monkeypatch.setattr(
-        benchmarks.Objectives, "contrast", lambda self, *a: contrast(dataclasses.replace(self, citc=0.2), *a)
+        benchmarks.Objectives, "contrast", lambda self, *a: contrast(dataclasses.replace(self, citc_ratio=0.2), *a)
     )
     with pytest.raises(AssertionError, match="full: losses differ"):
         benchmarks.check_steps(SETUP, "full")

@@ -1,11 +1,13 @@
 """Models and inputs of the reference values, made again from their names (see seeded.py)."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.architecture import Architecture
 from model.tbps_clip import TBPSCLIP
 from tests.helpers.seeded import TINY, clip_weights, weight
 
@@ -71,9 +73,15 @@ TINY_MODEL = {
 """Constructor arguments of the full model, and of the one whose weights are `clip_weights(**TINY)`."""
 
 
+def make_model(**arguments) -> TBPSCLIP:
+    """A TBPSCLIP with random weights, from the sizes of its architecture and further arguments of its constructor."""
+    sizes = {field.name: arguments.pop(field.name) for field in fields(Architecture) if field.name in arguments}
+    return TBPSCLIP(Architecture(**sizes), **arguments)
+
+
 def seeded_model(architecture: dict, weights: dict, **arguments) -> TBPSCLIP:
     """A TBPSCLIP with seeded weights in its towers (and projector), in evaluation mode: no dropout."""
-    model = TBPSCLIP(**architecture, **arguments)
+    model = make_model(**architecture, **arguments)
     state = {our_name(name): torch.as_tensor(value) for name, value in weights.items()}
     for name, parameter in model.named_parameters():
         if name.startswith("simclr_projector."):

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from misc.data.samples import read_image
+from misc.data.images import read_image
 from misc.search.encoder import Encoder, load_encoder
 from misc.search.gallery import Gallery, default_index, open_gallery
 from tests.helpers.seeded import clip_weights

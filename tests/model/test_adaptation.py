@@ -29,10 +29,10 @@ def test_a_context_is_read_as_words_in_front_of_the_caption():
     with torch.no_grad():
         prompt.context.copy_(tower.token_embedding.weight[words])
     captions = ["a man", "someone walks by"]
-    plain = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokenizer.encode(c)) for c in captions], batch_first=True)
+    to_plain = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokenizer.encode(c)) for c in captions], batch_first=True)
     for row, caption in enumerate(captions):
         expected = tower(torch.tensor([tokenizer.encode(f"a red coat {caption}")]))
-        assert_close(tower(plain, prompt=prompt)[row : row + 1], expected, 1e-6)
+        assert_close(tower(to_plain, prompt=prompt)[row : row + 1], expected, 1e-6)
 
 
 @pytest.mark.parametrize("words", [1, 2, 3, 4, 9])

@@ -67,7 +67,7 @@ def test_objectives_that_are_off_compute_nothing():
     golden = load("losses_w1.npz")
     _, features = reference_features(golden)
     features.second_image = features.simclr = None
-    objectives = Objectives(gather=lambda rows: rows, multi_view=False, ss=0.0, citc=0.0)
+    objectives = Objectives(gather=lambda rows: rows, mvs_image=False, ss=False, citc=False)
     assert set(objectives(features, golden["ids"], 0.3)) == {"nitc", "ritc"}
     assert not (objectives.needs_second_view or objectives.needs_simclr_views or objectives.needs_masked_captions)
 
@@ -75,8 +75,8 @@ def test_objectives_that_are_off_compute_nothing():
 def test_multi_view_is_the_mean_of_the_two_views():
     golden = load("losses_w1.npz")
     _, features = reference_features(golden)
-    single = Objectives(gather=lambda rows: rows, multi_view=False, ritc=0, citc=0, ss=0)
-    both = Objectives(gather=lambda rows: rows, multi_view=True, ritc=0, citc=0, ss=0)
+    single = Objectives(gather=lambda rows: rows, mvs_image=False, ritc=False, citc=False, ss=False)
+    both = Objectives(gather=lambda rows: rows, mvs_image=True, ritc=False, citc=False, ss=False)
     first = single(features, golden["ids"], 0.3)["nitc"]
     swapped = Features(image=features.second_image, text=features.text, scale=features.scale)
     second = single(swapped, golden["ids"], 0.3)["nitc"]

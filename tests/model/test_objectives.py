@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misc.system.distributed import Processes, gather, gather_detached
+from misc.system.distributed import Ranks, gather, gather_detached
 from model.objectives import Objectives
 from model.tbps_clip import Features
 from tests.helpers.golden_models import assert_close
-from tests.helpers.processes import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 from tests.helpers.seeded import normal
 
 IDENTITIES = torch.tensor([0, 1, 0, 2, 1, 3, 3, 2])
-OFF = {"ritc": 0.0, "citc": 0.0, "ss": 0.0, "multi_view": False}
+OFF = {"ritc": False, "citc": False, "ss": False, "mvs_image": False}
 ALONE = Objectives(gather=lambda rows: rows, **OFF)
 SCALE = 20.0
 
@@ -41,13 +41,13 @@ def one_hot_itc(image: Tensor, text: Tensor) -> Tensor:
 
 
 def test_pair_labels_make_clip_s_own_loss():
-    objectives = dataclasses.replace(ALONE, pair_labels=True)
+    objectives = dataclasses.replace(ALONE, nitc_labels="pair")
     (found,) = objectives(features(), IDENTITIES, 0.0).values()
     assert_close(found, one_hot_itc(rows("image"), rows("text")), 1e-6)
 
 
 def test_soft_labels_are_the_mean_of_belief_and_pair():
-    objectives = dataclasses.replace(ALONE, pair_labels=True)
+    objectives = dataclasses.replace(ALONE, nitc_labels="pair")
     (found,) = objectives(features(), IDENTITIES, 0.5).values()
     logits = SCALE * unit(rows("image")) @ unit(rows("text")).T
     expected = 0
@@ -60,7 +60,7 @@ def test_soft_labels_are_the_mean_of_belief_and_pair():
 
 @pytest.mark.parametrize(("images", "captions"), [(False, True), (True, False), (True, True)])
 def test_multi_view_supervision_is_the_mean_over_the_combinations_of_views(images, captions):
-    objectives = dataclasses.replace(ALONE, pair_labels=True, multi_view=images, multi_view_text=captions)
+    objectives = dataclasses.replace(ALONE, nitc_labels="pair", mvs_image=images, mvs_text=captions)
     assert (objectives.needs_second_view, objectives.needs_second_caption) == (images, captions)
     own = features(
         second_image=rows("second image") if images else None, second_text=rows("second text") if captions else None
@@ -73,7 +73,7 @@ def test_multi_view_supervision_is_the_mean_over_the_combinations_of_views(image
 
 
 def test_ss_t_is_nt_xent_of_the_captions():
-    objectives = dataclasses.replace(ALONE, nitc=0.0, ss_text=0.4)
+    objectives = dataclasses.replace(ALONE, nitc_ratio=0.0, ss_text=True)
     assert objectives.needs_simclr_captions and not objectives.needs_simclr_views
     pair = (rows("one"), rows("other"))
     (found,) = objectives(features(simclr_text=pair), IDENTITIES, 0.0).values()
@@ -88,15 +88,15 @@ def test_ss_t_is_nt_xent_of_the_captions():
 
 def test_ss_it_is_the_sum_of_both():
     pairs = {"simclr": (rows("a"), rows("b")), "simclr_text": (rows("c"), rows("d"))}
-    both = dataclasses.replace(ALONE, ss=0.4, ss_text=0.4)(features(**pairs), IDENTITIES, 0.0)
+    both = dataclasses.replace(ALONE, ss=True, ss_text=True)(features(**pairs), IDENTITIES, 0.0)
     assert list(both) == ["nitc", "ss", "ss_text"]
-    alone = dataclasses.replace(ALONE, ss=0.4)(features(simclr=pairs["simclr"]), IDENTITIES, 0.0)
+    alone = dataclasses.replace(ALONE, ss=True)(features(simclr=pairs["simclr"]), IDENTITIES, 0.0)
     assert torch.equal(both["ss"], alone["ss"]) and not torch.equal(both["ss"], both["ss_text"])
 
 
 def test_sdm_is_irra_s_divergence_at_a_fixed_scale():
     """Σ p · log(p / (q̂ + 1e-8)) of both directions, with 50 times the cosines whatever the temperature is."""
-    objectives = dataclasses.replace(ALONE, nitc=0.0, sdm=1.0)
+    objectives = dataclasses.replace(ALONE, nitc_ratio=0.0, sdm=True)
     assert not objectives.uses_temperature
     (found,) = objectives(features(), IDENTITIES, 0.0).values()
     expected = 0
@@ -111,16 +111,16 @@ def test_sdm_is_irra_s_divergence_at_a_fixed_scale():
 # ---- on two ranks ---------------------------------------------------------------------------------------------------
 
 
-EVERYTHING = {"pair_labels": True, "multi_view_text": True, "ss": 0.0, "ss_text": 0.4, "sdm": 1.0}
+EVERYTHING = {"nitc_labels": "pair", "mvs_text": True, "ss": False, "ss_text": True, "sdm": True}
 TABLES = ("image", "text", "second image", "second text", "one", "other")
 
 
-def gradients(here: Processes, detached: bool, objectives: Objectives | None = None) -> dict[str, Tensor]:
+def gradients(ranks: Ranks, detached: bool, objectives: Objectives | None = None) -> dict[str, Tensor]:
     """Of this rank's rows, for the loss averaged over the ranks."""
-    size = 8 // here.world_size
-    own = slice(here.rank * size, (here.rank + 1) * size)
+    size = 8 // ranks.world_size
+    own = slice(ranks.rank * size, (ranks.rank + 1) * size)
     leaves = {name: rows(name)[own].clone().requires_grad_() for name in TABLES}
-    chosen = objectives or Objectives(gather=gather_detached if detached else gather, rank=here.rank, **EVERYTHING)
+    chosen = objectives or Objectives(gather=gather_detached if detached else gather, rank=ranks.rank, **EVERYTHING)
     weighted = chosen(
         Features(
             image=leaves["image"],
@@ -133,12 +133,12 @@ def gradients(here: Processes, detached: bool, objectives: Objectives | None = N
         IDENTITIES[own],
         0.3,
     )
-    (sum(weighted.values()) / here.world_size).backward()
+    (sum(weighted.values()) / ranks.world_size).backward()
     return {name: leaf.grad for name, leaf in leaves.items()} | {"loss": sum(weighted.values()).detach()}
 
 
 def test_two_ranks_compute_the_same_as_one(tmp_path):
-    alone = gradients(Processes(0, 1, torch.device("cpu")), detached=False)
+    alone = gradients(Ranks(0, 1, torch.device("cpu")), detached=False)
     ranks = run_on_ranks(2, gradients, tmp_path, False)
     assert_close(sum(rank["loss"] for rank in ranks) / 2, alone["loss"], 1e-9)
     for name in TABLES:
@@ -148,7 +148,7 @@ def test_two_ranks_compute_the_same_as_one(tmp_path):
 def test_detached_gathering_gives_the_same_loss_and_no_gradient_to_other_ranks(tmp_path):
     """Against an autograd graph in one process, in which each rank sees the other's rows as constants."""
     ranks = run_on_ranks(2, gradients, tmp_path, True)
-    alone = gradients(Processes(0, 1, torch.device("cpu")), detached=False)
+    alone = gradients(Ranks(0, 1, torch.device("cpu")), detached=False)
     assert_close(sum(rank["loss"] for rank in ranks) / 2, alone["loss"], 1e-9)
     whole = [unit(rows(name)) for name in TABLES]
     for rank, found in enumerate(ranks):
@@ -161,7 +161,7 @@ def test_detached_gathering_gives_the_same_loss_and_no_gradient_to_other_ranks(t
             return torch.cat([constants[:4], x] if rank else [x, constants[4:]])
 
         objectives = Objectives(gather=with_constants, rank=rank, **EVERYTHING)
-        expected = gradients(Processes(rank, 2, torch.device("cpu")), detached=True, objectives=objectives)
+        expected = gradients(Ranks(rank, 2, torch.device("cpu")), detached=True, objectives=objectives)
         for name in TABLES:
             assert_close(found[name], expected[name], 1e-9)
         assert not torch.allclose(found["image"], alone["image"][own])

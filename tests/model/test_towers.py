@@ -5,9 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.tbps_clip import TBPSCLIP, count_trainable
+from model.tbps_clip import count_trainable
 from model.transformer import Transformer
-from tests.helpers.golden_models import VIT_B16, assert_close, load, seeded_model, tiny_model
+from tests.helpers.golden_models import VIT_B16, assert_close, load, make_model, seeded_model, tiny_model
 from tests.helpers.seeded import clip_weights, normal
 
 
@@ -89,5 +89,5 @@ def test_scale_is_never_above_100_and_its_gradient_passes():
 @pytest.mark.parametrize(("simclr_widths", "millions"), [(None, 149.0), ([512, 128, 512], 149.2)])
 def test_trainable_parameters_equal_the_paper(simclr_widths, millions):
     with torch.device("meta"):
-        model = TBPSCLIP(**VIT_B16, simclr_widths=simclr_widths)
+        model = make_model(**VIT_B16, simclr_widths=simclr_widths)
     assert round(count_trainable(model) / 1e6, 1) == millions

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from misc.build import model as build
-from misc.config.loading import DEFAULT_CONFIG, RULES, load_config, plain, resolution, save_config
+from misc.build.architecture import resolve_architecture
+from misc.config.loading import DEFAULT_CONFIG, load_config, save_config, to_plain
+from misc.config.rules import RULES
 from misc.errors import UserError
 from misc.study.rows import STUDY
 
@@ -118,12 +119,12 @@ def test_the_defaults_hold_exactly_the_keys_that_have_a_rule():
 def test_a_published_configuration_loads_unchanged(tmp_path, text):
     loaded = flat(load_config(write(tmp_path / "published.yaml", text)))
     published = flat(yaml.safe_load(text))
-    assert {key: plain(loaded[key]) for key in published} == published
+    assert {key: to_plain(loaded[key]) for key in published} == published
     assert loaded["schedule.ratio_factor"] == 5.0  # the published code reads this key, and its files never give it
 
 
 def test_the_defaults_are_the_published_full_recipe():
-    defaults = flat(plain(build.settle(load_config(), None)))  # the sizes of ViT-B/16 in place of `auto`
+    defaults = flat(to_plain(resolve_architecture(load_config(), None)))  # the sizes of ViT-B/16 in place of `auto`
     published = flat(yaml.safe_load(PUBLISHED))
     personal = {"device", "anno_dir", "image_dir", "model.saved_path", "model.checkpoint"}
     assert {key: defaults[key] for key in published.keys() - personal} == {
@@ -206,8 +207,8 @@ def test_numbers_that_yaml_takes_for_texts_are_read(tmp_path):
 
 
 def test_resolution_is_height_and_width_or_one_integer():
-    assert resolution(load_config(overrides=("experiment.input_resolution=[384, 128]",))) == (384, 128)
-    assert resolution(load_config(overrides=("experiment.input_resolution=64",))) == (64, 64)
+    assert load_config(overrides=("experiment.input_resolution=[384, 128]",)).experiment.input_resolution == [384, 128]
+    assert load_config(overrides=("experiment.input_resolution=64",)).experiment.input_resolution == [64, 64]
 
 
 def test_a_saved_configuration_loads_again(tmp_path):
@@ -303,7 +304,7 @@ def test_a_seed_that_torch_cannot_take_is_refused():
     ("overrides", "parts"),
     [
         (["experiment.input_resolution=[224, 100]"], ["experiment.input_resolution: [224, 100]", "patch_size: 16"]),
-        (["experiment.input_resolution=100"], ["experiment.input_resolution: 100", "model.patch_size: 16"]),
+        (["experiment.input_resolution=100"], ["experiment.input_resolution: [100, 100]", "model.patch_size: 16"]),
         (["model.vision_heads=5"], ["model.vision_heads: 5", "model.vision_width: 768"]),
         (["model.text_width=500", "model.text_heads=8"], ["model.text_heads: 8", "model.text_width: 500"]),
         (["schedule.epoch_warmup=6"], ["schedule.epoch_warmup: 6", "schedule.epoch: 5"]),
@@ -319,7 +320,7 @@ def test_a_seed_that_torch_cannot_take_is_refused():
 def test_values_that_contradict_each_other_are_refused(overrides, parts):
     """Also where one of them is `auto`, once the weights are known: here random ones, of ViT-B/16."""
     with pytest.raises(UserError) as caught:
-        build.settle(load_config(overrides=tuple(overrides)), None)
+        resolve_architecture(load_config(overrides=tuple(overrides)), None)
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
 
@@ -337,7 +338,7 @@ def test_what_does_not_depend_on_weights_is_refused_at_once(overrides, parts):
 
 
 def test_sizes_of_random_weights_are_those_of_the_configuration_and_else_of_vit_b16():
-    config = build.settle(load_config(overrides=("model.vision_width=192", "model.embed_dim=256")), None)
+    config = resolve_architecture(load_config(overrides=("model.vision_width=192", "model.embed_dim=256")), None)
     model = config.model
     assert (model.vision_width, model.vision_heads, model.vision_layers, model.patch_size) == (192, 3, 12, 16)
     assert (model.text_width, model.text_heads, model.text_layers, model.activation) == (512, 8, 12, "quick_gelu")
@@ -346,9 +347,9 @@ def test_sizes_of_random_weights_are_those_of_the_configuration_and_else_of_vit_
 
 def test_a_run_that_goes_on_keeps_its_sizes():
     """Whatever `model.checkpoint` names by now."""
-    begun = build.settle(load_config(overrides=("model.vision_width=192", "model.vision_layers=3")), None)
-    saved = plain(begun)
-    assert build.settle(load_config(), None, saved) == begun
+    begun = resolve_architecture(load_config(overrides=("model.vision_width=192", "model.vision_layers=3")), None)
+    saved = to_plain(begun)
+    assert resolve_architecture(load_config(), None, saved) == begun
 
 
 def test_the_width_of_a_loss_that_is_off_contradicts_nothing():

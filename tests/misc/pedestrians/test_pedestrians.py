@@ -192,8 +192,8 @@ def test_images_of_one_person_differ_and_tell_of_the_same_clothes() -> None:
 
 def test_most_people_can_be_told_apart_by_the_colours_of_two_garments_hair_and_shoes() -> None:
     people = [imagine_person(Random(seed)) for seed in range(1000)]
-    looks = {(p.upper[:2], p.lower, p.shoes.colour, p.hair.colour) for p in people}
-    assert len(looks) > 950
+    write_queries = {(p.upper[:2], p.lower, p.shoes.colour, p.hair.colour) for p in people}
+    assert len(write_queries) > 950
 
 
 def pixels(person: Person, shot: Shot) -> np.ndarray:
@@ -239,8 +239,8 @@ def test_what_the_view_hides_is_not_in_sight() -> None:
         assert not sight.glasses
         assert not sight.beard
         assert sight.upper.pattern == "plain"
-        plain = Item("t-shirt", "red")
-        without = replace(person, glasses=False, beard=False, upper=plain)
+        to_plain = Item("t-shirt", "red")
+        without = replace(person, glasses=False, beard=False, upper=to_plain)
         assert (pixels(person, behind) == pixels(without, behind)).all()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from misc.errors import UserError
 from misc.run.checkpoint import read_checkpoint, write_checkpoint
 from model.tbps_clip import TBPSCLIP
-from tests.helpers.golden_models import TINY_MODEL
+from tests.helpers.golden_models import TINY_MODEL, make_model
 
 CONFIG = {"experiment": {"input_resolution": [64, 32]}, "model": {"saved_path": "runs/x", "checkpoint": None}}
 METRICS = {"r1": 12.5, "mAP": 7.25}
@@ -25,7 +25,7 @@ def content_of(model: nn.Module, epoch: int = 3) -> dict:
 
 def tiny_model(seed: int = 0, **changes) -> TBPSCLIP:
     torch.manual_seed(seed)
-    return TBPSCLIP(**TINY_MODEL | {"vocab_size": 60, "simclr_widths": [32, 8, 32], "identities": 5} | changes)
+    return make_model(**TINY_MODEL | {"vocab_size": 60, "simclr_widths": [32, 8, 32], "identities": 5} | changes)
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

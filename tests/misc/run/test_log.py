@@ -17,7 +17,9 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from misc.errors import UserError
-from misc.run.log import RUN_FILES, RunLog, check_run_folder, peak_memory_gigabytes, wandb_project
+from misc.run.folder import RUN_FILES, check_run_folder
+from misc.run.log import RunLog, wandb_project
+from misc.run.profiling import peak_memory_gigabytes
 from misc.run.progress import Progress
 
 ROOT = Path(__file__).parents[3]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from misc.errors import UserError
 from misc.search import engines
-from misc.search.engines import Choice, Exact
+from misc.search.engines import EngineChoice, Exact
 from misc.search.gallery import Encoded, Gallery, Info, default_index, held_index, write_generation, write_info
 from misc.search.pictures import Picture
 from misc.search.result_sheet import _short
@@ -86,7 +86,7 @@ def test_queries_together_find_what_they_find_alone():
 def test_faiss_finds_nearly_all_of_what_is_nearest(tmp_path):
     pytest.importorskip("faiss", reason="needs requirements-search.txt")
     gallery = write_index(tmp_path / "index", clustered(20_000, 32, 400))
-    settings, notes = engines.build(gallery, Choice("faiss"))
+    settings, notes = engines.build(gallery, EngineChoice("faiss"))
     assert settings == {"name": "faiss"} and notes[0].startswith("recall@10 against exact search")
     write_info(gallery.index, Info(**{**vars(gallery.info), "engine": settings}))
     gallery = Gallery(gallery.index, Info(**{**vars(gallery.info), "engine": settings}))
@@ -106,7 +106,7 @@ def test_faiss_finds_nearly_all_of_what_is_nearest(tmp_path):
 def test_faiss_with_few_pictures_is_exact(tmp_path):
     pytest.importorskip("faiss", reason="needs requirements-search.txt")
     gallery = write_index(tmp_path / "index", clustered(5, 16, 2))
-    settings, _ = engines.build(gallery, Choice("faiss"))
+    settings, _ = engines.build(gallery, EngineChoice("faiss"))
     engine = engines.open_engine(Gallery(gallery.index, Info(**{**vars(gallery.info), "engine": settings})))
     query = clustered(1, 16, 2, seed=3)
     ((scores, rows),) = engine.search(query, 10)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from misc.data.samples import read_image
+from misc.data.images import read_image
 from misc.errors import UserError
 from misc.search import indexing
 from misc.search.encoder import Encoder

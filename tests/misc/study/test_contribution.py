@@ -21,17 +21,16 @@ from misc.run.checkpoint import read_checkpoint, write_checkpoint
 from misc.run.log import RunLog
 from misc.study.contribution import Contribution, ModuleContribution, measure_contribution, write_contribution
 from misc.study.contribution_chart import draw_contribution_chart
-from misc.system.distributed import Processes
+from misc.system.distributed import Ranks
 from misc.system.precision import Precision
-from model.tbps_clip import TBPSCLIP
 from model.transformer import ResidualBlock, Transformer
-from tests.helpers.golden_models import TINY_MODEL, assert_close, tiny_model
+from tests.helpers.golden_models import TINY_MODEL, assert_close, make_model, tiny_model
 from tests.helpers.runs import ARCHITECTURE, QUICK, of_dataset, only_error, start
 from tests.helpers.seeded import TINY, clip_weights, normal
 from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
 from text_utils.tokenizer import Tokenizer
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 KINDS = ("self_attention", "feed_forward", "layer")
 PARTS = {"self_attention": ("ln_1", "attn"), "feed_forward": ("ln_2", "mlp"), "layer": ("ln_1", "attn", "ln_2", "mlp")}
 
@@ -105,7 +104,7 @@ class HandMade:
 
     def __init__(self, base_hits: int, image_points: list[float], text_points: list[float]):
         self.split = Sizes(images=1, captions=1000)
-        self.processes = ALONE
+        self.ranks = ALONE
         self.base_hits, self.points = base_hits, torch.tensor(text_points + image_points)
         self.encodings = {"image": 0, "text": 0}
 
@@ -221,7 +220,7 @@ class Recorder:
 
     def __init__(self):
         self.split = Sizes(images=3, captions=2)
-        self.processes = ALONE
+        self.ranks = ALONE
         self.images = torch.from_numpy(normal("contribution", 3, 3, *TINY_MODEL["resolution"]))
         self.token_ids = torch.tensor([[49406, 320, 2308, 49407, 0, 0], [49406, 736, 7356, 593, 1449, 49407]])
         self.kept: dict[str, list[list[Tensor]]] = {"image": [], "text": []}
@@ -270,7 +269,7 @@ def test_what_is_encoded_equals_a_forward_pass_written_out(tower):
 
 def test_what_adapts_a_model_has_its_part():
     torch.manual_seed(0)
-    model, recorder = TBPSCLIP(**TINY_MODEL, adapter_ratio=0.5, context_length=2).eval(), Recorder()
+    model, recorder = make_model(**TINY_MODEL, adapter_ratio=0.5, context_length=2).eval(), Recorder()
     measure_contribution(recorder, model, model.state_dict(), RunLog(None))
     for name, encode, inputs in (
         ("image", model.encode_image, recorder.images),
@@ -295,7 +294,7 @@ def tiny_evaluator(data: TinyDataset) -> Evaluator:
         resolution=TINY_MODEL["resolution"],
         batch_size=8,
         workers=0,
-        processes=ALONE,
+        ranks=ALONE,
         precision=Precision.choose("fp32", ALONE.device),
     )
 
@@ -456,7 +455,7 @@ def test_the_command_writes_the_same_on_one_and_two_ranks(checkpoint, initial, r
     assert [module["c1"] for module in modules_of(alone)] == pytest.approx([points / max(lost) for points in lost])
 
     torch.manual_seed(7)
-    assert_equal_states(initial, TBPSCLIP(**TINY_MODEL).state_dict())
+    assert_equal_states(initial, make_model(**TINY_MODEL).state_dict())
 
     folder.rename(path.parent / "alone")
     outcome = start(*command, ranks=2)

@@ -8,14 +8,17 @@ import pytest
 import torch
 import yaml
 
-from misc.build import model as build
-from misc.config.loading import RULES, flatten, load_config
+from misc.build.architecture import resolve_architecture
+from misc.build.model import build_model
+from misc.build.training import build_objectives
+from misc.config.loading import flatten, load_config
+from misc.config.rules import RULES
 from misc.errors import UserError
 from misc.pedestrians import draw_dataset
 from misc.run.log import RunLog
 from misc.study.report import write_report
 from misc.study.rows import Row, find_row, read_study, row_folder, study_list
-from misc.system.distributed import Processes
+from misc.system.distributed import Ranks
 from model.tbps_clip import count_trainable
 from tests.helpers.runs import ARCHITECTURE, QUICK, finished, of_dataset, only_error, start
 from tests.helpers.tiny_dataset import TinyDataset
@@ -129,10 +132,10 @@ def root_of(folder: Path, row: Row) -> str:
 def settled(name: str):
     """The configuration of a row, and its model without memory, of 11,003 persons as in CUHK-PEDES."""
     config = load_config(row=find_row(ROWS, name), overrides=("model.checkpoint=null",))
-    config = build.settle(config, None)
-    objectives = build.build_objectives(config, Processes(0, 1, torch.device("cpu")))
+    config = resolve_architecture(config, None)
+    objectives = build_objectives(config, Ranks(0, 1, torch.device("cpu")))
     with torch.device("meta"):
-        model, _ = build.build_model(config, objectives, 11_003, weights=None)
+        model, _ = build_model(config, objectives, 11_003, weights=None)
     return config, model
 
 

@@ -8,8 +8,8 @@ import torch
 
 from misc.errors import UserError
 from misc.system import distributed
-from misc.system.distributed import Processes, processes
-from tests.helpers.processes import run_on_ranks
+from misc.system.distributed import Ranks, join_ranks
+from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def gpus(monkeypatch):
 
 
 def device_alone(device: str | int) -> tuple[str, str | None]:
-    with processes(device, "nccl", "env://") as here:
-        assert (here.rank, here.world_size, here.is_main) == (0, 1, True)
-        return str(here.device), here.note
+    with join_ranks(device, "nccl", "env://") as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+        return str(ranks.device), ranks.note
 
 
 @pytest.mark.parametrize(
@@ -64,21 +64,21 @@ def test_more_processes_than_gpus_are_refused(gpus, monkeypatch, device, count, 
     gpus(count)
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message), processes(device, "nccl", "env://"):
+    with pytest.raises(UserError, match=message), join_ranks(device, "nccl", "env://"):
         pass
 
 
 def test_after_an_error_no_rank_waits_for_the_others(monkeypatch):
     """With nccl, destroying the group waits for all ranks, which are in another collective by then."""
     destroyed = []
-    monkeypatch.setattr(distributed, "_join", lambda device, *_: distributed.Processes(0, 1, device))
+    monkeypatch.setattr(distributed, "_join", lambda device, *_: distributed.Ranks(0, 1, device))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: destroyed.append(True))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="mine alone"), processes("cpu", "gloo", "env://"):
+    with pytest.raises(UserError, match="mine alone"), join_ranks("cpu", "gloo", "env://"):
         raise UserError("mine alone")
     assert not destroyed
-    with processes("cpu", "gloo", "env://"):
+    with join_ranks("cpu", "gloo", "env://"):
         pass
     assert destroyed
 
@@ -104,7 +104,7 @@ def test_restarts_of_several_torchruns_that_would_hang_are_warned_of(
     assert (note is not None and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note) == warned
 
 
-def find_or_make(here: Processes, path: Path) -> str:
+def find_or_make(ranks: Ranks, path: Path) -> str:
     """What each of several ranks does that would all download the same file."""
 
     def find() -> str:
@@ -114,10 +114,10 @@ def find_or_make(here: Processes, path: Path) -> str:
         path.touch()
         return "made"
 
-    return here.first_on_machine(find)
+    return ranks.local_main_first(find)
 
 
 @pytest.mark.slow
 def test_one_rank_of_a_machine_downloads_and_the_others_find_it(tmp_path):
     assert run_on_ranks(3, find_or_make, tmp_path, tmp_path / "file") == ["made", "found", "found"]
-    assert find_or_make(Processes(0, 1, torch.device("cpu")), tmp_path / "alone") == "made"
+    assert find_or_make(Ranks(0, 1, torch.device("cpu")), tmp_path / "alone") == "made"

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from misc.data.annotations import Split, read_annotations
 from misc.retrieval.evaluation import Evaluator, Retrieval
-from misc.system.distributed import Processes, gather, gather_strided, mean_over_ranks
+from misc.system.distributed import Ranks, gather, gather_strided, mean_over_ranks
 from misc.system.precision import Precision
 from model.objectives import Objectives
 from model.tbps_clip import Features
 from tests.helpers.golden_models import TINY_MODEL, assert_close, load, tiny_model
-from tests.helpers.processes import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
 from tests.model.test_losses import NAMES, gradients_as_stored, reference_features
 from text_utils.masking import IGNORED_LABEL
 from text_utils.tokenizer import Tokenizer
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 LOSSES = (*NAMES, "total")
 TOTALS = range(10)
 """Numbers of items dealt out by `gather_strided`: none, fewer than ranks, divisible by their number and not."""
@@ -34,34 +34,34 @@ SIZES = {"uneven": (5, 9), "one": (1, 1)}
 # What each rank computes; the results of a rank are one nested dict.
 
 
-def measure(here: Processes, data: TinyDataset) -> dict:
-    golden = load(f"losses_w{here.world_size}.npz")
+def measure(ranks: Ranks, data: TinyDataset) -> dict:
+    golden = load(f"losses_w{ranks.world_size}.npz")
     return {
-        "losses": {name: measure_loss(here, golden, name) for name in LOSSES},
-        "heads": measure_heads(here, golden["ids"]),
-        "gather": measure_gather(here),
-        "strided": measure_gather_strided(here),
-        "retrieval": {name: evaluate(here, data, *sizes) for name, sizes in SIZES.items()},
+        "losses": {name: measure_loss(ranks, golden, name) for name in LOSSES},
+        "heads": measure_heads(ranks, golden["ids"]),
+        "gather": measure_gather(ranks),
+        "strided": measure_gather_strided(ranks),
+        "retrieval": {name: evaluate(ranks, data, *sizes) for name, sizes in SIZES.items()},
     }
 
 
-def rows_of(here: Processes, total: int = 12) -> slice:
-    size = total // here.world_size
-    return slice(here.rank * size, (here.rank + 1) * size)
+def rows_of(ranks: Ranks, total: int = 12) -> slice:
+    size = total // ranks.world_size
+    return slice(ranks.rank * size, (ranks.rank + 1) * size)
 
 
-def measure_loss(here: Processes, golden: dict, name: str) -> dict[str, Tensor]:
+def measure_loss(ranks: Ranks, golden: dict, name: str) -> dict[str, Tensor]:
     """Value, and gradients under the reference's names, both averaged over ranks."""
-    leaves, features = reference_features(golden, rows_of(here))
-    objectives = Objectives(gather=gather, rank=here.rank)
-    weighted = objectives(features, golden["ids"][rows_of(here)], soft_label_ratio=float(golden["alpha"]))
+    leaves, features = reference_features(golden, rows_of(ranks))
+    objectives = Objectives(gather=gather, rank=ranks.rank)
+    weighted = objectives(features, golden["ids"][rows_of(ranks)], soft_label_ratio=float(golden["alpha"]))
     loss = sum(weighted.values()) if name == "total" else weighted[name]
     loss.backward()
     results = {"value": loss, **gradients_as_stored(leaves)}
     return {key: mean_over_ranks(result.detach()) for key, result in results.items()}
 
 
-def measure_heads(here: Processes, identities: Tensor) -> dict[str, Tensor]:
+def measure_heads(ranks: Ranks, identities: Tensor) -> dict[str, Tensor]:
     """MLM and ID: values, and gradients with respect to all logits, averaged over ranks."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.full((12, 6), IGNORED_LABEL)
@@ -70,43 +70,42 @@ def measure_heads(here: Processes, identities: Tensor) -> dict[str, Tensor]:
     token_logits = torch.randn(12, 6, VOCABULARY, generator=generator, requires_grad=True)
     image_logits, text_logits = (torch.randn(12, IDENTITIES, generator=generator, requires_grad=True) for _ in range(2))
 
-    own = rows_of(here)
+    own = rows_of(ranks)
     features = Features(
-        image=torch.ones(12 // here.world_size, 2),
-        text=torch.ones(12 // here.world_size, 2),
+        image=torch.ones(12 // ranks.world_size, 2),
+        text=torch.ones(12 // ranks.world_size, 2),
         scale=torch.tensor(1.0),
         masked_logits=token_logits[own][labels[own] != IGNORED_LABEL],
         identity_logits=(image_logits[own], text_logits[own]),
     )
-    objectives = Objectives(
-        gather=gather, rank=here.rank, nitc=0.0, ritc=0.0, citc=0.0, ss=0.0, mlm=1.0, identity=0.5, multi_view=False
-    )
+    off = {"nitc_ratio": 0.0, "ritc": False, "citc": False, "ss": False, "mvs_image": False}
+    objectives = Objectives(gather=gather, rank=ranks.rank, mlm=True, id=True, id_ratio=0.5, **off)
     weighted = objectives(features, identities[own], soft_label_ratio=0.0, masked_labels=labels[own])
     sum(weighted.values()).backward()
     gradients = {"token": token_logits.grad, "image": image_logits.grad, "text": text_logits.grad}
     return {key: mean_over_ranks(result.detach()) for key, result in (weighted | gradients).items()}
 
 
-def measure_gather(here: Processes) -> dict[str, Tensor]:
-    rows = (10.0 * here.rank + torch.arange(6.0).reshape(3, 2)).requires_grad_()
+def measure_gather(ranks: Ranks) -> dict[str, Tensor]:
+    rows = (10.0 * ranks.rank + torch.arange(6.0).reshape(3, 2)).requires_grad_()
     gathered = gather(rows)
     # Each rank weights the gathered elements differently: coefficients are (rank + 1) * (number of the element + 1).
-    coefficients = (here.rank + 1) * torch.arange(1.0, gathered.numel() + 1).reshape(gathered.shape)
+    coefficients = (ranks.rank + 1) * torch.arange(1.0, gathered.numel() + 1).reshape(gathered.shape)
     (gathered * coefficients).sum().backward()
-    return {"rows": gathered.detach(), "gradient": rows.grad, "whole": gather(torch.tensor([here.rank, 7]))}
+    return {"rows": gathered.detach(), "gradient": rows.grad, "whole": gather(torch.tensor([ranks.rank, 7]))}
 
 
-def measure_gather_strided(here: Processes) -> dict[int, tuple[Tensor, Tensor]]:
+def measure_gather_strided(ranks: Ranks) -> dict[int, tuple[Tensor, Tensor]]:
     """By total: whole numbers (total,), and pairs of floats (total, 2)."""
     results = {}
     for total in TOTALS:
-        own = torch.arange(total)[here.rank :: here.world_size]
+        own = torch.arange(total)[ranks.rank :: ranks.world_size]
         pairs = torch.stack([own, -own], dim=1).double() / 2
         results[total] = gather_strided(own, total), gather_strided(pairs, total)
     return results
 
 
-def evaluate(here: Processes, data: TinyDataset, images: int, captions: int) -> Retrieval:
+def evaluate(ranks: Ranks, data: TinyDataset, images: int, captions: int) -> Retrieval:
     split = shortened(read_annotations(*data)["test"], images, captions)
     evaluator = Evaluator(
         split=split,
@@ -116,8 +115,8 @@ def evaluate(here: Processes, data: TinyDataset, images: int, captions: int) -> 
         resolution=TINY_MODEL["resolution"],
         batch_size=2,
         workers=0,
-        processes=here,
-        precision=Precision.choose("fp32", here.device),
+        ranks=ranks,
+        precision=Precision.choose("fp32", ranks.device),
     )
     return evaluator(tiny_model())
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from misc.build import model as build
-from misc.data.samples import Batch
+from misc.build.training import build_objectives, build_trainer
+from misc.data.batches import Batch
 from misc.run.progress import EpochRecord, Progress
 from misc.system.precision import Precision
 from misc.training.gradient_cache import backward_in_chunks
 from model.objectives import Objectives, soft_label_ratio_at
 from model.tbps_clip import TBPSCLIP, Features
-from tests.helpers.golden_models import TINY_MODEL, assert_close, load, tiny_model
+from tests.helpers.golden_models import TINY_MODEL, assert_close, load, make_model, tiny_model
 from tests.misc.training.test_step import (
     ALONE,
     PROJECTOR_WIDTHS,
@@ -113,7 +113,7 @@ def test_chunks_serve_a_frozen_clip(golden, adaptation):
 
 def adapted_model(adaptation: dict) -> TBPSCLIP:
     torch.manual_seed(0)
-    model = TBPSCLIP(**TINY_MODEL, **adaptation).eval()
+    model = make_model(**TINY_MODEL, **adaptation).eval()
     model.load_state_dict(tiny_model().state_dict(), strict=False)
     return model
 
@@ -151,9 +151,9 @@ def dropping_model() -> TBPSCLIP:
 
 def trainer_of(golden: dict, model: TBPSCLIP, **overrides):
     config = step_config(golden, **overrides)
-    objectives = build.build_objectives(config, ALONE)
+    objectives = build_objectives(config, ALONE)
     precision = Precision.choose("fp32", ALONE.device)
-    return build.build_trainer(config, model, objectives, steps=3, precision=precision, processes=ALONE)
+    return build_trainer(config, model, objectives, steps=3, precision=precision, ranks=ALONE)
 
 
 def text_features_seen(model: TBPSCLIP) -> list[Tensor]:
@@ -290,7 +290,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(golden, whole
 def test_gradient_checkpointing_repeats_the_dropout(golden):
     def gradients(**architecture) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        model = TBPSCLIP(**TINY_MODEL, simclr_widths=PROJECTOR_WIDTHS, dropout=0.5, **architecture).train()
+        model = make_model(**TINY_MODEL, simclr_widths=PROJECTOR_WIDTHS, dropout=0.5, **architecture).train()
         trainer_of(golden, model, **{"data.chunk_size": 3}).step(reference_batch(ALONE, golden), 1, 1)
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -367,7 +367,7 @@ def test_objectives_of_all_rows_are_the_sum_of_those_of_their_parts(golden):
     """MLM and ID, as the second pass adds them up."""
     model = heads_model()
     batch = masked_batch(golden)
-    objectives = Objectives(gather=lambda rows: rows, mlm=1.0, identity=1.0)
+    objectives = Objectives(gather=lambda rows: rows, mlm=True, id=True)
     features = model(batch.views)
     labels = batch.views.masked_labels
     picked = objectives.picked_tokens(labels)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from misc.training.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
-from model.tbps_clip import TBPSCLIP
-from tests.helpers.golden_models import GOLDEN, VIT_B16, our_name
+from tests.helpers.golden_models import GOLDEN, VIT_B16, make_model, our_name
 
 
 def our_name_with_heads(name: str) -> str:
@@ -38,7 +37,7 @@ def test_learning_rate_equals_the_reference(schedule):
 def test_parameter_groups_equal_the_reference():
     golden = json.loads((GOLDEN / "parameter_groups.json").read_text())
     with torch.device("meta"):
-        model = TBPSCLIP(
+        model = make_model(
             **VIT_B16,
             simclr_widths=[512, 128, 512],
             masked_language_depth=4,

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from misc.config.loading import load_config, plain
+from misc.config.loading import load_config, to_plain
 from misc.errors import UserError
 from misc.run.checkpoint import read_checkpoint, write_checkpoint
-from misc.system.distributed import Processes
+from misc.system.distributed import Ranks
 from misc.system.interruption import Interrupted, Interruption
-from misc.training.resume import Course
+from misc.training.resume import RunIdentity
 from tests.helpers.runs import (
     EVERYTHING,
     METRICS,
@@ -189,7 +189,7 @@ def test_a_signal_while_evaluating_ends_at_once(train, unstopped, monkeypatch, t
 
 def test_only_the_second_ctrl_c_is_not_taken():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    alone = Processes(0, 1, torch.device("cpu"))
+    alone = Ranks(0, 1, torch.device("cpu"))
     with Interruption() as interruption, pytest.raises(Interrupted, match="SIGINT"), interruption.deferred(alone):
         signal.raise_signal(signal.SIGINT)
         assert interruption.number == signal.SIGINT
@@ -242,7 +242,7 @@ def test_a_restart_before_the_first_checkpoint_begins_anew(train, unstopped, mon
 
     attempt("one", 0)
     with monkeypatch.context() as patched, pytest.raises(Crash):
-        patched.setattr(main.Keeper, "save_last", lambda keeper: crash())
+        patched.setattr(main.CheckpointWriter, "save_last", lambda checkpoints: crash())
         train()
     attempt("one", 1)
     assert train().status == 0
@@ -284,11 +284,11 @@ def test_another_course_is_refused(train, stopped, argument, words):
 
 
 def test_without_gathering_it_is_the_batch_of_a_rank_that_counts():
-    course = Course(plain(load_config(overrides=("model.use_gather=false",))), 40, "fp32", "same")
-    saved = {"config": course.config, **course.state(), "batch": 80}
+    identity = RunIdentity(to_plain(load_config(overrides=("model.use_gather=false",))), 40, "fp32", "same")
+    saved = {"config": identity.config, **identity.state(), "batch": 80}
     with pytest.raises(UserError, match=r"cannot go on: data\.batch_size is 40 here and 80 there"):
-        course.check(saved, Path("runs/x/checkpoint_last.pth"))
-    course.check(saved | {"batch": 40}, Path("runs/x/checkpoint_last.pth"))
+        identity.check(saved, Path("runs/x/checkpoint_last.pth"))
+    identity.check(saved | {"batch": 40}, Path("runs/x/checkpoint_last.pth"))
 
 
 def test_other_captions_are_refused(run, data, stopped, tmp_path):

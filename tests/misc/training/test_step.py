@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from misc.build import model as build
+from misc.build.training import build_objectives, build_trainer
 from misc.config.loading import load_config
-from misc.data.samples import Batch, pad_tokens
-from misc.system.distributed import Processes, mean_over_ranks
+from misc.data.batches import Batch, pad_tokens
+from misc.system.distributed import Ranks, mean_over_ranks
 from misc.system.precision import Precision
 from model.tbps_clip import TBPSCLIP, Views
-from tests.helpers.golden_models import CAPTIONS, TINY_MODEL, assert_close, load, our_name, tiny_model
-from tests.helpers.processes import run_on_ranks
+from tests.helpers.golden_models import CAPTIONS, TINY_MODEL, assert_close, load, make_model, our_name, tiny_model
+from tests.helpers.ranks import run_on_ranks
 from tests.helpers.seeded import normal
 from text_utils.masking import IGNORED_LABEL
 from text_utils.tokenizer import MASK, Tokenizer
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 PROJECTOR_WIDTHS = [32, 16, 32]
 MASKED_POSITIONS = {0: [2, 5], 1: [3], 2: [1, 2, 4, 6], 3: []}
 """By row; rows 4 to 7 have none: on two ranks the second picks no token."""
@@ -34,15 +34,15 @@ def step_config(golden: dict, **overrides):
     return load_config(overrides=tuple(f"{key}={value}" for key, value in (values | overrides).items()))
 
 
-def rows_of(here: Processes, golden: dict) -> slice:
+def rows_of(ranks: Ranks, golden: dict) -> slice:
     """The rows of the global batch that are this rank's."""
-    size = int(golden["batch"]) // here.world_size
-    return slice(here.rank * size, (here.rank + 1) * size)
+    size = int(golden["batch"]) // ranks.world_size
+    return slice(ranks.rank * size, (ranks.rank + 1) * size)
 
 
-def reference_batch(here: Processes, golden: dict) -> Batch:
+def reference_batch(ranks: Ranks, golden: dict) -> Batch:
     """This rank's rows of the reference's batch."""
-    rows = rows_of(here, golden)
+    rows = rows_of(ranks, golden)
 
     def images(name: str) -> Tensor:
         height, width = TINY_MODEL["resolution"]
@@ -69,15 +69,15 @@ def mask(batch: Batch, first_row: int) -> None:
 
 
 def train_one_step(
-    here: Processes, model: TBPSCLIP, batch: Batch, config, precision: Precision | None = None
+    ranks: Ranks, model: TBPSCLIP, batch: Batch, config, precision: Precision | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """Losses (means over ranks), gradients (None where frozen) and the change of each parameter, by name.
 
     The model is in evaluation mode, so that nothing is dropped out.
     """
-    objectives = build.build_objectives(config, here)
-    precision = precision or Precision.choose("fp32", here.device)
-    trainer = build.build_trainer(config, model, objectives, steps=1, precision=precision, processes=here)
+    objectives = build_objectives(config, ranks)
+    precision = precision or Precision.choose("fp32", ranks.device)
+    trainer = build_trainer(config, model, objectives, steps=1, precision=precision, ranks=ranks)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = trainer.step(batch, iteration=1, steps_per_epoch=1)
     return {
@@ -87,50 +87,50 @@ def train_one_step(
     }
 
 
-def full_recipe_step(here: Processes, reference: str) -> dict[str, dict[str, Tensor]]:
+def full_recipe_step(ranks: Ranks, reference: str) -> dict[str, dict[str, Tensor]]:
     golden = load(reference)
-    batch = reference_batch(here, golden)
-    return train_one_step(here, tiny_model(simclr_widths=PROJECTOR_WIDTHS), batch, step_config(golden))
+    batch = reference_batch(ranks, golden)
+    return train_one_step(ranks, tiny_model(simclr_widths=PROJECTOR_WIDTHS), batch, step_config(golden))
 
 
 def heads_model(**arguments) -> TBPSCLIP:
     """The reference's towers with every head, in evaluation mode."""
     torch.manual_seed(0)
     widths = {"simclr_widths": PROJECTOR_WIDTHS, "masked_language_depth": 1, "identities": 4}
-    heads = TBPSCLIP(**TINY_MODEL, **widths, **arguments).eval()
+    heads = make_model(**TINY_MODEL, **widths, **arguments).eval()
     heads.load_state_dict(tiny_model(simclr_widths=PROJECTOR_WIDTHS).state_dict(), strict=False)
     return heads
 
 
-def heads_step(here: Processes, reference: str, **overrides) -> dict[str, dict[str, Tensor]]:
+def heads_step(ranks: Ranks, reference: str, **overrides) -> dict[str, dict[str, Tensor]]:
     """The full recipe with MLM and ID; on two ranks one of them picks no token."""
     golden = load(reference)
-    batch = reference_batch(here, golden)
-    mask(batch, rows_of(here, golden).start)
+    batch = reference_batch(ranks, golden)
+    mask(batch, rows_of(ranks, golden).start)
     config = step_config(golden, **{"experiment.mlm": "true", "experiment.id": "true"} | overrides)
-    return train_one_step(here, heads_model(), batch, config)
+    return train_one_step(ranks, heads_model(), batch, config)
 
 
-def double_step(here: Processes, reference: str, **overrides) -> dict[str, dict[str, Tensor]]:
+def double_step(ranks: Ranks, reference: str, **overrides) -> dict[str, dict[str, Tensor]]:
     """`heads_step` in float64, where rounding hides nothing."""
     golden = load(reference)
-    batch = reference_batch(here, golden)
-    mask(batch, rows_of(here, golden).start)
+    batch = reference_batch(ranks, golden)
+    mask(batch, rows_of(ranks, golden).start)
     views = batch.views
     views.image, views.second_image = views.image.double(), views.second_image.double()
     views.simclr_images = tuple(view.double() for view in views.simclr_images)
     config = step_config(golden, **{"experiment.mlm": "true", "experiment.id": "true"} | overrides)
-    return train_one_step(here, heads_model().double(), batch, config)
+    return train_one_step(ranks, heads_model().double(), batch, config)
 
 
-def all_steps(here: Processes, reference: str) -> dict[str, dict]:
-    chunked = {"data.chunk_size": 1 if here.world_size == 4 else 3}
+def all_steps(ranks: Ranks, reference: str) -> dict[str, dict]:
+    chunked = {"data.chunk_size": 1 if ranks.world_size == 4 else 3}
     return {
-        "full": full_recipe_step(here, reference),
-        "heads": heads_step(here, reference),
-        "chunks": heads_step(here, reference, **chunked),
-        "double": double_step(here, reference),
-        "double chunks": double_step(here, reference, **chunked),
+        "full": full_recipe_step(ranks, reference),
+        "heads": heads_step(ranks, reference),
+        "chunks": heads_step(ranks, reference, **chunked),
+        "double": double_step(ranks, reference),
+        "double chunks": double_step(ranks, reference, **chunked),
     }
 
 

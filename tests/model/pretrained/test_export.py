@@ -18,13 +18,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from misc.build import model as build
+from misc.build.architecture import config_of_weights
+from misc.build.model import build_export, build_saved_model
 from misc.config.loading import load_config
 from misc.data.views import EvaluationView
 from misc.errors import UserError
-from misc.files import whole_folder
+from misc.files import atomic_folder
+from model.preprocessing import CLIP_PREPROCESSING, TBPS_PREPROCESSING
 from model.pretrained import export as exporting
-from model.pretrained.settings import CLIP_PREPROCESSING, TBPS_PREPROCESSING
 from model.pretrained.weights import read_weights
 from model.tbps_clip import TBPSCLIP
 from tests.helpers.golden_models import GOLDEN, TINY_MODEL, VIT_B16, seeded_model
@@ -79,8 +80,8 @@ def tall(tmp_path) -> Source:
 def export(form: str, source: Path, folder: Path, *overrides: str) -> str:
     """As `main.py --export` does it; gives the line for the log."""
     weights = read_weights(source)
-    model, config, _ = build.build_saved_model(load_config(overrides=overrides), weights)
-    return exporting.export(form, folder, build.build_export(config, model.eval(), weights, Tokenizer()))
+    model, config, _ = build_saved_model(load_config(overrides=overrides), weights)
+    return exporting.export(form, folder, build_export(config, model.eval(), weights, Tokenizer()))
 
 
 def images(*size: int, count: int = 5) -> Tensor:
@@ -272,7 +273,7 @@ def test_a_single_file_of_an_export_needs_the_activation_to_be_given(source, tmp
         found = read_weights(tmp_path / form / name)
         assert_same_weights(found, read_weights(source.path))
         with pytest.raises(UserError, match="model.activation=quick_gelu"):
-            build.as_saved(load_config(), found)
+            config_of_weights(load_config(), found)
 
 
 def test_what_transformers_saves_of_an_export_is_the_same_again(source, tmp_path):
@@ -456,25 +457,25 @@ def test_a_folder_of_the_user_with_such_a_name_is_kept(tall, tmp_path):
 
 
 def test_of_two_exports_to_one_folder_one_is_whole_and_the_other_told_so(tmp_path):
-    with pytest.raises(FileExistsError), whole_folder(tmp_path / "out") as second:
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "out") as second:
         (second / "second").touch()
-        with whole_folder(tmp_path / "out") as first:
+        with atomic_folder(tmp_path / "out") as first:
             (first / "first").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
 
 
 def test_parents_that_were_made_go_with_a_failure(tmp_path):
-    with pytest.raises(ArithmeticError), whole_folder(tmp_path / "a/b/out") as folder:
+    with pytest.raises(ArithmeticError), atomic_folder(tmp_path / "a/b/out") as folder:
         (folder / "file").touch()
         raise ArithmeticError
     assert not list(tmp_path.iterdir())
-    with whole_folder(tmp_path / "a/b/out") as folder:
+    with atomic_folder(tmp_path / "a/b/out") as folder:
         (folder / "file").touch()
     assert (tmp_path / "a/b/out/file").exists()
 
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
-    with pytest.raises(FileExistsError), whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "out") as folder:
         (folder / "new").touch()
         (tmp_path / "out").mkdir()
         (tmp_path / "out/old").touch()

@@ -18,7 +18,7 @@ from model.pretrained.loading import load_weights, resize_image_position_embeddi
 from model.pretrained.names import from_ours, to_ours
 from model.pretrained.weights import read_weights
 from model.tbps_clip import TBPSCLIP
-from tests.helpers.golden_models import GOLDEN, TINY_MODEL, VIT_B16, assert_close, our_name
+from tests.helpers.golden_models import GOLDEN, TINY_MODEL, VIT_B16, assert_close, make_model, our_name
 from tests.helpers.golden_models import load as load_golden
 from tests.helpers.seeded import TINY, clip_weights, normal
 
@@ -40,7 +40,7 @@ def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def build_model(**changes) -> TBPSCLIP:
     torch.manual_seed(0)
     architecture = TINY_MODEL | {"text_width": 16, "text_heads": 1} | changes
-    return TBPSCLIP(**architecture, simclr_widths=[32, 8, 32], identities=5)
+    return make_model(**architecture, simclr_widths=[32, 8, 32], identities=5)
 
 
 def load(model: nn.Module, path: Path) -> list[str]:
@@ -385,7 +385,7 @@ def test_loaded_model_gives_the_published_features(tmp_path):
 @pytest.mark.slow
 @torch.no_grad()
 def test_vit_b16_at_another_resolution_and_length_gives_the_published_features(tmp_path):
-    model = TBPSCLIP(**VIT_B16 | {"resolution": (384, 128), "text_length": 64}).eval()
+    model = make_model(**VIT_B16 | {"resolution": (384, 128), "text_length": 64}).eval()
     path = save({name: torch.as_tensor(value) for name, value in clip_weights().items()}, tmp_path / "weights.pt")
     assert len(load(model, path)) == 2
     golden = load_golden("towers_vitb16.npz")
@@ -419,7 +419,7 @@ def test_what_cannot_be_resized_is_refused_and_the_model_is_unchanged(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"vision_layers": 3}, {"embed_dim": 16, "simclr_widths": None}])
 def test_a_model_of_another_architecture_is_our_own_mistake(tmp_path, changes):
-    model = TBPSCLIP(**TINY_MODEL | {"text_width": 16, "text_heads": 1, "simclr_widths": [32, 8, 32]} | changes)
+    model = make_model(**TINY_MODEL | {"text_width": 16, "text_heads": 1, "simclr_widths": [32, 8, 32]} | changes)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="another architecture"):
         load(model, save(weights(), tmp_path / "weights.pt"))
@@ -435,7 +435,7 @@ def checkpoint_of(model: TBPSCLIP, path: Path) -> Path:
 
 def test_heads_that_the_model_does_not_have_are_left_out(tmp_path):
     source = build_model()
-    towers = TBPSCLIP(**TINY_MODEL | {"text_width": 16, "text_heads": 1})
+    towers = make_model(**TINY_MODEL | {"text_width": 16, "text_heads": 1})
     assert load(towers, checkpoint_of(source, tmp_path / "x.pth")) == []
     expected = source.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in towers.state_dict().items())
@@ -444,7 +444,7 @@ def test_heads_that_the_model_does_not_have_are_left_out(tmp_path):
 @pytest.mark.parametrize("identities", [None, 9], ids=["no head", "of other size"])
 def test_a_head_that_does_not_fit_starts_afresh(tmp_path, identities):
     architecture = TINY_MODEL | {"text_width": 16, "text_heads": 1, "simclr_widths": [32, 8, 32]}
-    source, target = TBPSCLIP(**architecture, identities=identities), build_model()
+    source, target = make_model(**architecture, identities=identities), build_model()
     fresh = {name: value.clone() for name, value in target.state_dict().items()}
     path = checkpoint_of(source, tmp_path / "x.pth")
     (note,) = load(target, path)

@@ -12,16 +12,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from misc.build import model as build
-from misc.config.loading import ARCHITECTURE_KEYS, load_config
+from misc.build.architecture import config_of_weights, resolve_architecture
+from misc.build.model import build_saved_model, build_towers, weight_notes
+from misc.config.loading import load_config
+from misc.config.rules import TOWER_KEYS
 from misc.errors import UserError
-from model.pretrained.architecture import read_sizes, usual_heads
+from model.preprocessing import CLIP_PREPROCESSING, TBPS_PREPROCESSING, Preprocessing
 from model.pretrained.loading import load_weights
 from model.pretrained.names import from_hugging_face, ours_from_published, to_hugging_face
-from model.pretrained.settings import CLIP_PREPROCESSING, TBPS_PREPROCESSING, Preprocessing, Settings
+from model.pretrained.settings import Settings
+from model.pretrained.sizes import read_sizes, usual_heads
 from model.pretrained.weights import Weights, read_weights
-from model.tbps_clip import TBPSCLIP
-from tests.helpers.golden_models import GOLDEN, TINY_MODEL, VIT_B16
+from tests.helpers.golden_models import GOLDEN, TINY_MODEL, VIT_B16, make_model
 from tests.helpers.seeded import clip_shapes, clip_weights, normal
 
 SIZES = {"embed": 32, "resolution": (64, 64), "patch": 16, "vision_width": 64, "vision_layers": 2}
@@ -30,13 +32,13 @@ HEADS = {"vision_heads": 2, "text_heads": 3}
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
-SMALL = {key: TINY_MODEL[key] for key in ARCHITECTURE_KEYS}
+SMALL = {key: TINY_MODEL[key] for key in TOWER_KEYS}
 
 
 def architecture(found: Weights) -> dict:
     """As a model is built from it."""
-    saved = build.as_saved(load_config(), found)
-    return {key: saved.model[key] for key in ARCHITECTURE_KEYS}
+    saved = config_of_weights(load_config(), found)
+    return {key: saved.model[key] for key in TOWER_KEYS}
 
 
 def weights() -> dict[str, Tensor]:
@@ -52,7 +54,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def features(found: Weights, *overrides: str) -> tuple[Tensor, Tensor]:
     """What our model computes with the weights that were read."""
-    model, _, _ = build.build_saved_model(load_config(overrides=overrides), found)
+    model, _, _ = build_saved_model(load_config(overrides=overrides), found)
     images, token_ids = inputs()
     return model.eval().encode_image(images), model.encode_text(token_ids)
 
@@ -143,8 +145,8 @@ def test_a_folder_of_hugging_face_tells_all(tmp_path, activation):
 
 def test_the_two_activations_are_not_the_same():
     """So the tests above can fail."""
-    quick, plain = hugging_face_model("quick_gelu"), hugging_face_model("gelu")
-    assert_differ(hugging_face_features(quick), hugging_face_features(plain))
+    quick, to_plain = hugging_face_model("quick_gelu"), hugging_face_model("gelu")
+    assert_differ(hugging_face_features(quick), hugging_face_features(to_plain))
 
 
 def test_a_folder_that_transformers_saved_anew(tmp_path):
@@ -412,7 +414,7 @@ def test_the_architecture_is_read_from_the_tensors(name):
 
 def settled(path: Path, *overrides: str):
     fixed = ("experiment.input_resolution=64",)
-    return build.settle(load_config(overrides=(*fixed, *overrides)), read_weights(path))
+    return resolve_architecture(load_config(overrides=(*fixed, *overrides)), read_weights(path))
 
 
 @pytest.fixture
@@ -430,14 +432,14 @@ def test_an_activation_that_nothing_tells_must_be_given(state_dict):
     for activation in ACTIVATIONS:
         config = settled(state_dict, f"model.activation={activation}")
         assert config.model.activation == activation
-        notes = build.weight_notes(config, read_weights(state_dict))
+        notes = weight_notes(config, read_weights(state_dict))
         assert f"activation: {activation} (given as model.activation)" in notes
 
 
 def test_an_activation_that_is_told_is_logged_and_not_overruled(tmp_path):
     open_clip_folder(tmp_path / "model", "gelu")
     config = settled(tmp_path / "model")
-    notes = build.weight_notes(config, read_weights(tmp_path / "model"))
+    notes = weight_notes(config, read_weights(tmp_path / "model"))
     assert "activation: gelu (as they tell)" in notes
     with pytest.raises(
         UserError, match=r"model.activation: quick_gelu does not fit .*activation gelu: set model.*=auto"
@@ -465,9 +467,9 @@ def test_what_a_configuration_says_of_other_weights_is_not_used_to_evaluate(tmp_
     state = tmp_path / "weights.pt"
     torch.save(weights(), state)
     demo = ("model.vision_width=192", "model.vision_heads=32", "model.vision_layers=9", "model.activation=quick_gelu")
-    saved = build.as_saved(load_config(overrides=demo), read_weights(state))
+    saved = config_of_weights(load_config(overrides=demo), read_weights(state))
     assert (saved.model.vision_width, saved.model.vision_heads, saved.model.vision_layers) == (64, 1, 2)
-    _, saved, notes = build.build_saved_model(load_config(overrides=demo), read_weights(tmp_path / "model"))
+    _, saved, notes = build_saved_model(load_config(overrides=demo), read_weights(tmp_path / "model"))
     assert (saved.model.activation, saved.model.vision_heads) == ("gelu", 2)
     assert notes[-1].startswith("warning: model.activation: quick_gelu is not used")
 
@@ -476,7 +478,7 @@ def test_heads_that_cannot_be_are_asked_for(tmp_path):
     sizes = SIZES | {"vision_width": 200}
     torch.save({name: torch.as_tensor(value) for name, value in clip_weights(**sizes).items()}, tmp_path / "weights.pt")
     found = read_weights(tmp_path / "weights.pt")
-    for use in (build.settle, build.as_saved):
+    for use in (resolve_architecture, config_of_weights):
         with pytest.raises(UserError, match=r"width 200, and 3 do not divide it: set model.vision_heads"):
             use(load_config(overrides=("model.activation=gelu",)), found)
         given = ("model.activation=gelu", "model.vision_heads=4", "experiment.input_resolution=64")
@@ -557,7 +559,7 @@ def published(model: nn.Module, config: object, path: Path) -> Path:
 
 
 def test_a_published_checkpoint_is_read_with_its_easydict(tmp_path):
-    model = TBPSCLIP(**PUBLISHED, simclr_widths=[32, 16, 32], masked_language_depth=1, identities=5)
+    model = make_model(**PUBLISHED, simclr_widths=[32, 16, 32], masked_language_depth=1, identities=5)
     path = published(model, EasyDict(PUBLISHED_CONFIG), tmp_path / "checkpoint_best.pth")
     with pytest.raises(pickle.UnpicklingError, match=r"easydict\.EasyDict"):
         torch.load(path, weights_only=True)  # so it needs the class
@@ -566,7 +568,7 @@ def test_a_published_checkpoint_is_read_with_its_easydict(tmp_path):
     assert architecture(found) == {key: PUBLISHED[key] for key in SMALL}
     assert (found.grid, found.text_length, found.preprocessing) == ((4, 2), 24, TBPS_PREPROCESSING)
     own = {"simclr_widths": [32, 16, 32], "masked_language_depth": 1, "identities": 5}
-    loaded = build.build_towers(build.as_saved(load_config(), found), **own)
+    loaded = build_towers(config_of_weights(load_config(), found), **own)
     assert load_weights(loaded, found) == []
     expected = model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
@@ -576,7 +578,7 @@ def test_every_name_of_the_published_code_is_known():
     """The reference names the text encoder's parameters as CLIP does; checkpoints put `encode_text.` in front."""
     golden = json.loads((GOLDEN / "parameter_groups.json").read_text())
     with torch.device("meta"):
-        model = TBPSCLIP(**VIT_B16, simclr_widths=[512, 128, 512], masked_language_depth=4, identities=11003)
+        model = make_model(**VIT_B16, simclr_widths=[512, 128, 512], masked_language_depth=4, identities=11003)
     of_text = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
     found = {
         ours_from_published(f"encode_text.{name}" if name.startswith(of_text) else name): golden["shapes"][name]
@@ -587,10 +589,10 @@ def test_every_name_of_the_published_code_is_known():
 
 @torch.no_grad()
 def test_a_published_checkpoint_is_evaluated_with_its_architecture(tmp_path):
-    model = TBPSCLIP(**PUBLISHED, simclr_widths=[32, 16, 32]).eval()
+    model = make_model(**PUBLISHED, simclr_widths=[32, 16, 32]).eval()
     with torch.enable_grad():
         found = read_weights(published(model, EasyDict(PUBLISHED_CONFIG), tmp_path / "published.pth"))
-    loaded, _, notes = build.build_saved_model(load_config(), found)
+    loaded, _, notes = build_saved_model(load_config(), found)
     assert "for 64 × 32 pixels, 24 tokens" in notes and "published code" in notes[0]
     images, tokens = torch.randn(2, 3, 64, 32), torch.randint(1, 59, (2, 24))
     loaded.eval()
@@ -611,32 +613,32 @@ class Intruder:
 def test_code_beside_an_easydict_is_not_run(tmp_path):
     made = tmp_path / "made by the file"
     config = EasyDict(PUBLISHED_CONFIG | {"device": Intruder(made)})
-    path = published(TBPSCLIP(**PUBLISHED), config, tmp_path / "published.pth")
+    path = published(make_model(**PUBLISHED), config, tmp_path / "published.pth")
     assert "io.open" in refusal(path)
     assert not made.exists()
 
 
 def test_a_published_checkpoint_that_does_not_tell_its_grid(tmp_path):
     """Its 8 patches form no square; training can still start from them at the resolution that fits."""
-    model = TBPSCLIP(**PUBLISHED)
+    model = make_model(**PUBLISHED)
     found = read_weights(published(model, EasyDict(experiment={"text_length": 24}), tmp_path / "published.pth"))
     assert found.grid is None
     with pytest.raises(UserError, match=r"8 patches of 16 pixels form no square: set experiment.input_resolution="):
-        build.as_saved(load_config(), found)
+        config_of_weights(load_config(), found)
     given = load_config(overrides=("experiment.input_resolution=[64, 32]",))
-    assert build.as_saved(given, found).experiment.input_resolution == [64, 32]
-    assert load_weights(TBPSCLIP(**PUBLISHED), found) == []
+    assert config_of_weights(given, found).experiment.input_resolution == [64, 32]
+    assert load_weights(make_model(**PUBLISHED), found) == []
 
 
 def test_a_grid_of_a_checkpoint_that_only_looks_square_is_resized_from_its_own(tmp_path):
     """128 × 32 pixels are 8 × 2 patches, as many as 4 × 4."""
     sizes = TINY_MODEL | {"resolution": (128, 32)}
     config = {"experiment": {"input_resolution": [128, 32]}, "model": {"vision_heads": 2, "text_heads": 3}}
-    model = TBPSCLIP(**sizes)
+    model = make_model(**sizes)
     torch.save({"model": model.state_dict(), "config": config}, tmp_path / "x.pth")
     found = read_weights(tmp_path / "x.pth")
     assert found.grid == (8, 2)
-    other = TBPSCLIP(**TINY_MODEL | {"resolution": (64, 64)})
+    other = make_model(**TINY_MODEL | {"resolution": (64, 64)})
     assert load_weights(other, found) == ["image position embeddings resized from 8 × 2 to 4 × 4 patches"]
 
 
@@ -650,7 +652,7 @@ def test_a_grid_of_a_checkpoint_that_only_looks_square_is_resized_from_its_own(t
     ],
 )
 def test_a_checkpoint_with_broken_settings_is_refused(tmp_path, config, words):
-    torch.save({"model": TBPSCLIP(**TINY_MODEL).state_dict(), "config": config}, tmp_path / "x.pth")
+    torch.save({"model": make_model(**TINY_MODEL).state_dict(), "config": config}, tmp_path / "x.pth")
     message = refusal(tmp_path / "x.pth")
     assert all(word in message for word in words), message
 
@@ -659,20 +661,20 @@ def test_a_checkpoint_with_broken_settings_is_refused(tmp_path, config, words):
     "config", [{}, {"model": [1], "experiment": None}, {"experiment": {"input_resolution": "big"}}]
 )
 def test_a_checkpoint_that_tells_little_is_read(tmp_path, config):
-    torch.save({"model": TBPSCLIP(**TINY_MODEL).state_dict(), "config": config}, tmp_path / "x.pth")
+    torch.save({"model": make_model(**TINY_MODEL).state_dict(), "config": config}, tmp_path / "x.pth")
     found = read_weights(tmp_path / "x.pth")
     assert found.settings == Settings("quick_gelu", preprocessing=TBPS_PREPROCESSING) and found.grid is None
 
 
 def test_a_bare_state_dict_of_ours_keeps_what_its_names_tell(tmp_path):
     """Whose code trained it, and so with which pixels; not its activation, nor that its 8 × 2 patches are no 4 × 4."""
-    model = TBPSCLIP(**TINY_MODEL | {"resolution": (128, 32)})
+    model = make_model(**TINY_MODEL | {"resolution": (128, 32)})
     torch.save(model.state_dict(), tmp_path / "x.pt")
     found = read_weights(tmp_path / "x.pt")
     assert found.settings == Settings(preprocessing=TBPS_PREPROCESSING) and found.grid is None
     given = load_config(overrides=("experiment.input_resolution=[128, 32]", "model.activation=gelu"))
-    assert build.as_saved(given, found).experiment.input_resolution == [128, 32]
-    assert load_weights(TBPSCLIP(**TINY_MODEL | {"resolution": (128, 32)}), found) == []
+    assert config_of_weights(given, found).experiment.input_resolution == [128, 32]
+    assert load_weights(make_model(**TINY_MODEL | {"resolution": (128, 32)}), found) == []
 
 
 @pytest.mark.parametrize(
@@ -692,7 +694,7 @@ def test_a_folder_of_a_run_tells_which_file_to_give(tmp_path):
 
 def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
     path = tmp_path / "x.pth"
-    model = TBPSCLIP(**TINY_MODEL)
+    model = make_model(**TINY_MODEL)
     torch.save({"model": model.state_dict(), "config": {}}, path)
     content = bytearray(path.read_bytes())
     weight = model.image_encoder.proj.detach().numpy().tobytes()

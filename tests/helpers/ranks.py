@@ -25,7 +25,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], folder: Path, *a
 
 
 def _run(rank: int, world_size: int, port: int, function: Callable, folder: str, arguments: tuple) -> None:
-    from misc.system.distributed import processes
+    from misc.system.distributed import join_ranks
 
     torch.set_num_threads(1)
     os.environ |= {
@@ -36,5 +36,5 @@ def _run(rank: int, world_size: int, port: int, function: Callable, folder: str,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    with processes("cpu", "gloo", "env://") as here:
-        torch.save(function(here, *arguments), Path(folder) / f"rank{rank}.pt")
+    with join_ranks("cpu", "gloo", "env://") as ranks:
+        torch.save(function(ranks, *arguments), Path(folder) / f"rank{rank}.pt")

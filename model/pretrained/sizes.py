@@ -5,9 +5,9 @@ import re
 import torch
 
 from misc.errors import UserError, first_of
+from model.architecture import Architecture
 from model.pretrained.names import from_ours
 from model.tbps_clip import TBPSCLIP
-from model.transformer import QUICK_GELU
 from text_utils.tokenizer import VOCABULARY_SIZE
 
 Shapes = dict[str, tuple[int, ...]]
@@ -62,12 +62,12 @@ def _witnessed_sizes(shapes: Shapes) -> dict[str, int]:
         raise UserError(f"{first_of(misshapen)}, which is another number of dimensions than CLIP's" + NO_CLIP)
     sizes = {}
     for key, witnesses in SIZES.items():
-        told = {shapes[name][dim] for name, dim in witnesses}
-        if len(told) > 1:
+        recorded = {shapes[name][dim] for name, dim in witnesses}
+        if len(recorded) > 1:
             what = "the two towers end in different widths" if key == "embed_dim" else f"tensors disagree on the {key}"
             found = ", ".join(dict.fromkeys(f"{name} {shapes[name]}" for name, _ in witnesses))
             raise UserError(f"{what}: {found}; the file mixes models or is damaged")
-        sizes[key] = told.pop()
+        sizes[key] = recorded.pop()
     return sizes
 
 
@@ -86,14 +86,14 @@ def _count_layers(shapes: Shapes, key: str) -> int:
 def _expected_shapes(sizes: dict[str, int], shapes: Shapes) -> Shapes:
     """The shapes of a model of these sizes, position embeddings as long as those that were found."""
     with torch.device("meta"):
-        model = TBPSCLIP(
+        architecture = Architecture(
             resolution=(sizes["patch_size"], sizes["patch_size"] * (shapes["visual.positional_embedding"][0] - 1)),
             text_length=shapes["positional_embedding"][0],
-            vision_heads=1,  # leaves no trace in the shapes
+            vision_heads=1,  # the shapes do not show heads
             text_heads=1,
-            activation=QUICK_GELU,  # neither does this
             **sizes,
         )
+        model = TBPSCLIP(architecture)
     return {name: tuple(tensor.shape) for name, tensor in from_ours(model.state_dict()).items()}
 
 

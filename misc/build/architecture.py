@@ -1,0 +1,108 @@
+"""The architecture of a model: from the configuration and the weights to one record."""
+
+from typing import Any
+
+from easydict import EasyDict
+
+from misc.config.loading import flatten, to_plain
+from misc.config.rules import AUTO, TOWER_KEYS, contradictions
+from misc.errors import UserError
+from model.architecture import Architecture
+from model.pretrained.sizes import usual_heads
+from model.pretrained.weights import Weights, square_grid
+
+
+def architecture_of(config: EasyDict) -> Architecture:
+    """Returns the architecture that a configuration specifies; it has no `auto` any more."""
+    return Architecture(
+        resolution=tuple(config.experiment.input_resolution),
+        text_length=config.experiment.text_length,
+        **{key: config.model[key] for key in TOWER_KEYS},
+    )
+
+
+def resolve_architecture(config: EasyDict, weights: Weights | None, resumed: dict[str, Any] | None = None) -> EasyDict:
+    """Returns a copy of the configuration with a value in place of every `auto`.
+
+    Args:
+        config: as loaded; it stays as it is.
+        weights: the weights that the run starts from; their architecture is used. None: ViT-B/16's.
+        resumed: the configuration of the run that is resumed; its architecture is used.
+
+    Raises UserError if the configuration contradicts the weights, or itself.
+    """
+    if resumed is not None:
+        return _fill_in(config, resumed["model"])
+    if weights is not None:
+        return _fill_in(config, _towers_of(config, weights), weights.name)
+    defaults = Architecture()
+    towers = {key: getattr(defaults, key) if config.model[key] == AUTO else config.model[key] for key in TOWER_KEYS}
+    for tower in ("vision", "text"):
+        if config.model[f"{tower}_heads"] == AUTO:
+            towers[f"{tower}_heads"] = usual_heads(towers[f"{tower}_width"])
+    return _fill_in(config, towers)
+
+
+def config_of_weights(config: EasyDict, weights: Weights) -> EasyDict:
+    """Returns a copy of the configuration with the architecture, resolution and text length of the weights: the one to
+    evaluate and export them with.
+
+    Raises UserError if neither the weights nor the configuration specify their activation or resolution.
+    """
+    saved = EasyDict(to_plain(config))
+    saved.model.update(_towers_of(config, weights))
+    patch = saved.model.patch_size
+    configured = tuple(side // patch for side in config.experiment.input_resolution)
+    fits = configured[0] * configured[1] == weights.patches
+    grid = weights.grid or (configured if fits else square_grid(weights.patches))
+    if grid is None:
+        raise UserError(
+            f"{weights.name}: it does not record its resolution, and its {weights.patches} patches of {patch} pixels "
+            "form no square: set experiment.input_resolution=[height, width] to the resolution of these weights"
+        )
+    saved.experiment.update(input_resolution=[side * patch for side in grid], text_length=weights.text_length)
+    return saved
+
+
+def _towers_of(config: EasyDict, weights: Weights) -> dict[str, int | str]:
+    """Reads `TOWER_KEYS` from the weights. What no tensor shows comes from the configuration, if that is for weights of
+    this width.
+
+    Raises UserError if the activation is not specified anywhere, or heads do not divide a width.
+    """
+    given = config.model.activation
+    towers: dict[str, int | str] = {**weights.sizes, "activation": weights.activation(None if given == AUTO else given)}
+    for tower in ("vision", "text"):
+        width, heads = weights.sizes[f"{tower}_width"], config.model[f"{tower}_heads"]
+        meant = heads != AUTO and config.model[f"{tower}_width"] in (AUTO, width)
+        chosen = getattr(weights.settings, f"{tower}_heads") or (heads if meant else usual_heads(width))
+        if width % chosen:
+            raise UserError(
+                f"{weights.name}: it does not record how many attention heads share the width {width}, and {chosen} "
+                f"do not divide it: set model.{tower}_heads"
+            )
+        towers[f"{tower}_heads"] = chosen
+    return towers
+
+
+def _fill_in(config: EasyDict, towers: dict[str, Any], source: str | None = None) -> EasyDict:
+    """Puts `towers`, a value for each of `TOWER_KEYS`, in place of every `auto`.
+
+    Args:
+        source: the name of the weights that have this architecture; None if it is only a default.
+    """
+    resolved = EasyDict(to_plain(config))
+    resolved.model.update({key: towers[key] for key in TOWER_KEYS if config.model[key] == AUTO})
+    if config.experiment.simclr_mlp == AUTO:
+        width = resolved.model.embed_dim
+        resolved.experiment.simclr_mlp = [width, 128, width]  # paper: 512, 128, 512
+    problems = list(contradictions(flatten(resolved)))
+    differing = [key for key in TOWER_KEYS if resolved.model[key] != towers[key]]
+    if source is not None and differing:
+        configured = ", ".join(f"model.{key}: {config.model[key]}" for key in differing)
+        found = ", ".join(f"{key} {towers[key]}" for key in differing)
+        remedy = " ".join(f"model.{key}={AUTO}" for key in differing)
+        problems.append(f"{configured} does not fit {source}, which has {found}: set {remedy}")
+    if problems:
+        raise UserError("configuration: " + "; ".join(problems))
+    return resolved

@@ -1,0 +1,113 @@
+"""The dataset, the training loader and the evaluator."""
+
+from pathlib import Path
+from typing import Any
+
+from easydict import EasyDict
+from torch.utils.data import DataLoader
+
+from misc.data.annotations import Split, check_images, few_shot, read_annotations, statistics_table
+from misc.data.batches import training_loader
+from misc.data.sampler import GlobalBatchSampler
+from misc.data.samples import Augmentation, TrainingSet
+from misc.errors import UserError
+from misc.retrieval.evaluation import Evaluator
+from misc.system.distributed import Ranks
+from misc.system.precision import Precision
+from model.objectives import Objectives
+from text_utils.augmentation import NEEDS_SYNONYMS
+from text_utils.tokenizer import Tokenizer
+from text_utils.wordnet import WordNet
+
+
+def read_dataset(config):
+    """The splits, and lines for the log: their statistics and how they differ from the published ones."""
+    splits = read_annotations(
+        config.anno_dir, config.image_dir, back_translation_file=config.data.back_translation_file
+    )
+    check_images(splits, config.image_dir)
+    table, warnings = statistics_table(splits, config.data.dataset)
+    notes = [table, *(f"warning: {warning}" for warning in warnings)]
+    translated = any(text is not None for text in splits["train"].back_translations)
+    if config.experiment.back_trans and config.experiment.backtrans_p > 0 and not translated:
+        notes.append(
+            "warning: experiment.back_trans is on, and no training caption has a back-translation: set "
+            "data.back_translation_file, or turn it off"
+        )
+    if config.data.train_share < 1:
+        splits["train"] = few_shot(splits["train"], config.data.train_share, config.misc.seed)
+        counts = splits["train"].counts
+        notes.append(
+            f"few-shot: {config.data.train_share:.0%} of the training images are used: {counts.identities:,} "
+            f"identities, {counts.images:,} images, {counts.captions:,} captions"
+        )
+    return splits, notes
+
+
+def build_loader(
+    config: EasyDict, split: Split, objectives: Objectives, tokenizer: Tokenizer, ranks: Ranks
+) -> DataLoader:
+    """The training batches of this rank; the `epoch` of its batch sampler is to be set before each epoch."""
+    experiment = config.experiment
+    sampler = GlobalBatchSampler(
+        len(split),
+        config.data.batch_size,
+        seed=config.misc.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        mixgen_probability=experiment.mixgen_p if experiment.mixgen else 0.0,
+        mixgen_ratio=experiment.mixgen_ratio,
+    )
+    if len(sampler) == 0:
+        most, share = len(split) // ranks.world_size, config.data.train_share
+        remedy = f"set data.batch_size to at most {most}" if most else "give it more samples"
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size} on {ranks.world_size} processes is more than the training "
+            f"set's {len(split)} samples: {remedy}" + (f", or raise data.train_share: {share}" if share < 1 else "")
+        )
+    synonyms = None
+    if experiment.text_operation in NEEDS_SYNONYMS and experiment.eda_alpha > 0:
+        synonyms = WordNet(Path(experiment.wordnet)).synonyms
+    augmentation = Augmentation(
+        resolution=tuple(config.experiment.input_resolution),
+        text_length=experiment.text_length,
+        second_view=objectives.needs_second_view,
+        second_caption=objectives.needs_second_caption,
+        simclr_views=objectives.needs_simclr_views,
+        simclr_captions=objectives.needs_simclr_captions,
+        masked_captions=objectives.needs_masked_captions,
+        image_operations=experiment.image_operations,
+        image_pool=experiment.image_pool,
+        back_translation_probability=experiment.backtrans_p if experiment.back_trans else 0.0,
+        text_operation=experiment.text_operation if experiment.eda_alpha > 0 else None,
+        text_strength=experiment.eda_alpha,
+        synonyms=synonyms,
+        mixgen=experiment.mixgen_type if experiment.mixgen else None,
+    )
+    dataset = TrainingSet(split, Path(config.image_dir), tokenizer, augmentation, config.misc.seed)
+    return training_loader(dataset, sampler, workers=config.data.num_workers, pin_memory=ranks.device.type == "cuda")
+
+
+def build_evaluator(
+    config: EasyDict, splits: dict[str, Split], tokenizer: Tokenizer, precision: Precision, ranks: Ranks
+) -> Evaluator:
+    """Evaluation of the split that `data.evaluate_on` names. Raises UserError where the dataset has no such split."""
+    name = config.data.evaluate_on
+    if name not in splits:
+        raise UserError(f"data.evaluate_on: the dataset in {config.anno_dir} has no {name} split: set it to test")
+    return Evaluator(
+        split=splits[name],
+        image_dir=Path(config.image_dir),
+        tokenizer=tokenizer,
+        text_length=config.experiment.text_length,
+        resolution=tuple(config.experiment.input_resolution),
+        batch_size=config.data.test_batch_size,
+        workers=config.data.num_workers,
+        ranks=ranks,
+        precision=precision,
+    )
+
+
+def sheet_options(config: EasyDict) -> dict[str, Any]:
+    """Returns which queries are drawn, as `write_retrieval` takes it."""
+    return {"count": config.log.sheet, "choice": config.log.sheet_choice, "seed": config.misc.seed}

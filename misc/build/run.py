@@ -1,0 +1,130 @@
+"""A training run: all its parts, built and checked before anything is trained or written."""
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from easydict import EasyDict
+from torch.utils.data import DataLoader
+
+from misc.build.architecture import resolve_architecture
+from misc.build.data import build_evaluator, build_loader, read_dataset
+from misc.build.model import build_model, initial_weights
+from misc.build.training import build_objectives, build_trainer
+from misc.config.loading import to_plain
+from misc.retrieval.evaluation import Evaluator
+from misc.run.folder import LAST_CHECKPOINT, hold_run
+from misc.run.log import RunLog, wandb_project
+from misc.run.progress import Progress
+from misc.system.distributed import Launch, Ranks
+from misc.system.precision import Precision
+from misc.training.resume import CheckpointWriter, RunIdentity, find_start
+from misc.training.trainer import Trainer
+from model.tbps_clip import count_trainable
+from text_utils.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that can start.
+
+    Attributes:
+        config: merged, without any `auto`.
+        ranks: this process among all.
+        folder: everything that the run writes goes here.
+        resumed: whether it continues a run that the folder contains.
+        held: the locked log of that run; None on other ranks than 0 and if there is no such run.
+        run_id: by which wandb knows a run that is resumed.
+        progress: how far the run has come.
+        loader: the training batches of this rank.
+        trainer, evaluator: what happens in an epoch, and after it.
+        checkpoints: writes them.
+        notes: lines for the start of the log.
+    """
+
+    config: EasyDict
+    ranks: Ranks
+    folder: Path
+    resumed: bool
+    held: TextIO | None
+    run_id: str
+    progress: Progress
+    loader: DataLoader
+    trainer: Trainer
+    evaluator: Evaluator
+    checkpoints: CheckpointWriter
+    notes: list[str]
+
+    def open_log(self, *, overwrite: bool) -> RunLog:
+        """Opens the log. From here on the folder belongs to this run."""
+        return RunLog(
+            self.folder,
+            is_main=self.ranks.is_main,
+            held=self.held,
+            overwrite=overwrite,
+            resume=self.progress if self.resumed else None,
+            tensorboard=self.config.log.tensorboard,
+            wandb_project=wandb_project(self.config.log.wandb),
+            run_id=self.run_id,
+            config=to_plain(self.config),
+        )
+
+    @property
+    def trace_folder(self) -> Path | None:
+        """Where a profiler trace goes, if this process writes one."""
+        return self.folder if self.config.log.profile and self.ranks.is_main else None
+
+
+def run_folder(config: EasyDict) -> Path:
+    """Returns the folder that a run writes into: `model.saved_path`. With `ckpt_type: saved`, as in the published code,
+    that is the file to start from, and the run goes into a folder beside it with the same name without suffix."""
+    path = Path(config.model.saved_path)
+    return path.with_suffix("") if config.model.ckpt_type == "saved" else path
+
+
+def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool) -> Run:
+    """Builds and checks all parts of a run. Nothing is written.
+
+    Raises UserError for everything that can be wrong with the configuration, the data, the weights and the folder.
+    """
+    folder, launch = run_folder(config), Launch.current()
+    held = hold_run(folder) if ranks.is_main else None
+    saved = ranks.broadcast_from_main(lambda: find_start(folder, resume=resume, overwrite=overwrite, launch=launch))
+    resumed = saved is not None
+    progress = Progress.from_state(saved["progress"]) if resumed else Progress()
+    precision = Precision.choose(config.misc.precision, ranks.device)
+    tokenizer = Tokenizer()
+    splits, statistics = read_dataset(config)
+    weights = None if resumed else initial_weights(config, ranks)
+    config = resolve_architecture(config, weights, saved["config"] if resumed else None)
+    contrasted = config.data.batch_size * (ranks.world_size if config.model.use_gather else 1)
+    identity = RunIdentity(to_plain(config), contrasted, precision.name, splits["train"].fingerprint)
+    if resumed:
+        identity.check(saved, folder / LAST_CHECKPOINT)
+    objectives = build_objectives(config, ranks)
+    evaluator = build_evaluator(config, splits, tokenizer, precision, ranks)
+    loader = build_loader(config, splits["train"], objectives, tokenizer, ranks)
+    identities = splits["train"].counts.identities
+    model, weight_notes = build_model(config, objectives, identities, weights=weights, resumed=resumed)
+    del weights
+    trainer = build_trainer(config, model, objectives, len(loader), precision, ranks)
+    run_id = saved["run_id"] if resumed else uuid.uuid4().hex
+    checkpoints = CheckpointWriter(folder, trainer, progress, identity, launch, run_id, ranks)
+    checkpoints.check_space()
+    notes = [
+        *rank_notes(ranks, precision),
+        *weight_notes,
+        *statistics,
+        f"{count_trainable(model) / 1e6:.1f} M parameters are trained; the run is written to {folder}",
+    ]
+    if resumed:
+        trainer.load_state(saved)
+        notes.append(f"resumed in epoch {progress.epoch + 1}, after step {progress.step} of {len(loader)}")
+    return Run(config, ranks, folder, resumed, held, run_id, progress, loader, trainer, evaluator, checkpoints, notes)
+
+
+def rank_notes(ranks: Ranks, precision: Precision) -> list[str]:
+    """Lines for the log: processes, device and number format."""
+    notes = [f"{ranks.world_size} process(es), this one on {ranks.device}, encoders in {precision.name}"]
+    return [*notes, f"warning: {ranks.note}"] if ranks.note else notes

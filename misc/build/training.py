@@ -1,0 +1,64 @@
+"""The losses, and the trainer with its optimizer."""
+
+from dataclasses import fields
+
+from easydict import EasyDict
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from misc.system.distributed import Ranks, gather, gather_detached
+from misc.system.precision import Precision
+from misc.training.optimizer import build_optimizer, learning_rate, parameter_groups
+from misc.training.trainer import Trainer
+from model.objectives import Objectives
+from model.tbps_clip import TBPSCLIP
+
+
+def build_objectives(config: EasyDict, ranks: Ranks) -> Objectives:
+    """Builds the losses; their settings are the keys of `experiment` that are named as fields of `Objectives`. Without
+    `use_gather`, a rank only contrasts its own samples."""
+    settings = {
+        field.name: config.experiment[field.name] for field in fields(Objectives) if field.name in config.experiment
+    }
+    if not config.model.use_gather:
+        return Objectives(gather=lambda rows: rows, rank=0, **settings)
+    gathering = gather if config.model.gather_gradient else gather_detached
+    return Objectives(gather=gathering, rank=ranks.rank, **settings)
+
+
+def build_trainer(
+    config: EasyDict, model: TBPSCLIP, objectives: Objectives, steps: int, precision: Precision, ranks: Ranks
+) -> Trainer:
+    """The model on its device (in DistributedDataParallel where there are several processes), with its optimizer."""
+    model = model.to(ranks.device)
+    schedule = config.schedule
+    groups = parameter_groups(model, weight_decay=schedule.weight_decay, head_ratio=schedule.ratio_factor)
+    return Trainer(
+        model=_distributed(model, ranks),
+        objectives=objectives,
+        optimizer=build_optimizer(groups, betas=schedule.betas, eps=schedule.eps),
+        learning_rates=[
+            learning_rate(
+                step,
+                warmup_steps=schedule.epoch_warmup * steps,
+                total_steps=schedule.epoch * steps,
+                lr_start=schedule.lr_start,
+                lr=schedule.lr,
+                lr_end=schedule.lr_end,
+            )
+            for step in range(schedule.epoch * steps)
+        ],
+        softlabel_ratio=config.model.softlabel_ratio,
+        precision=precision,
+        scaler=precision.scaler(),
+        ranks=ranks,
+        seed=config.misc.seed,
+        chunk_size=config.data.chunk_size,
+    )
+
+
+def _distributed(model: TBPSCLIP, ranks: Ranks) -> nn.Module:
+    if ranks.world_size == 1:
+        return model
+    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -1,0 +1,34 @@
+"""`main.py --contribution`: measures how much each module of a run's checkpoint contributes."""
+
+from pathlib import Path
+
+from easydict import EasyDict
+
+from misc.build.data import build_evaluator, read_dataset
+from misc.build.model import build_initial_model, build_saved_model, initial_weights_config, read_any_weights
+from misc.build.run import rank_notes
+from misc.run.log import RunLog
+from misc.study.contribution import contribution_folder, contribution_table, measure_contribution, write_contribution
+from misc.system.distributed import Ranks
+from misc.system.precision import Precision
+from text_utils.tokenizer import Tokenizer
+
+
+def contribution(config: EasyDict, ranks: Ranks, source: str) -> None:
+    """Measures on the configured dataset how much each module of the checkpoint `source` contributes."""
+    initial_settings = initial_weights_config(source)
+    folder = contribution_folder(Path(source))
+    precision = Precision.choose(config.misc.precision, ranks.device)
+    model, config, weight_notes = build_saved_model(config, read_any_weights(source, ranks))
+    initial, initial_notes = build_initial_model(config, ranks, source, initial_settings)
+    splits, statistics = read_dataset(config)
+    evaluator = build_evaluator(config, splits, Tokenizer(), precision, ranks)
+    weight_notes += [f"initially: {note}" for note in initial_notes]
+    with RunLog(None, is_main=ranks.is_main) as log:
+        for line in [*rank_notes(ranks, precision), *weight_notes, *statistics]:
+            log.line(line)
+        measured = measure_contribution(evaluator, model.to(ranks.device), initial.to(ranks.device).state_dict(), log)
+        log.line(contribution_table(measured))
+        if ranks.is_main:
+            write_contribution(folder, measured)
+        log.line(f"{source}, {config.data.evaluate_on}: written to {folder} after {measured.seconds:.1f} s")

@@ -1,0 +1,122 @@
+"""Samples to batches: collate functions and data loaders."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from misc.data.sampler import GlobalBatchSampler
+from misc.data.samples import EvaluationImages, Sample, TrainingSet
+from misc.data.workers import outlive_signals
+from misc.errors import UserError
+from model.tbps_clip import Views
+from text_utils.masking import IGNORED_LABEL
+
+
+@dataclass
+class Batch:
+    """B samples of this rank: what is encoded, who is seen (B,) int64, and the image files for messages."""
+
+    views: Views
+    identities: Tensor
+    paths: list[str]
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Some of the samples, sharing the memory of these."""
+        shortened = _map_tensors(self, lambda tensor: tensor[start:stop])
+        return dataclasses.replace(shortened, paths=self.paths[start:stop])
+
+    def to(self, device: torch.device) -> "Batch":
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return _map_tensors(self, Tensor.pin_memory)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(item, function) for item in value)
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return type(value)(**{name: _map_tensors(item, function) for name, item in fields.items()})
+    return value
+
+
+def collate(samples: "list[Sample | UserError]") -> "Batch | UserError":
+    """Stacks samples; captions are padded to the longest of the batch, not to `text_length`."""
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    names = samples[0].images.keys()
+    images = {name: torch.stack([sample.images[name] for sample in samples]) for name in names}
+    masked = samples[0].masked_ids is not None
+    rows = [sample.captions[name] for name in samples[0].captions for sample in samples]
+    captions = dict(zip(samples[0].captions, pad_tokens(rows).split(len(samples)), strict=True))
+    views = Views(
+        image=images["image"],
+        token_ids=captions["caption"],
+        second_image=images.get("second_image"),
+        simclr_images=(images["first_simclr"], images["second_simclr"]) if "first_simclr" in images else None,
+        second_token_ids=captions.get("second_caption"),
+        simclr_token_ids=(captions["first_simclr"], captions["second_simclr"]) if "first_simclr" in captions else None,
+        masked_token_ids=pad_tokens([sample.masked_ids for sample in samples]) if masked else None,
+        masked_labels=pad_tokens([sample.masked_labels for sample in samples], IGNORED_LABEL) if masked else None,
+    )
+    identities = torch.tensor([sample.identity for sample in samples])
+    return Batch(views, identities, [sample.path for sample in samples])
+
+
+def pad_tokens(rows: list[list[int]], padding: int = 0) -> Tensor:
+    """B lists → (B, L) int64, L the longest of them."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
+
+
+def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, workers: int, pin_memory: bool) -> DataLoader:
+    """Batches of this rank, in the sampler's order, on the CPU. Go through it with `batches`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=outlive_signals,
+    )
+
+
+def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, pin_memory: bool) -> DataLoader:
+    """(B, 3, H, W) in order. Go through it with `batches`."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=_stack_images,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=outlive_signals,
+    )
+
+
+def _stack_images(images: "list[Tensor | UserError]") -> "Tensor | UserError":
+    errors = [image for image in images if isinstance(image, UserError)]
+    return errors[0] if errors else torch.stack(images)
+
+
+def batches(loader: Iterable) -> Iterator:
+    """The batches of a loader; a UserError that a sample became is raised here.
+
+    A worker process hands an exception over as a text with its traceback; as a value it stays the one clear line.
+    """
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
