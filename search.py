@@ -16,7 +16,8 @@ from pathlib import Path
 from misc.errors import UserError
 from misc.files import is_file, is_folder
 from misc.search.encoder import Encoder, load_encoder
-from misc.search.engines import NAMES, EngineChoice, require
+from misc.search.engine import EngineChoice
+from misc.search.engines import NAMES, require
 from misc.search.gallery import default_index, open_gallery
 from misc.search.indexing import UNREADABLE, Update, update_index
 from misc.search.result_sheet import draw_result_sheet

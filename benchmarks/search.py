@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.search import engines
+from misc.search.engine import Engine, EngineChoice
 from misc.search.gallery import Encoded, Gallery, Info, held_index, open_gallery, write_generation, write_info
 from misc.search.pictures import Picture
 
@@ -91,7 +92,7 @@ def exact(options: argparse.Namespace) -> dict[str, float]:
 def faiss(options: argparse.Namespace) -> dict[str, float]:
     """Built and searched in one process, so the memory is that of building too."""
     gallery = open_gallery(options.folder)
-    building, (settings, notes) = _timed(lambda: engines.build(gallery, engines.EngineChoice("faiss")))
+    building, (settings, notes) = _timed(lambda: engines.build(gallery, EngineChoice("faiss")))
     write_info(options.folder, Info(**{**vars(gallery.info), "engine": settings}))
     size = next(options.folder.glob("faiss_*")).stat().st_size
     print(*notes)
@@ -113,7 +114,7 @@ def faiss_search(options: argparse.Namespace) -> dict[str, float]:
 STAGES = {"index": write_index, "exact": exact, "faiss": faiss, "faiss_search": faiss_search}
 
 
-def _opened(folder: Path) -> tuple[Gallery, engines.Engine]:
+def _opened(folder: Path) -> tuple[Gallery, Engine]:
     gallery = open_gallery(folder)
     return gallery, engines.open_engine(gallery)
 
@@ -124,11 +125,11 @@ def _timed(function: Callable) -> tuple[float, object]:
     return round(time.perf_counter() - started, 2), result
 
 
-def _rows(engine: engines.Engine, queries: Tensor) -> list[Tensor]:
+def _rows(engine: Engine, queries: Tensor) -> list[Tensor]:
     return [rows for _, rows in engine.search(queries, RESULTS)]
 
 
-def _latency(gallery: Gallery, engine: engines.Engine, options: argparse.Namespace) -> dict[str, float]:
+def _latency(gallery: Gallery, engine: Engine, options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of a query for ten paths: the first, alone (median and 95th percentile), and of fifty at once."""
     queries = _queries(gallery, options)["descriptions"]
 

@@ -30,19 +30,23 @@ def _holds(path: str | Path, test: Callable[[Path], bool]) -> bool:
         return False
 
 
-def check_new_folder(folder: Path, asked: str) -> Path:
-    """The folder, which is not there yet and can be made.
+def check_new_path(path: Path, option: str, remedy: str) -> Path:
+    """Checks that a new file or folder can be created, and returns its path.
 
     Args:
-        asked: the option that it is made for, for messages.
+        option: the command-line option that it is for, for messages.
+        remedy: what the user can do instead, for messages.
 
-    Raises UserError where there is something of that name, or it cannot be made.
+    Raises UserError if the path exists, or the folder that it goes into cannot be written to.
     """
-    if os.path.lexists(folder):
-        raise UserError(f"{asked}: {folder} exists: remove it, or give it another name")
-    if not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{asked}: {folder.parent} may not be written to: copy the weights to a place of yours")
-    return folder
+    if os.path.lexists(path):
+        raise UserError(f"{option}: {path} already exists: remove it, or {remedy}")
+    existing = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not is_folder(existing):
+        raise UserError(f"{option}: {existing} is not a folder: {remedy}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{option}: no permission to write to {existing}: {remedy}")
+    return path
 
 
 def lock_file(file: IO, lock: Callable[[IO, int], None]) -> str | None:

@@ -1,1 +1,4 @@
-"""What is done to a caption before and after it becomes token ids."""
+"""Captions to token ids: cleaning, augmentation, tokenizer, masking.
+
+Imports only the ground floor of `misc/`. Begin with `tokenizer.py`.
+"""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from misc.data.annotations import read_captions
 from misc.errors import DISK_FULL, UserError
-from misc.files import atomic_file, is_folder, lock_file
+from misc.files import atomic_file, check_new_path, is_folder, lock_file
 from misc.system.distributed import choose_device
 
 PACKAGES = ("transformers", "sentencepiece")
@@ -119,10 +119,9 @@ def back_translate(
 
 
 def _check_new(out: Path) -> None:
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists: remove it, or give another OUT")
+    check_new_path(out, "OUT", "give another OUT")
     if not is_folder(out.parent):
-        raise UserError(f"{out.parent} is not a folder: make it, or give another OUT")
+        raise UserError(f"OUT: {out.parent} is not a folder: create it, or give another OUT")
 
 
 def _translate_all(

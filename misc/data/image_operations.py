@@ -14,7 +14,7 @@ Operation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ImageOperation:
     """How an operation is made, and which strengths it has.
 
     Attributes:
@@ -58,39 +58,47 @@ def _crop(smallest: float, resolution: tuple[int, int]) -> Operation:
     return v2.RandomResizedCrop(list(resolution), scale=(smallest, 1.0), ratio=(3 / 4 * aspect, 4 / 3 * aspect))
 
 
-KINDS: dict[str, Kind] = {
-    "color_jitter_bcs": Kind(
+IMAGE_OPERATIONS: dict[str, ImageOperation] = {
+    "color_jitter_bcs": ImageOperation(
         "strength of the jitter in brightness, contrast and saturation, 0 to 1",
         _number(0, 1),
         lambda strength, _: v2.ColorJitter(brightness=strength, contrast=strength, saturation=strength, hue=0),
     ),
-    "random_rotation": Kind(
+    "random_rotation": ImageOperation(
         "largest angle in degrees, 0 to 180", _number(0, 180), lambda degrees, _: v2.RandomRotation(degrees)
     ),
-    "random_resized_crop": Kind("smallest share of the image that is kept, 0.01 to 1", _number(0.01, 1), _crop),
-    "random_grayscale": Kind("probability, 0 to 1", _number(0, 1), lambda p, _: v2.RandomGrayscale(p=p)),
-    "random_horizontal_flip": Kind("probability, 0 to 1", _number(0, 1), lambda p, _: v2.RandomHorizontalFlip(p=p)),
-    "random_erasing": Kind(
+    "random_resized_crop": ImageOperation(
+        "smallest share of the image that is kept, 0.01 to 1", _number(0.01, 1), _crop
+    ),
+    "random_grayscale": ImageOperation("probability, 0 to 1", _number(0, 1), lambda p, _: v2.RandomGrayscale(p=p)),
+    "random_horizontal_flip": ImageOperation(
+        "probability, 0 to 1", _number(0, 1), lambda p, _: v2.RandomHorizontalFlip(p=p)
+    ),
+    "random_erasing": ImageOperation(
         "[least, largest] share of the image that is erased, with probability 0.5",
         _two(_share),
         lambda scale, _: v2.RandomErasing(p=0.5, scale=tuple(scale), ratio=(0.3, 3.3), value=0),
     ),
-    "gaussian_blur": Kind(
+    "gaussian_blur": ImageOperation(
         "odd side of the kernel in pixels; sigma 0.1 to 2", _odd, lambda kernel, _: v2.GaussianBlur(kernel, (0.1, 2.0))
     ),
-    "color_jitter_hue": Kind("strength, 0 to 0.5", _number(0, 0.5), lambda strength, _: v2.ColorJitter(hue=strength)),
-    "random_vertical_flip": Kind("probability, 0 to 1", _number(0, 1), lambda p, _: v2.RandomVerticalFlip(p=p)),
-    "auto_augment": Kind(
+    "color_jitter_hue": ImageOperation(
+        "strength, 0 to 0.5", _number(0, 0.5), lambda strength, _: v2.ColorJitter(hue=strength)
+    ),
+    "random_vertical_flip": ImageOperation(
+        "probability, 0 to 1", _number(0, 1), lambda p, _: v2.RandomVerticalFlip(p=p)
+    ),
+    "auto_augment": ImageOperation(
         "the policy, one of imagenet, cifar10, svhn",
         lambda value: value in [policy.value for policy in v2.AutoAugmentPolicy],
         lambda policy, _: v2.AutoAugment(v2.AutoAugmentPolicy(policy)),
     ),
-    "rand_augment": Kind(
+    "rand_augment": ImageOperation(
         "[number of operations, their magnitude 0 to 30]",
         _two(_counts),
         lambda values, _: v2.RandAugment(num_ops=values[0], magnitude=values[1]),
     ),
-    "trivial_augment": Kind(
+    "trivial_augment": ImageOperation(
         "number of magnitudes, at least 2",
         lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 2,
         lambda bins, _: v2.TrivialAugmentWide(num_magnitude_bins=bins),
@@ -101,7 +109,7 @@ KINDS: dict[str, Kind] = {
 
 def build_operations(strengths: Mapping[str, Any], resolution: tuple[int, int]) -> list[Operation]:
     """The named operations, in the order of `KINDS`."""
-    return [kind.build(strengths[name], resolution) for name, kind in KINDS.items() if name in strengths]
+    return [kind.build(strengths[name], resolution) for name, kind in IMAGE_OPERATIONS.items() if name in strengths]
 
 
 def wrong_operations(strengths: Any) -> list[str]:
@@ -110,8 +118,8 @@ def wrong_operations(strengths: Any) -> list[str]:
         return ["should be a mapping from operations to strengths"]
     problems = []
     for name, strength in strengths.items():
-        if name not in KINDS:
-            problems.append(f"has {name!r}, which is none of {', '.join(KINDS)}")
-        elif not KINDS[name].accepts(strength):
-            problems.append(f"has {name}: {strength!r}, which should be the {KINDS[name].says}")
+        if name not in IMAGE_OPERATIONS:
+            problems.append(f"has {name!r}, which is none of {', '.join(IMAGE_OPERATIONS)}")
+        elif not IMAGE_OPERATIONS[name].accepts(strength):
+            problems.append(f"has {name}: {strength!r}, which should be the {IMAGE_OPERATIONS[name].says}")
     return problems

@@ -21,7 +21,7 @@ from misc.system.precision import Precision
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import Tokenizer
 
-Encoder = Callable[[Tensor], Tensor]
+EncodeFunction = Callable[[Tensor], Tensor]
 """A batch in, features (B, D) out, not L2-normalised."""
 
 
@@ -109,7 +109,7 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def encode_images(self, encoders: Sequence[Encoder], width: int) -> list[Tensor]:
+    def encode_images(self, encoders: Sequence[EncodeFunction], width: int) -> list[Tensor]:
         """What each encoder makes of this rank's gallery images, which are decoded once for all encoders.
 
         Args:
@@ -124,7 +124,7 @@ class Evaluator:
         return self._encode(encoders, batches(loader), width)
 
     @torch.no_grad()
-    def encode_captions(self, encoders: Sequence[Encoder], width: int) -> list[Tensor]:
+    def encode_captions(self, encoders: Sequence[EncodeFunction], width: int) -> list[Tensor]:
         """The same for this rank's captions; encoders are (B, L) int64 → (B, D)."""
         own = [self.split.captions[number] for number in self._own(len(self.split))]
         token_ids = (
@@ -156,7 +156,7 @@ class Evaluator:
         """What this rank encodes: every W-th of `total`, so that no item is encoded twice."""
         return range(self.ranks.rank, total, self.ranks.world_size)
 
-    def _encode(self, encoders: Sequence[Encoder], inputs: Iterable[Tensor], width: int) -> list[Tensor]:
+    def _encode(self, encoders: Sequence[EncodeFunction], inputs: Iterable[Tensor], width: int) -> list[Tensor]:
         device = self.ranks.device
         nothing = torch.zeros(0, width, device=device)  # a rank beyond the last item still takes part in the gathers
         features = [[nothing] for _ in encoders]

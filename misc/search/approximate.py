@@ -16,7 +16,7 @@ from torch import Tensor
 
 from misc.errors import UserError
 from misc.files import atomic_file
-from misc.search.engines import Exact, ordered
+from misc.search.engine import Exact, ordered
 from misc.search.gallery import ROWS_AT_ONCE, Gallery
 
 PROBED = 1 / 8
@@ -66,7 +66,7 @@ def measured_recall(features: Tensor, engine: "Approximate") -> float:
 
 
 class Approximate:
-    """`engines.Engine` of a gallery that `build` was called for."""
+    """`Engine` of a gallery that `build` was called for."""
 
     def __init__(self, gallery: Gallery):
         self.features = gallery.features

@@ -11,6 +11,7 @@ from misc.errors import DISK_FULL, UserError
 from misc.files import atomic_file
 from misc.search import engines
 from misc.search.encoder import Encoder
+from misc.search.engine import EngineChoice
 from misc.search.gallery import (
     Encoded,
     Gallery,
@@ -52,7 +53,7 @@ def update_index(
     *,
     checkpoint: str | None,
     overrides: Sequence[str] = (),
-    engine: engines.EngineChoice | None = None,
+    engine: EngineChoice | None = None,
     overwrite: bool = False,
     batch_size: int = 64,
     workers: int = 0,
@@ -78,7 +79,7 @@ def update_index(
         raise UserError(f"{index} is not there yet: give the weights to make it with, --checkpoint CHECKPOINT")
     chosen = (checkpoint, list(overrides)) if checkpoint is not None else (info.checkpoint, info.overrides)
     if engine is not None or info is not None:
-        engines.check(engine or engines.EngineChoice.of(info.engine))
+        engines.check(engine or EngineChoice.of(info.engine))
     encoder = load(*chosen)
     try:
         with held_index(index):
@@ -113,7 +114,7 @@ def _update(
     encoder: Encoder,
     found: list[Picture],
     unreadable: list[Unreadable],
-    engine: engines.EngineChoice | None,
+    engine: EngineChoice | None,
     batch_size: int,
     workers: int,
 ) -> Update:
@@ -137,7 +138,7 @@ def _update(
             kept = sorted([*kept, *(each for each in former.pictures() if each.path.startswith(out_of_sight))])
         if not kept:
             raise UserError(f"{folder}: none of its {len(found)} pictures can be read ({_reason(unreadable)})")
-        notes = _finish(index, info, kept, former, encoded, engine or engines.EngineChoice.of(info.engine))
+        notes = _finish(index, info, kept, former, encoded, engine or EngineChoice.of(info.engine))
         return Update(
             pictures=len(kept),
             encoded=len(missing) - sum(picture.path in skipped for picture in missing),
@@ -150,7 +151,7 @@ def _update(
 
 
 def _finish(
-    index: Path, info: Info, kept: list[Picture], former: Gallery | None, encoded: Encoded, engine: engines.EngineChoice
+    index: Path, info: Info, kept: list[Picture], former: Gallery | None, encoded: Encoded, engine: EngineChoice
 ) -> list[str]:
     """Writes what has changed, and lets the engine follow. Returns what the engine has to say."""
     if former is None or encoded.pictures or kept != list(former.pictures()):

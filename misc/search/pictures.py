@@ -109,7 +109,7 @@ class PictureSet(Dataset):
             return Unreadable(picture.path, cause.strerror if unavailable else "it cannot be decoded")
 
 
-class Batch(NamedTuple):
+class PictureBatch(NamedTuple):
     """Some pictures, decoded.
 
     Attributes:
@@ -122,16 +122,16 @@ class Batch(NamedTuple):
     unreadable: list[Unreadable]
 
 
-def picture_batches(pictures: PictureSet, *, batch_size: int, workers: int) -> Iterator[Batch]:
+def picture_batches(pictures: PictureSet, *, batch_size: int, workers: int) -> Iterator[PictureBatch]:
     """All pictures, in their order, decoded by `workers` processes (0: by this one)."""
     yield from DataLoader(
         pictures, batch_size=batch_size, collate_fn=_collate, num_workers=workers, worker_init_fn=outlive_signals
     )
 
 
-def _collate(items: "list[tuple[Picture, Tensor] | Unreadable]") -> Batch:
+def _collate(items: "list[tuple[Picture, Tensor] | Unreadable]") -> PictureBatch:
     read = [item for item in items if not isinstance(item, Unreadable)]
-    return Batch(
+    return PictureBatch(
         [picture for picture, _ in read],
         torch.stack([pixels for _, pixels in read]) if read else None,
         [item for item in items if isinstance(item, Unreadable)],

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from misc.errors import UserError
 from misc.files import atomic_file
-from misc.search.engines import EngineChoice
+from misc.search.engine import EngineChoice
 from misc.search.gallery import Gallery
 from misc.search.pictures import Picture
 
@@ -73,7 +73,7 @@ def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[
 
 
 class Qdrant:
-    """`engines.Engine` of a gallery that `build` was called for."""
+    """`Engine` of a gallery that `build` was called for."""
 
     def __init__(self, gallery: Gallery, choice: EngineChoice):
         self.gallery, self.choice = gallery, choice

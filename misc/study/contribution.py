@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from misc.errors import UserError
-from misc.files import atomic_folder, check_new_folder
-from misc.retrieval.evaluation import Encoder, Evaluator
+from misc.files import atomic_folder, check_new_path
+from misc.retrieval.evaluation import EncodeFunction, Evaluator
 from misc.retrieval.metrics import QueryResults
 from misc.run.log import RunLog
 from misc.study.contribution_chart import draw_contribution_chart
@@ -30,7 +30,7 @@ POINTS = 3
 """Of R@1; C2 allows a loss of less."""
 
 
-class Kind(NamedTuple):
+class ModuleKind(NamedTuple):
     """A kind of module: beginnings of names within a residual block.
 
     Attributes:
@@ -42,10 +42,10 @@ class Kind(NamedTuple):
     outputs: tuple[str, ...]
 
 
-KINDS = {
-    "self_attention": Kind(("ln_1.", "attn."), ("attn.out_proj.",)),
-    "feed_forward": Kind(("ln_2.", "mlp."), ("mlp.c_proj.",)),
-    "layer": Kind(("",), ("attn.out_proj.", "mlp.c_proj.")),
+MODULE_KINDS = {
+    "self_attention": ModuleKind(("ln_1.", "attn."), ("attn.out_proj.",)),
+    "feed_forward": ModuleKind(("ln_2.", "mlp."), ("mlp.c_proj.",)),
+    "layer": ModuleKind(("",), ("attn.out_proj.", "mlp.c_proj.")),
 }
 
 
@@ -110,11 +110,11 @@ def measure_contribution(
     (own_queries,) = evaluator.encode_captions([model.encode_text], width)
     gallery = gather_strided(own_gallery, images)
 
-    def image_hits(encoders: list[Encoder]) -> list[int]:
+    def image_hits(encoders: list[EncodeFunction]) -> list[int]:
         galleries = (gather_strided(own, images) for own in evaluator.encode_images(encoders, width))
         return [_hits(evaluator.rank(own_queries, changed)) for changed in galleries]
 
-    def text_hits(encoders: list[Encoder]) -> list[int]:
+    def text_hits(encoders: list[EncodeFunction]) -> list[int]:
         return [_hits(evaluator.rank(changed, gallery)) for changed in evaluator.encode_captions(encoders, width)]
 
     whole = _hits(evaluator.rank(own_queries, gallery))
@@ -142,7 +142,7 @@ def measure_contribution(
                     c1=(whole - removed[name][layer, kind]) / largest if largest > 0 else 0.0,
                     c2=needed[name][layer, kind],
                 )
-                for kind in KINDS
+                for kind in MODULE_KINDS
             }
             for layer in range(tower.layers)
         ]
@@ -166,10 +166,10 @@ class _Tower:
 
     title: str
     tower: nn.Module
-    encode: Encoder
+    encode: EncodeFunction
     initial: dict[str, Tensor]
     items: int
-    hits: Callable[[list[Encoder]], list[int]]
+    hits: Callable[[list[EncodeFunction]], list[int]]
 
     @property
     def layers(self) -> int:
@@ -177,11 +177,11 @@ class _Tower:
 
     @property
     def modules(self) -> list[Module]:
-        return [Module(layer, kind) for layer in range(self.layers) for kind in KINDS]
+        return [Module(layer, kind) for layer in range(self.layers) for kind in MODULE_KINDS]
 
-    def without(self, module: Module) -> Encoder:
+    def without(self, module: Module) -> EncodeFunction:
         """Encodes without the module."""
-        outputs = self._parameters(module.layer, KINDS[module.kind].outputs)
+        outputs = self._parameters(module.layer, MODULE_KINDS[module.kind].outputs)
 
         def encode(inputs: Tensor) -> Tensor:
             with _changed(outputs, {name: torch.zeros_like(trained) for name, trained in outputs.items()}):
@@ -189,9 +189,9 @@ class _Tower:
 
         return encode
 
-    def blended(self, module: Module, alpha: float) -> Encoder:
+    def blended(self, module: Module, alpha: float) -> EncodeFunction:
         """Encodes with the share `alpha` of the module's training."""
-        parameters = self._parameters(module.layer, KINDS[module.kind].parameters)
+        parameters = self._parameters(module.layer, MODULE_KINDS[module.kind].parameters)
 
         def encode(inputs: Tensor) -> Tensor:  # the values are made each time: of all modules, they are two towers
             values = {name: (1 - alpha) * self.initial[name] + alpha * trained for name, trained in parameters.items()}
@@ -200,11 +200,11 @@ class _Tower:
 
         return encode
 
-    def count(self, encoders: list[Encoder], title: str, log: RunLog) -> list[int]:
+    def count(self, encoders: list[EncodeFunction], title: str, log: RunLog) -> list[int]:
         """`hits`, under a progress bar."""
         with log.progress(len(encoders) * self.items, 0, f"{self.title}, {title}") as bar:
 
-            def shown(encoder: Encoder) -> Encoder:
+            def shown(encoder: EncodeFunction) -> EncodeFunction:
                 def encode(inputs: Tensor) -> Tensor:
                     bar.update(len(inputs))
                     return encoder(inputs)
@@ -285,7 +285,8 @@ def contribution_folder(checkpoint: Path) -> Path:
 
     Raises UserError where there is something of that name, or it cannot be made.
     """
-    return check_new_folder(checkpoint.with_name(f"{checkpoint.stem}_contribution"), "--contribution")
+    folder = checkpoint.with_name(f"{checkpoint.stem}_contribution")
+    return check_new_path(folder, "--contribution", "copy the checkpoint to another folder")
 
 
 def write_contribution(folder: Path, contribution: Contribution) -> None:

@@ -7,7 +7,6 @@ import errno
 import importlib.util
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from misc.errors import DISK_FULL, UserError
-from misc.files import atomic_folder
+from misc.files import atomic_folder, check_new_path
 from model.architecture import QUICK_GELU, Architecture
 from model.preprocessing import INTERPOLATIONS, Preprocessing
 from model.pretrained.names import from_ours, to_hugging_face
@@ -81,8 +80,7 @@ def check_export(form: str, folder: Path, resolution: tuple[int, int] | None = N
     """Raises UserError for what `export` would refuse, as far as it is known before the weights are read."""
     if form not in FORMS:
         raise UserError(f"--export: {form} should be one of {', '.join(FORMS)}")
-    if os.path.lexists(folder):
-        raise UserError(f"--export: {folder} exists: give a folder that does not, or remove it")
+    check_new_path(folder, "--export", "choose another folder")
     if form == "onnx" and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise UserError("--export onnx needs two packages that are not installed: pip install onnx onnxscript")
     if form == "huggingface" and resolution is not None and resolution[0] != resolution[1]:

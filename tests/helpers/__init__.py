@@ -1,0 +1,1 @@
+"""What several test files share: tiny datasets, models, runs, processes, the demo's weights."""

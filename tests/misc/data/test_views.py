@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from misc.config.loading import load_config
 from misc.data import views as transforms
-from misc.data.image_operations import KINDS, build_operations, wrong_operations
+from misc.data.image_operations import IMAGE_OPERATIONS, build_operations, wrong_operations
 from misc.data.views import (
     EvaluationView,
     GaussianBlur,
@@ -116,7 +116,7 @@ STRENGTHS = {
 
 
 def test_every_operation_changes_an_image_and_keeps_its_shape_and_range():
-    assert STRENGTHS.keys() == KINDS.keys()
+    assert STRENGTHS.keys() == IMAGE_OPERATIONS.keys()
     image = to_tensor(noise_image(64, 32))
     for name, strength in STRENGTHS.items():
         (operation,) = build_operations({name: strength}, TALL)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from misc.errors import UserError
 from misc.search import engines
-from misc.search.engines import EngineChoice, Exact
+from misc.search.engine import EngineChoice, Exact
 from misc.search.gallery import Encoded, Gallery, Info, default_index, held_index, write_generation, write_info
 from misc.search.pictures import Picture
 from misc.search.result_sheet import _short
