@@ -1,10 +1,10 @@
-"""Search in many pictures: time to build, memory, latency and recall of exact search and of faiss.
+"""Measures search in many pictures: build time, memory, latency and recall of exact search and of faiss.
 
 python -m benchmarks.search [--pictures N] [--width D] [--folder DIR] [--json FILE]
 
-Features are clustered, as those of people are: each lies about a person's centre, and all share a direction, as
-CLIP's do. Queries come in two kinds: like pictures, and like descriptions, which lie further away. Each engine is
-measured in a process of its own, by the code that `search.py` runs.
+The features are random, but clustered like real ones: each is near the centre of a person, and all share a direction,
+as CLIP's features do. There are two kinds of queries: "pictures" are as near to a centre as the features, and
+"descriptions" are further away. Each engine is measured in its own process, with the code that `search.py` runs.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from misc.search.gallery import Encoded, Gallery, Info, held_index, open_gallery
 from misc.search.pictures import Picture
 
 PICTURES_OF_A_PERSON = 50
-QUERIES, RESULTS, TOGETHER = 200, 10, 50
+QUERIES, RESULTS, QUERIES_TOGETHER = 200, 10, 50
 ROUNDS = 5
 BLOCK = 1 << 15
 
 
 def main() -> None:
-    """Measures, prints a table, and writes JSON."""
+    """Runs each stage in its own process, prints its measurements, and writes them as JSON."""
     options = _parse()
     if options.stage:
         print(json.dumps(STAGES[options.stage](options)))
@@ -52,16 +52,21 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.search", description=__doc__.partition("\n")[0])
-    parser.add_argument("--pictures", type=int, default=1_000_000, metavar="N")
-    parser.add_argument("--width", type=int, default=512, metavar="D")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="for the index; 4 kB a picture at 512")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--pictures", type=int, default=1_000_000, metavar="N", help="number of pictures")
+    parser.add_argument("--width", type=int, default=512, metavar="D", help="width of the features")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="folder for a temporary index; needs 4 kB per picture at a width of 512",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the measurements")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def write_index(options: argparse.Namespace) -> dict[str, float]:
-    """Features into an index, as if they were encoded. What is timed is the writing of the generation."""
+    """Writes random features into an index, and measures how long the generation takes to write."""
     info = Info("none", [], "none", options.width)
     generator = torch.Generator().manual_seed(0)
     with held_index(options.folder):
@@ -82,7 +87,7 @@ def write_index(options: argparse.Namespace) -> dict[str, float]:
 
 
 def exact(options: argparse.Namespace) -> dict[str, float]:
-    """Exact search; its results are what those of others are compared with."""
+    """Measures exact search, and saves its results as the reference for `faiss_search`."""
     opening, (gallery, engine) = _timed(lambda: _opened(options.folder))
     found = {kind: _rows(engine, queries) for kind, queries in _queries(gallery, options).items()}
     torch.save(found, options.folder / "exact.pt")
@@ -90,7 +95,7 @@ def exact(options: argparse.Namespace) -> dict[str, float]:
 
 
 def faiss(options: argparse.Namespace) -> dict[str, float]:
-    """Built and searched in one process, so the memory is that of building too."""
+    """Measures how faiss builds its lists; the memory includes the check of their recall."""
     gallery = open_gallery(options.folder)
     building, (settings, notes) = _timed(lambda: engines.build(gallery, EngineChoice("faiss")))
     write_info(options.folder, Info(**{**vars(gallery.info), "engine": settings}))
@@ -100,7 +105,7 @@ def faiss(options: argparse.Namespace) -> dict[str, float]:
 
 
 def faiss_search(options: argparse.Namespace) -> dict[str, float]:
-    """What `query` and `serve` do."""
+    """Measures search with faiss, as `search.py query` and `search.py serve` do it."""
     opening, (gallery, engine) = _timed(lambda: _opened(options.folder))
     expected = torch.load(options.folder / "exact.pt")
     recall = {}
@@ -130,7 +135,7 @@ def _rows(engine: Engine, queries: Tensor) -> list[Tensor]:
 
 
 def _latency(gallery: Gallery, engine: Engine, options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of a query for ten paths: the first, alone (median and 95th percentile), and of fifty at once."""
+    """Measures milliseconds per query, including the paths of its ten results: one at a time, and fifty together."""
     queries = _queries(gallery, options)["descriptions"]
 
     def milliseconds(block: Tensor) -> float:
@@ -140,17 +145,17 @@ def _latency(gallery: Gallery, engine: Engine, options: argparse.Namespace) -> d
                 gallery.picture(row)
         return 1000 * (time.perf_counter() - started)
 
-    alone = sorted(milliseconds(query[None]) for query in queries)
-    together = [milliseconds(queries[:TOGETHER]) / TOGETHER for _ in range(ROUNDS)]
+    single = sorted(milliseconds(query[None]) for query in queries)
+    together = [milliseconds(queries[:QUERIES_TOGETHER]) / QUERIES_TOGETHER for _ in range(ROUNDS)]
     return {
-        "median_ms": round(statistics.median(alone), 1),
-        "percentile_95_ms": round(alone[int(0.95 * len(alone))], 1),
+        "median_ms": round(statistics.median(single), 1),
+        "percentile_95_ms": round(single[int(0.95 * len(single))], 1),
         "of_fifty_ms": round(statistics.median(together), 2),
     }
 
 
 def _memory() -> dict[str, float]:
-    """Peak of the process; and what is left of it without the pages of files, which the system takes back at need."""
+    """Returns the peak memory of the process, and its current memory without cached pages of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
     return {
@@ -160,7 +165,7 @@ def _memory() -> dict[str, float]:
 
 
 def _centres(people: Tensor, width: int) -> Tensor:
-    """(B, D) of persons by number: a common direction, and one of their own."""
+    """Returns the centres (B, D) of persons by number: the sum of a common direction and one for each person."""
     rows = [np.random.default_rng(person).standard_normal(width) for person in people.unique().tolist()]
     own = torch.from_numpy(np.stack(rows)).float()[people.unique(return_inverse=True)[1]]
     common = torch.from_numpy(np.random.default_rng(1 << 40).standard_normal(width)).float()
@@ -168,13 +173,13 @@ def _centres(people: Tensor, width: int) -> Tensor:
 
 
 def _about(centres: Tensor, spread: float, generator: torch.Generator) -> Tensor:
-    """(B, D), each about its centre; `spread` is the length of what is added to it."""
+    """Returns random features (B, D), one near each centre; `spread` is the length of the noise added to it."""
     noise = F.normalize(torch.randn(centres.shape, generator=generator), dim=1)
     return F.normalize(centres + spread * noise, dim=1)
 
 
 def _queries(gallery: Gallery, options: argparse.Namespace) -> dict[str, Tensor]:
-    """(Q, D) of both kinds, for the same persons."""
+    """Returns queries (Q, D) of both kinds, for the same persons."""
     generator = torch.Generator().manual_seed(1)
     people = torch.randint(len(gallery) // PICTURES_OF_A_PERSON, (QUERIES,), generator=generator)
     centres = _centres(people, options.width)

@@ -1,4 +1,4 @@
 """Search in a folder of person pictures: the index, the engines, queries, the server and its page.
 
-Imports `misc/build/` and below; only `search.py` stands above. Begin with `searcher.py`.
+The modules may import `misc/build/` and the rooms below it; only `search.py` imports them. Begin with `searcher.py`.
 """

@@ -1,7 +1,7 @@
-"""Search beyond a million pictures, with faiss: inverted lists of features in eight bits a number, then exact scores.
+"""Approximate search with faiss, for more than a million pictures: inverted lists with eight bits per number.
 
-The features are clustered, and a query is compared with those of the nearest clusters alone. What is found so is
-compared again with the features themselves, so scores are exact, and a picture is missed only if nobody looked at it.
+The features are clustered, and a query is compared only with the features of the nearest clusters. The candidates
+that this finds are compared again in float32. So all scores are exact, but a picture that is no candidate is missed.
 
 Q queries, N pictures, D width of the shared space.
 """
@@ -19,35 +19,38 @@ from misc.files import atomic_file
 from misc.search.engine import Exact, ordered
 from misc.search.gallery import ROWS_AT_ONCE, Gallery
 
-PROBED = 1 / 8
-"""Share of the clusters that a query is compared with. README has what other shares find of a million."""
-FEWEST_PROBED = 32
-CANDIDATES = 4
-"""Times as many as are wanted are compared again."""
-FEWEST_FOR_A_CLUSTER = 39
-"""Below, faiss warns that clusters mean little."""
+PROBED_SHARE = 1 / 8
+"""Share of the clusters that a query is compared with. `docs/search.md` has the recall for other shares."""
+MIN_PROBED = 32
+"""Smallest number of clusters that a query is compared with."""
+CANDIDATES_PER_RESULT = 4
+"""Number of candidates that are compared again, for each wanted result."""
+MIN_FEATURES_PER_CLUSTER = 39
+"""With fewer features per cluster, faiss warns that there is too little data to train on."""
 CHECKED_QUERIES, CHECKED_RESULTS = 100, 10
+"""Number of queries, and of results of each, for which the recall is measured."""
 
 
 def build(gallery: Gallery) -> tuple[dict[str, Any], list[str]]:
-    """Builds the lists beside the features, and measures how much they find of what exact search finds."""
-    if _file(gallery).exists():  # it is whole, and of these features
+    """Builds the inverted lists in the index, unless they exist, and measures their recall against exact search.
+
+    Returns: the settings of the engine, and lines for the user.
+    """
+    if _file(gallery).exists():  # written atomically, for the features of this generation
         return {"name": "faiss"}, []
-    lists = faiss.serialize_index(build_lists(gallery.features))  # faiss itself has no words for a full disk
+    lists = faiss.serialize_index(build_lists(gallery.features))  # faiss's own writer does not explain a full disk
     with atomic_file(_file(gallery)) as file:
         file.write(lists)
     del lists
     recall = measured_recall(gallery.features, Approximate(gallery))
-    note = (
-        f"recall@{CHECKED_RESULTS} against exact search, for {CHECKED_QUERIES} of the pictures as queries: {recall:.3f}"
-    )
+    note = f"recall@{CHECKED_RESULTS} against exact search, with {CHECKED_QUERIES} pictures as queries: {recall:.3f}"
     return {"name": "faiss"}, [note]
 
 
 def build_lists(features: Tensor) -> "faiss.Index":
-    """The lists of features (N, D), in blocks, so that they need not fit into the memory."""
+    """Builds the inverted lists of features (N, D), block by block, as the features may not fit into memory."""
     array = features.numpy()
-    clusters = max(1, min(round(4 * len(array) ** 0.5), len(array) // FEWEST_FOR_A_CLUSTER))
+    clusters = max(1, min(round(4 * len(array) ** 0.5), len(array) // MIN_FEATURES_PER_CLUSTER))
     index = faiss.index_factory(array.shape[1], f"IVF{clusters},SQ8", faiss.METRIC_INNER_PRODUCT)
     sample = np.random.default_rng(0).choice(len(array), min(len(array), 64 * clusters), replace=False)
     index.train(array[np.sort(sample)])
@@ -57,7 +60,7 @@ def build_lists(features: Tensor) -> "faiss.Index":
 
 
 def measured_recall(features: Tensor, engine: "Approximate") -> float:
-    """Share of the first ten of exact search that the engine has in its first ten, for features as queries."""
+    """Returns the engine's recall of exact search's first ten results, with some of the features as queries."""
     chosen = np.random.default_rng(1).choice(len(features), min(CHECKED_QUERIES, len(features)), replace=False)
     queries = features[torch.from_numpy(np.sort(chosen))]
     pairs = zip(engine.search(queries, CHECKED_RESULTS), Exact(features).search(queries, CHECKED_RESULTS), strict=True)
@@ -66,20 +69,23 @@ def measured_recall(features: Tensor, engine: "Approximate") -> float:
 
 
 class Approximate:
-    """`Engine` of a gallery that `build` was called for."""
+    """An `Engine` that searches the inverted lists that `build` wrote.
+
+    Raises UserError if the lists are missing or damaged.
+    """
 
     def __init__(self, gallery: Gallery):
         self.features = gallery.features
         try:
             self._index = faiss.read_index(str(_file(gallery)))
         except RuntimeError as error:
-            raise UserError(f"{_file(gallery)} is missing or damaged: remove it, and index the folder again") from error
-        self._index.nprobe = max(FEWEST_PROBED, round(PROBED * self._index.nlist))
+            raise UserError(f"{_file(gallery)} is missing or damaged: remove it and index the folder again") from error
+        self._index.nprobe = max(MIN_PROBED, round(PROBED_SHARE * self._index.nlist))
 
     @torch.inference_mode()
     def search(self, queries: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
-        """As `Engine.search`."""
-        _, candidates = self._index.search(queries.numpy(), min(CANDIDATES * count, len(self.features)))
+        """See `Engine.search`."""
+        _, candidates = self._index.search(queries.numpy(), min(CANDIDATES_PER_RESULT * count, len(self.features)))
         results = []
         for query, found in zip(queries, torch.from_numpy(candidates), strict=True):
             rows = found[found >= 0].sort().values
@@ -88,7 +94,7 @@ class Approximate:
         return results
 
     def close(self) -> None:
-        """As `Engine.close`."""
+        """See `Engine.close`."""
 
 
 def _file(gallery: Gallery) -> Path:

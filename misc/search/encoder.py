@@ -1,4 +1,4 @@
-"""A checkpoint as two functions: pictures to features, descriptions to features.
+"""The encoder of a checkpoint: pictures and descriptions to features.
 
 B pictures or descriptions, D width of the shared space.
 """
@@ -27,11 +27,11 @@ from text_utils.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Encoder:
-    """Both towers of a CLIP, ready to encode. Features are float32, L2-normalised, on the CPU.
+    """Both encoders of a CLIP. Features are float32, L2-normalised, on the CPU.
 
     Attributes:
-        view: how a picture becomes pixels.
-        fingerprint: the same for what encodes to the same features, whatever file it comes from.
+        view: converts a picture to pixels.
+        fingerprint: a hash of the weights and settings; it is equal for the same encoder read from another file.
     """
 
     model: TBPSCLIP
@@ -44,15 +44,15 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        """D."""
+        """The width of the shared space, D."""
         return self.model.embed_dim
 
     def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) of `view` → (B, D)."""
+        """Encodes pixels (B, 3, H, W), as `view` returns them, to features (B, D)."""
         return self._encode(self.model.encode_image, pixels)
 
     def encode_descriptions(self, descriptions: Sequence[str]) -> Tensor:
-        """B descriptions → (B, D); what goes beyond the length of the text encoder is cut off."""
+        """Encodes B descriptions to features (B, D); longer descriptions are truncated to `text_length` tokens."""
         ids = pad_tokens([self.tokenizer.encode(description, self.text_length) for description in descriptions])
         return self._encode(self.model.encode_text, ids)
 
@@ -64,12 +64,12 @@ class Encoder:
 
 
 def load_encoder(source: str, overrides: Sequence[str], device: torch.device) -> Encoder:
-    """The encoder of weights in any form that `model.checkpoint` takes.
+    """Loads the encoder from weights in any form that `model.checkpoint` accepts.
 
     Args:
-        overrides: `key=value` of the configuration, for what the weights do not tell.
+        overrides: `key=value` of the configuration, for settings that the weights file does not record.
 
-    Raises UserError for weights that cannot be read, and for overrides that have no part in it.
+    Raises UserError if the weights cannot be read, or an override has no effect on a search.
     """
     allowed = [key for key, rule in RULES.items() if rule.for_search]
     if others := [override for override in overrides if override.partition("=")[0] not in allowed]:
@@ -77,9 +77,9 @@ def load_encoder(source: str, overrides: Sequence[str], device: torch.device) ->
     weights = read_any_weights(source, Ranks(0, 1, device))
     model, saved, _ = build_saved_model(load_config(overrides=tuple(overrides)), weights)
     architecture, preprocessing = architecture_of(saved), weights.preprocessing
-    # The whole person is shown: no picture is cropped to a square, even for weights that were trained that way.
+    # The whole person must be visible, so pictures are not cropped to a square, even for weights trained that way.
     view = EvaluationView(architecture.resolution, mean=preprocessing.mean, deviation=preprocessing.deviation)
-    # These words are part of every index: if they change, all pictures are encoded anew.
+    # These words are part of every index: if they change, all pictures are encoded again.
     settings = repr(({key: getattr(architecture, key) for key in TOWER_KEYS}, vars(view), preprocessing))
     return Encoder(
         model=model.to(device).eval(),
@@ -93,6 +93,7 @@ def load_encoder(source: str, overrides: Sequence[str], device: torch.device) ->
 
 
 def _fingerprint(tensors: dict[str, Tensor], settings: str) -> str:
+    """Returns the SHA-256 of the settings and of all tensors with their names and shapes, in hexadecimal."""
     digest = hashlib.sha256(settings.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}".encode())

@@ -1,4 +1,4 @@
-"""What every search engine can do, and the exact one, which compares a query with every picture.
+"""The interface of a search engine, and exact search, which compares a query with every picture.
 
 Q queries, N pictures, D width of the shared space, K results.
 """
@@ -10,30 +10,31 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 16
-"""Pictures that are compared at once: their similarities to 64 queries take 17 MB."""
+"""Pictures that are compared at a time: their similarities to 64 queries take 17 MB."""
 
 
 class Engine(Protocol):
-    """Finds, for each query, the rows of the gallery that are most similar."""
+    """Finds the rows of the gallery that are most similar to each query."""
 
     def search(self, queries: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
-        """Scores (K,) float32, cosines, best first, and rows (K,) int64, for each of the queries (Q, D).
+        """Searches for each of the queries (Q, D).
 
-        K is `count`, or N if that is less; an engine that is not exact may find fewer.
+        Returns: for each query, scores (K,) float32 and rows (K,) int64. Scores are cosines, best first. K is `count`,
+            or N if that is less; an engine that is not exact may find fewer.
         """
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Releases files and connections."""
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine by name, with what it is told.
+    """The engine that the user chose, with its settings.
 
     Attributes:
         name: `exact`, `faiss` or `qdrant`.
-        address: of Qdrant: a URL, or a folder for its local mode.
-        collection: of Qdrant.
+        address: address of Qdrant: a URL, or a folder for the client's local mode.
+        collection: name of the Qdrant collection.
     """
 
     name: str
@@ -42,12 +43,12 @@ class EngineChoice:
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "EngineChoice":
-        """What `index.json` says of the engine."""
+        """Returns the engine that `index.json` records."""
         return cls(settings["name"], settings.get("address"), settings.get("collection"))
 
 
 class Exact:
-    """Compares each query with every feature.
+    """Exact search: compares each query with every feature.
 
     Args:
         features: (N, D) float32, L2-normalised.
@@ -58,7 +59,11 @@ class Exact:
 
     @torch.inference_mode()
     def search(self, queries: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
-        """As `Engine.search`. Of equal results the lower row is first; which of equals are the last results is open."""
+        """See `Engine.search`.
+
+        Results with equal scores are in the order of their rows. If more results share the last score than there is
+        room for, it is not defined which of them are returned.
+        """
         best = torch.empty(len(queries), 0)
         rows = torch.empty(len(queries), 0, dtype=torch.int64)
         for start in range(0, len(self.features), BLOCK):
@@ -66,16 +71,16 @@ class Exact:
             scores, found = block.topk(min(count, block.shape[1]), dim=1)
             best, rows = torch.cat([best, scores], dim=1), torch.cat([rows, found + start], dim=1)
             if best.shape[1] > count:
-                best, kept = best.topk(count, dim=1)
-                rows = rows.gather(1, kept)
+                best, positions = best.topk(count, dim=1)
+                rows = rows.gather(1, positions)
         return [ordered(*pair) for pair in zip(best, rows, strict=True)]
 
     def close(self) -> None:
-        """As `Engine.close`."""
+        """See `Engine.close`; there is nothing to release."""
 
 
 def ordered(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Best first; of equal scores the lower row."""
+    """Sorts results by score, best first; of equal scores, the lower row comes first."""
     rows, order = rows.sort()
     scores, best = scores[order].sort(descending=True, stable=True)
     return scores, rows[best]

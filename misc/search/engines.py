@@ -1,4 +1,4 @@
-"""The engines by name: which packages they need, how they are built, and how one is opened."""
+"""The engines by name: the packages they need, how they are built, and how one is opened."""
 
 import importlib.util
 from typing import Any
@@ -10,17 +10,26 @@ from misc.search.gallery import Gallery
 REQUIREMENTS = "requirements-search.txt"
 NAMES = ("exact", "faiss", "qdrant")
 PACKAGES = {"exact": (), "faiss": ("faiss",), "qdrant": ("qdrant_client",)}
-"""Modules that each engine imports."""
+"""Modules that each engine imports, in addition to those of `requirements.txt`."""
 
 
 def require(what: str, *modules: str) -> None:
-    """Raises UserError where one of the modules is not installed."""
+    """Checks that modules are installed.
+
+    Args:
+        what: the command or index that needs them, for the message.
+
+    Raises UserError if one of them is missing.
+    """
     if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
         raise UserError(f"{what} needs {' and '.join(missing)}: pip install -r {REQUIREMENTS}")
 
 
 def check(choice: EngineChoice) -> None:
-    """Raises UserError for an engine that could not be built, before anything is encoded for it."""
+    """Checks that an engine can be built, before any picture is encoded for it.
+
+    Raises UserError if a package is missing, or a Qdrant server cannot be reached.
+    """
     require(f"--engine {choice.name}", *PACKAGES[choice.name])
     if choice.name == "qdrant":
         from misc.search import qdrant
@@ -29,7 +38,12 @@ def check(choice: EngineChoice) -> None:
 
 
 def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[str]]:
-    """Prepares an engine for a generation, once. Returns what `open_engine` needs, and lines to tell."""
+    """Builds an engine for a generation of the index.
+
+    Returns: the settings that `open_engine` needs, and lines for the user.
+
+    Raises UserError if Qdrant cannot be reached, or its collection belongs to another index.
+    """
     if choice.name == "faiss":
         from misc.search import approximate
 
@@ -42,10 +56,18 @@ def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[
 
 
 def open_engine(gallery: Gallery, name: str | None = None) -> Engine:
-    """The engine that the index was built for; or exact search, which needs no building, by its `name`."""
+    """Opens the engine that the index was built for.
+
+    Args:
+        name: `exact` for exact search, which every index allows. None: the engine of the index.
+
+    Raises UserError if the index was not built for the engine, or the engine cannot be opened.
+    """
     settings = gallery.info.engine
     if name not in (None, "exact", settings["name"]):
-        raise UserError(f"--engine {name}: {gallery.index} was built for {settings['name']}: index it with that engine")
+        raise UserError(
+            f"--engine {name}: {gallery.index} was built for {settings['name']}: index the folder with --engine {name}"
+        )
     name = name or settings["name"]
     require(f"{gallery.index}, built with --engine {name},", *PACKAGES[name])
     if name == "faiss":

@@ -1,9 +1,9 @@
-"""What is kept of a folder of pictures: a feature of each, its path, and what tells whether it has changed.
+"""The index of a folder of pictures: the feature of each picture, its path, size and time of modification.
 
-An index is a folder. `index.json` says what it holds and names the files of the current generation, which are never
-changed: `features_<n>.npy` (N, D) float32, `pictures_<n>.jsonl` (a line for each row, by path) and what an engine has
-built of them. A new generation takes the place of the old one when it is whole, so whoever searches meanwhile goes on
-with the old one. What is encoded and in no generation yet lies in `encoded.f32` and `encoded.jsonl`.
+An index is a folder. `index.json` describes it and records the number n of the current generation. The files of a
+generation never change: `features_<n>.npy` (N, D) float32, `pictures_<n>.jsonl` (a line for each row, sorted by path)
+and the files that an engine has built. A new generation replaces the old one when it is complete; until then, searches
+use the old one. Features that are in no generation yet are in `encoded.f32`, and their pictures in `encoded.jsonl`.
 
 N pictures, D width of the shared space.
 """
@@ -29,26 +29,28 @@ from misc.files import atomic_file, lock_file, partial_path
 from misc.search.pictures import Picture
 
 FORMAT = 1
-"""Of an index: raised when an older program could not read it."""
+"""Version of the format of an index: raised when older programs cannot read a new index."""
 INFO, LOCK = "index.json", "lock"
 ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH = "encoded.f32", "encoded.jsonl", "encoded.with"
-MADE = re.compile(r"(?P<kind>features|pictures|faiss)_(?P<generation>\d+)\.(npy|jsonl|index)(\.part)?")
-"""Names of the files of a generation; what else lies in an index is somebody's."""
+GENERATION_FILE = re.compile(r"(?P<kind>features|pictures|faiss)_(?P<generation>\d+)\.(npy|jsonl|index)(\.part)?")
+"""Names of the files of a generation; a user may keep other files in the index."""
 ROWS_AT_ONCE = 1 << 14
-"""Of features that are copied: at 512 numbers each, 32 MB."""
+"""Features that are copied at a time: 32 MB at a width of 512."""
 
 
 @dataclass(frozen=True)
 class Info:
-    """What `index.json` says.
+    """The content of `index.json`.
 
     Attributes:
-        checkpoint: where the weights came from, and overrides: what was said of them besides.
-        fingerprint: of the encoder.
+        checkpoint: source of the weights.
+        overrides: `key=value` of the configuration, for settings that the weights file does not record.
+        fingerprint: fingerprint of the encoder.
         width: D.
-        generation: number of times that the index was finished; 0 where it never was.
+        generation: number of times that the index was completed; 0 if it was never complete.
         pictures: N.
-        engine: `name`, and what it needs to be opened.
+        engine: `name` of the engine, and the settings that it needs to be opened.
+        format: version of the format, `FORMAT`.
     """
 
     checkpoint: str
@@ -62,15 +64,23 @@ class Info:
 
 
 def default_index(folder: Path) -> Path:
-    """Where the index of a folder of pictures lies: beside it."""
+    """Returns the default index of a folder of pictures: `FOLDER_index` in its parent folder.
+
+    Raises UserError if the folder has no parent folder.
+    """
     folder = folder.resolve()
     if not folder.name:
-        raise UserError(f"{folder} has no place beside it: say where the index goes, --index DIR")
+        raise UserError(f"{folder} has no parent folder for its index: give a folder for it with --index DIR")
     return folder.with_name(f"{folder.name}_index")
 
 
 def read_info(index: Path) -> Info | None:
-    """None where there is no index. Raises UserError where there is something else, or one of a newer program."""
+    """Reads `index.json`.
+
+    Returns: its content, or None if there is no index.
+
+    Raises UserError if the file is unreadable, not that of an index, or in another format.
+    """
     try:
         content = json.loads((index / INFO).read_bytes())
     except FileNotFoundError:
@@ -78,34 +88,38 @@ def read_info(index: Path) -> Info | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{index / INFO} cannot be read ({error}): give another --index") from error
     if isinstance(content, dict) and content.get("format") not in (FORMAT, None):
-        raise UserError(f"{index} has the format {content['format']!r}, not {FORMAT}: use the version that made it")
+        raise UserError(
+            f"{index} has the format {content['format']!r}, not {FORMAT}: use the version of the program that built it"
+        )
     if not isinstance(content, dict) or content.keys() != {each.name for each in fields(Info)}:
-        raise UserError(f"{index / INFO} is not that of an index: give another --index")
+        raise UserError(f"{index / INFO} does not describe an index: give another --index")
     return Info(**content)
 
 
 def write_info(index: Path, info: Info) -> None:
-    """Writes `index.json`, whole or not at all: from here on, its generation is the current one."""
+    """Writes `index.json` atomically: after that, its generation is the current one."""
     with atomic_file(index / INFO) as file:
         file.write(json.dumps(asdict(info), indent=1).encode() + b"\n")
 
 
 @contextmanager
 def held_index(index: Path) -> Iterator[None]:
-    """The folder of an index, made if there is none, for one process that writes.
+    """Creates the folder of an index if necessary, and locks it: only one process may write to it.
 
-    Raises UserError where another one writes, where the folder holds other things, or cannot be made.
+    Raises UserError if another process has the lock, or the folder contains other files or cannot be created.
     """
     try:
         index.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in index.iterdir()}
-        begun = {partial_path(Path(name)).name for name in (INFO, ENCODED_WITH)}  # by a process that was killed
-        others = sorted(names - begun - {LOCK, ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH})
+        partial = {partial_path(Path(name)).name for name in (INFO, ENCODED_WITH)}  # by a process that was killed
+        others = sorted(names - partial - {LOCK, ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH})
         if others and INFO not in names:
-            raise UserError(f"{index} holds other things than an index ({first_of(others)}): give another --index")
+            raise UserError(
+                f"{index} is not an index, but contains other files ({first_of(others)}): give another --index"
+            )
         file = (index / LOCK).open("a")
     except OSError as error:
-        raise UserError(f"{index} cannot be written ({error.strerror}): give another place with --index") from error
+        raise UserError(f"{index} cannot be written ({error.strerror}): give another folder with --index") from error
     try:
         lock_file(file, fcntl.flock)
     except BlockingIOError as error:
@@ -115,60 +129,71 @@ def held_index(index: Path) -> Iterator[None]:
 
 
 class Gallery:
-    """One generation of an index, read only; its features stay on the disk and are read as they are needed.
+    """One generation of an index, for reading. Its features stay on the disk and are read when they are needed.
 
     Attributes:
+        index: folder of the index.
+        info: content of `index.json`.
         features: (N, D) float32, L2-normalised.
+
+    Raises UserError if the files of the generation do not fit together.
     """
 
     def __init__(self, index: Path, info: Info):
         self.index, self.info = index, info
-        array = np.load(features_file(index, info.generation), mmap_mode="c")  # "c": torch wants it to be writable
+        # "c" is copy-on-write: torch warns if an array is not writable.
+        array = np.load(features_file(index, info.generation), mmap_mode="c")
         self.features: Tensor = torch.from_numpy(array)
         self._lines = _Lines(_pictures_file(index, info.generation))
         if not (array.dtype == np.float32 and array.shape == (len(self._lines), info.width)):
-            raise UserError(f"{index} is damaged: remove it, and index the folder anew")
+            raise UserError(f"{index} is damaged: remove it and index the folder again")
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def picture(self, row: int) -> Picture:
-        """What a row is the feature of."""
+        """Returns the picture of a row."""
         return self._lines[row]
 
     def row_of(self, path: str) -> int | None:
-        """The row of a path; None for one that is not in the index."""
+        """Returns the row of a path, or None if the path is not in the index."""
         row = bisect.bisect_left(self._lines, path, key=lambda picture: picture.path)
         return row if row < len(self) and self._lines[row].path == path else None
 
     def pictures(self) -> Iterator[Picture]:
-        """All, in the order of their rows, which is that of their paths."""
+        """Returns all pictures in the order of their rows, which are sorted by path."""
         return iter(self._lines)
 
 
 def open_gallery(index: Path) -> Gallery:
-    """The current generation. Raises UserError where there is none."""
+    """Opens the current generation of an index.
+
+    Raises UserError if there is none, or it is damaged.
+    """
     for last in (False, True):
         info = read_info(index)
         if info is None:
-            raise UserError(f"{index} is not there: run `python search.py index` for the folder first")
+            raise UserError(f"{index} does not exist: run `python search.py index` for the folder first")
         if info.generation == 0:
-            raise UserError(f"{index} is not finished: run `python search.py index` again, it goes on where it stopped")
+            raise UserError(
+                f"{index} is not complete: run `python search.py index` again, it continues from where it stopped"
+            )
         try:
             return Gallery(index, info)
         except UserError:
             raise
-        except (OSError, ValueError, EOFError) as error:  # cut off; or a new generation has just taken its place
+        except (OSError, ValueError, EOFError) as error:  # truncated, or a new generation has just replaced it
             if last:
-                raise UserError(f"{index} is damaged ({error}): remove it, and index the folder anew") from error
+                raise UserError(f"{index} is damaged ({error}): remove it and index the folder again") from error
     raise AssertionError
 
 
 class Encoded:
-    """Features that are in no generation yet, appended batch by batch: whoever is stopped loses one batch at most.
+    """Features that are in no generation yet, appended batch by batch: a stopped program loses at most one batch.
 
     Attributes:
-        pictures: what the rows are the features of.
+        width: D.
+        pictures: the picture of each row.
     """
 
     def __init__(self, index: Path, fingerprint: str, width: int):
@@ -177,23 +202,23 @@ class Encoded:
         self._features: BinaryIO = self._features_path.open("a+b")
         self._pictures: BinaryIO = (index / ENCODED_PICTURES).open("a+b")
         encoder = index / ENCODED_WITH
-        if not encoder.exists() or encoder.read_text() != fingerprint:  # another one's are of no use
+        if not encoder.exists() or encoder.read_text() != fingerprint:  # features of another encoder are useless
             self._pictures.truncate(0)
             with atomic_file(encoder) as file:
                 file.write(fingerprint.encode())
         self._pictures.seek(0)
-        lines = self._pictures.read().split(b"\n")[:-1]  # without one that was begun
-        whole = self._features.seek(0, os.SEEK_END) // (4 * width)
-        lines = lines[:whole]
+        lines = self._pictures.read().split(b"\n")[:-1]  # the last item is empty or a line that was not completed
+        complete = self._features.seek(0, os.SEEK_END) // (4 * width)
+        lines = lines[:complete]
         self.pictures = [_parse(line) for line in lines]
         self._pictures.truncate(sum(len(line) + 1 for line in lines))
         self._features.truncate(4 * width * len(lines))
 
     def add(self, pictures: Sequence[Picture], features: Tensor) -> None:
-        """Keeps B pictures and their features (B, D) float32."""
+        """Appends B pictures and their features (B, D) float32."""
         for file, content in (
             (self._features, features.numpy().tobytes()),
-            (self._pictures, b"".join(_line(picture) for picture in pictures)),  # last: a line counts with its feature
+            (self._pictures, b"".join(_line(picture) for picture in pictures)),  # last: a line must have its feature
         ):
             file.write(content)
             file.flush()
@@ -201,38 +226,44 @@ class Encoded:
         self.pictures.extend(pictures)
 
     def features(self) -> np.ndarray:
-        """(rows, D) float32."""
+        """Returns the features (rows, D) float32, one row for each of `pictures`."""
         shape = (len(self.pictures), self.width)
         return np.memmap(self._features_path, np.float32, "r", shape=shape) if self.pictures else np.empty(shape)
 
     def clear(self) -> None:
-        """Forgets all, when they are in a generation."""
+        """Deletes all features, once they are in a generation."""
         for file in (self._pictures, self._features):
             file.truncate(0)
         self.pictures.clear()
 
     def close(self) -> None:
+        """Closes the files."""
         self._pictures.close()
         self._features.close()
 
 
 def write_generation(
-    index: Path, info: Info, pictures: Sequence[Picture], former: Gallery | None, encoded: Encoded
+    index: Path, info: Info, pictures: Sequence[Picture], previous: Gallery | None, encoded: Encoded
 ) -> Info:
-    """Writes the next generation of these pictures; it is not the current one before `write_info`.
+    """Writes the next generation of the index; `write_info` then makes it the current one.
 
     Args:
-        pictures: by path; each is in `former` or, where the file has changed since, in `encoded`.
+        info: content of `index.json`; its generation is the current one.
+        pictures: pictures of the next generation, sorted by path. Each has its feature in `previous` or `encoded`.
+        previous: current generation. None: all features are in `encoded`.
+        encoded: features of new and changed pictures.
+
+    Returns: the content of `index.json` for the next generation.
     """
     generation = info.generation + 1
-    for path, _, number in _made(index):
-        if number == generation:  # a crash has left it, and it may be of other pictures
+    for path, _, number in _generation_files(index):
+        if number == generation:  # left by a crash, and perhaps with other pictures
             path.unlink()
-    fresh = {picture: row for row, picture in enumerate(encoded.pictures)}
-    old = {} if former is None else {picture: row for row, picture in enumerate(former.pictures())}
-    kept = np.array([old.get(picture, -1) if picture not in fresh else -1 for picture in pictures], dtype=np.int64)
-    added = np.array([fresh.get(picture, -1) for picture in pictures], dtype=np.int64)
-    sources = [(kept, former.features.numpy() if former is not None else None), (added, encoded.features())]
+    row_new = {picture: row for row, picture in enumerate(encoded.pictures)}
+    row_old = {} if previous is None else {picture: row for row, picture in enumerate(previous.pictures())}
+    old_rows = np.array([row_old.get(each, -1) if each not in row_new else -1 for each in pictures], dtype=np.int64)
+    new_rows = np.array([row_new.get(each, -1) for each in pictures], dtype=np.int64)
+    sources = [(old_rows, None if previous is None else previous.features.numpy()), (new_rows, encoded.features())]
     with atomic_file(features_file(index, generation)) as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(pictures), info.width)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -249,20 +280,21 @@ def write_generation(
 
 
 def remove_old(index: Path, info: Info) -> None:
-    """Removes what other generations and engines have left. Who has it open keeps it."""
-    kept = ("features", "pictures", info.engine["name"])
-    for path, kind, generation in _made(index):
-        if generation != info.generation or kind not in kept:
+    """Removes the files of other generations and engines. A process that has them open can still read them."""
+    current_kinds = ("features", "pictures", info.engine["name"])
+    for path, kind, generation in _generation_files(index):
+        if generation != info.generation or kind not in current_kinds:
             path.unlink(missing_ok=True)
 
 
-def _made(index: Path) -> list[tuple[Path, str, int]]:
-    """The files of all generations, each with what it holds and its number."""
-    names = [(path, MADE.fullmatch(path.name)) for path in index.iterdir()]
-    return [(path, made["kind"], int(made["generation"])) for path, made in names if made]
+def _generation_files(index: Path) -> list[tuple[Path, str, int]]:
+    """Returns the files of all generations, each with its kind and the number of its generation."""
+    matches = [(path, GENERATION_FILE.fullmatch(path.name)) for path in index.iterdir()]
+    return [(path, match["kind"], int(match["generation"])) for path, match in matches if match]
 
 
 def features_file(index: Path, generation: int) -> Path:
+    """Returns the path of the features of a generation."""
     return index / f"features_{generation}.npy"
 
 
@@ -271,8 +303,7 @@ def _pictures_file(index: Path, generation: int) -> Path:
 
 
 class _Lines(Sequence):
-    """The pictures of a file, of which only those are read that are asked for: a million as objects take a quarter of a
-    gigabyte and seconds."""
+    """The pictures of a file, each parsed only on access: a million objects would take 250 MB and several seconds."""
 
     def __init__(self, path: Path):
         with path.open("rb") as file:
@@ -283,7 +314,7 @@ class _Lines(Sequence):
         return len(self._ends)
 
     def __getitem__(self, row: int) -> Picture:
-        end = self._ends[row]  # an IndexError ends an iteration
+        end = self._ends[row]  # iteration ends with an IndexError
         return _parse(self._content[self._ends[row - 1] + 1 if row else 0 : end])
 
 

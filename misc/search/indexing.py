@@ -1,7 +1,8 @@
-"""Brings the index of a folder up to date: what is new or changed is encoded, what is gone is left out."""
+"""Builds or updates the index of a folder: encodes new and changed pictures, and removes deleted ones."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,20 +24,22 @@ from misc.search.gallery import (
     write_generation,
     write_info,
 )
-from misc.search.pictures import Picture, PictureSet, Unreadable, find_pictures, picture_batches
+from misc.search.pictures import Picture, PictureBatch, PictureSet, Unreadable, find_pictures, picture_batches
 
 UNREADABLE = "unreadable.jsonl"
+"""File in the index that lists the files and folders that could not be read."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What was done.
+    """The result of `update_index`.
 
     Attributes:
-        pictures: in the index now.
-        encoded, removed: of them new or changed, and former ones that are gone.
-        unreadable: files and folders that were skipped; `unreadable.jsonl` in the index lists them too.
-        notes: of the engine.
+        pictures: number of pictures in the index.
+        encoded: number of new and changed pictures, which were encoded.
+        removed: number of pictures that were removed from the index.
+        unreadable: files and folders that were skipped, sorted; `unreadable.jsonl` in the index lists them too.
+        notes: lines of the engine for the user.
     """
 
     pictures: int
@@ -58,104 +61,136 @@ def update_index(
     batch_size: int = 64,
     workers: int = 0,
 ) -> Update:
-    """Makes or updates an index. Whoever is stopped goes on with the same call; until it is done, searches find what
-    was there before.
+    """Builds or updates an index. Until it is complete, searches use the previous one.
+
+    If the program is stopped, the same call continues where it stopped.
 
     Args:
-        load: an encoder from a checkpoint and overrides.
-        checkpoint: None for the one that the index was made with.
-        engine: that searches it; None for the one that it has, exact search at first.
-        overwrite: takes the place of an index that was made with another checkpoint, when it is done.
-        batch_size: pictures that are encoded, and kept, at a time.
-        workers: processes that decode.
+        folder: folder of pictures.
+        index: folder of the index.
+        load: loads an encoder from a checkpoint and overrides.
+        checkpoint: source of the weights. None: the checkpoint that the index was built with.
+        overrides: `key=value` of the configuration, for settings that the weights file does not record.
+        engine: search engine of the index. None: the engine that it has; exact search for a new index.
+        overwrite: whether to replace an index that was built with another checkpoint.
+        batch_size: number of pictures that are encoded and written at a time.
+        workers: number of decoding processes (0: decodes in this process).
 
-    Raises UserError for what is wrong with the arguments, the folder or the index, and for a full disk.
+    Raises UserError if an argument, the folder or the index is invalid, or the disk is full.
     """
-    pictures, unreadable = find_pictures(folder, index)
-    if not pictures:
-        raise UserError(f"{folder} holds no JPEG, PNG or WebP files: give the folder that holds the pictures")
+    found, unreadable = find_pictures(folder, index)
+    if not found:
+        raise UserError(f"{folder} contains no JPEG, PNG or WebP files: give the folder that contains the pictures")
     info = read_info(index)
     if checkpoint is None and info is None:
-        raise UserError(f"{index} is not there yet: give the weights to make it with, --checkpoint CHECKPOINT")
+        raise UserError(f"{index} does not exist yet: give the weights to build it with, --checkpoint CHECKPOINT")
     chosen = (checkpoint, list(overrides)) if checkpoint is not None else (info.checkpoint, info.overrides)
     if engine is not None or info is not None:
         engines.check(engine or EngineChoice.of(info.engine))
     encoder = load(*chosen)
     try:
         with held_index(index):
-            info = read_info(index)  # nobody else can write it now
-            fresh = Info(*chosen, encoder.fingerprint, encoder.width)
-            if info is not None and info.fingerprint != encoder.fingerprint and not overwrite:
-                raise UserError(
-                    f"{index} was made with {info.checkpoint}, and features of {chosen[0]} are not comparable with it: "
-                    "make another index with --index DIR, or replace it with --overwrite"
-                )
-            if info is None or info.generation == 0:
-                write_info(index, fresh)  # so that a search can say that it is not finished
-            former = None
-            if info is not None:
-                fresh = replace(fresh, generation=info.generation, pictures=info.pictures, engine=info.engine)
-                if info.generation and info.fingerprint == encoder.fingerprint:
-                    former = open_gallery(index)
-            return _update(folder, index, fresh, former, encoder, pictures, unreadable, engine, batch_size, workers)
+            info, previous = _begin(index, Info(*chosen, encoder.fingerprint, encoder.width), overwrite)
+            with closing(Encoded(index, info.fingerprint, info.width)) as encoded:
+                known = set(encoded.pictures).union(previous.pictures() if previous is not None else ())
+                missing = [picture for picture in found if picture not in known]
+                pixels = PictureSet(folder, missing, encoder.view)
+                batches = picture_batches(pixels, batch_size=batch_size, workers=workers)
+                undecodable = _encode(batches, encoder, encoded, done=len(found) - len(missing), total=len(found))
+                skipped = [*unreadable, *undecodable]
+                _write_unreadable(index, sorted(skipped))
+                pictures = _pictures_to_index(found, unreadable, undecodable, previous)
+                if not pictures:
+                    reason = f"{skipped[0].path}: {skipped[0].reason}"
+                    raise UserError(
+                        f"{folder}: none of its {len(found)} pictures can be read ({reason}): "
+                        "give a folder of readable pictures"
+                    )
+                notes = _finish(index, info, pictures, previous, encoded, engine or EngineChoice.of(info.engine))
+            return Update(
+                pictures=len(pictures),
+                encoded=len(missing) - len(undecodable),
+                removed=0 if previous is None else _count_removed(previous, pictures),
+                unreadable=sorted(skipped),
+                notes=notes,
+            )
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         raise UserError(
-            f"{index}: {error.strerror}: free some space, then the same command goes on from here"
+            f"{index}: {error.strerror}: free some space, then run the same command again to continue"
         ) from error
 
 
-def _update(
-    folder: Path,
-    index: Path,
-    info: Info,
-    former: Gallery | None,
-    encoder: Encoder,
-    found: list[Picture],
-    unreadable: list[Unreadable],
-    engine: EngineChoice | None,
-    batch_size: int,
-    workers: int,
-) -> Update:
-    encoded = Encoded(index, info.fingerprint, info.width)
-    out_of_sight = tuple(f"{path}/" for path, _ in unreadable)
-    try:
-        known = set(encoded.pictures).union(former.pictures() if former is not None else ())
-        missing = [picture for picture in found if picture not in known]
-        done = len(found) - len(missing)
-        with tqdm(total=len(found), initial=done, desc="indexing", unit="picture", dynamic_ncols=True) as bar:
-            pictures = PictureSet(folder, missing, encoder.view)
-            for batch in picture_batches(pictures, batch_size=batch_size, workers=workers):
-                if batch.pictures:
-                    encoded.add(batch.pictures, encoder.encode_pictures(batch.pixels))
-                unreadable += batch.unreadable
-                bar.update(len(batch.pictures) + len(batch.unreadable))
-        _write_unreadable(index, sorted(unreadable))
-        skipped = {path for path, _ in unreadable}
-        kept = [picture for picture in found if picture.path not in skipped]
-        if former is not None and out_of_sight:  # a folder that cannot be read now may be there again next time
-            kept = sorted([*kept, *(each for each in former.pictures() if each.path.startswith(out_of_sight))])
-        if not kept:
-            raise UserError(f"{folder}: none of its {len(found)} pictures can be read ({_reason(unreadable)})")
-        notes = _finish(index, info, kept, former, encoded, engine or EngineChoice.of(info.engine))
-        return Update(
-            pictures=len(kept),
-            encoded=len(missing) - sum(picture.path in skipped for picture in missing),
-            removed=0 if former is None else _gone(former, kept),
-            unreadable=sorted(unreadable),
-            notes=notes,
+def _begin(index: Path, new: Info, overwrite: bool) -> tuple[Info, Gallery | None]:
+    """Checks that a locked index may be updated with an encoder.
+
+    Args:
+        new: `index.json` of a new index with this encoder.
+
+    Returns: the content of `index.json` to continue from, and the current generation, or None if it cannot be used.
+
+    Raises UserError if the index was built with another encoder and may not be replaced.
+    """
+    current = read_info(index)  # again, as another process may have changed it before the lock
+    if current is not None and current.fingerprint != new.fingerprint and not overwrite:
+        raise UserError(
+            f"{index} was built with {current.checkpoint}, and its features are not comparable with those of "
+            f"{new.checkpoint}: build another index with --index DIR, or replace this one with --overwrite"
         )
-    finally:
-        encoded.close()
+    if current is None or current.generation == 0:
+        write_info(index, new)  # so that a search can report that the index is not complete
+    if current is None:
+        return new, None
+    info = replace(new, generation=current.generation, pictures=current.pictures, engine=current.engine)
+    same_encoder = current.generation > 0 and current.fingerprint == new.fingerprint
+    return info, open_gallery(index) if same_encoder else None
+
+
+def _encode(
+    batches: Iterable[PictureBatch], encoder: Encoder, encoded: Encoded, *, done: int, total: int
+) -> list[Unreadable]:
+    """Encodes batches of pictures into `encoded`, with a progress bar.
+
+    Args:
+        done: pictures that need no encoding, of `total` pictures.
+
+    Returns: the pictures that could not be decoded.
+    """
+    undecodable: list[Unreadable] = []
+    with tqdm(total=total, initial=done, desc="indexing", unit="picture", dynamic_ncols=True) as bar:
+        for batch in batches:
+            if batch.pictures:
+                encoded.add(batch.pictures, encoder.encode_pictures(batch.pixels))
+            undecodable += batch.unreadable
+            bar.update(len(batch.pictures) + len(batch.unreadable))
+    return undecodable
+
+
+def _pictures_to_index(
+    found: list[Picture], unreadable: list[Unreadable], undecodable: list[Unreadable], previous: Gallery | None
+) -> list[Picture]:
+    """Returns the pictures of the next generation, sorted by path.
+
+    Pictures of a folder that cannot be read now stay in the index, as the folder may be readable again next time.
+    """
+    skipped = {path for path, _ in undecodable}
+    pictures = [picture for picture in found if picture.path not in skipped]
+    folders = tuple(f"{path}/" for path, _ in unreadable)
+    if previous is not None and folders:
+        pictures += [picture for picture in previous.pictures() if picture.path.startswith(folders)]
+    return sorted(pictures)
 
 
 def _finish(
-    index: Path, info: Info, kept: list[Picture], former: Gallery | None, encoded: Encoded, engine: EngineChoice
+    index: Path, info: Info, pictures: list[Picture], previous: Gallery | None, encoded: Encoded, engine: EngineChoice
 ) -> list[str]:
-    """Writes what has changed, and lets the engine follow. Returns what the engine has to say."""
-    if former is None or encoded.pictures or kept != list(former.pictures()):
-        info = write_generation(index, info, kept, former, encoded)
+    """Writes a new generation if anything has changed, and builds the engine for it.
+
+    Returns: lines of the engine for the user.
+    """
+    if previous is None or encoded.pictures or pictures != list(previous.pictures()):
+        info = write_generation(index, info, pictures, previous, encoded)
     settings, notes = engines.build(Gallery(index, info), engine)
     info = replace(info, engine=settings)
     write_info(index, info)
@@ -164,13 +199,10 @@ def _finish(
     return notes
 
 
-def _gone(former: Gallery, kept: list[Picture]) -> int:
-    paths = {picture.path for picture in kept}
-    return sum(picture.path not in paths for picture in former.pictures())
-
-
-def _reason(unreadable: list[Unreadable]) -> str:
-    return f"{unreadable[0].path}: {unreadable[0].reason}"
+def _count_removed(previous: Gallery, pictures: list[Picture]) -> int:
+    """Returns how many pictures of the previous generation are no longer in the index."""
+    paths = {picture.path for picture in pictures}
+    return sum(picture.path not in paths for picture in previous.pictures())
 
 
 def _write_unreadable(index: Path, unreadable: list[Unreadable]) -> None:

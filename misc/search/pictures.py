@@ -1,4 +1,4 @@
-"""The pictures of a folder: which there are, and how they become batches of pixels."""
+"""The pictures of a folder: finds them, and decodes them into batches of pixels."""
 
 import errno
 import os
@@ -20,12 +20,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Picture(NamedTuple):
-    """A file, and what tells whether it has changed.
+    """A picture file, with its size and time, which show whether it has changed.
 
     Attributes:
-        path: below the folder, with "/" between its parts.
-        size: in bytes.
-        modified: in nanoseconds since 1970.
+        path: path relative to the folder, with "/" between its parts.
+        size: size in bytes.
+        modified: time of modification, in nanoseconds since 1970.
     """
 
     path: str
@@ -34,64 +34,68 @@ class Picture(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A file or folder that cannot be read, and why."""
+    """A file or folder that cannot be read, and the reason."""
 
     path: str
     reason: str
 
 
 def find_pictures(folder: Path, index: Path | None = None) -> tuple[list[Picture], list[Unreadable]]:
-    """All JPEG, PNG and WebP files in a folder at any depth, by path, and what could not be looked at.
+    """Finds all JPEG, PNG and WebP files in a folder and its subfolders, by their suffixes in any case.
 
-    Suffixes count, in any case. Names that begin with a dot are left out, and so is the folder `index`, which holds
-    sheets. Links are followed, but not to a folder that they lie in.
+    Names that begin with a dot are skipped. So is the folder `index`, which contains results images. Links are
+    followed, unless they lead to a folder that contains them.
 
-    Raises UserError where there is no such folder.
+    Returns: the pictures, and the files and folders that cannot be read, both sorted by path.
+
+    Raises UserError if the folder does not exist or cannot be read.
     """
     if not is_folder(folder):
-        raise UserError(f"{folder} is not a folder: give the folder that holds the pictures")
+        raise UserError(f"{folder} is not a folder: give the folder that contains the pictures")
     pictures: list[Picture] = []
     unreadable: list[Unreadable] = []
-    left_out = frozenset() if index is None or not is_folder(index) else frozenset([_identity(index)])
-    waiting = [("", left_out)]  # folders, each with those that it lies in
-    while waiting:
-        path, above = waiting.pop()
+    excluded = frozenset() if index is None or not is_folder(index) else frozenset([_identity(index)])
+    pending = [("", excluded)]  # folders, each with the folders that contain it
+    while pending:
+        path, ancestors = pending.pop()
         try:
             identity = _identity(folder / path)
-            if identity in above:
+            if identity in ancestors:
                 continue
             with os.scandir(folder / path) as entries:
                 for entry in entries:
-                    below = f"{path}/{entry.name}" if path else entry.name
+                    entry_path = f"{path}/{entry.name}" if path else entry.name
                     if entry.name.startswith("."):
                         continue
                     try:
                         if entry.is_dir():
-                            waiting.append((below, above | {identity}))
+                            pending.append((entry_path, ancestors | {identity}))
                         elif entry.name.lower().endswith(SUFFIXES):
-                            below.encode()
+                            entry_path.encode()
                             status = entry.stat()
                             if entry.is_file():
-                                pictures.append(Picture(below, status.st_size, status.st_mtime_ns))
-                    except UnicodeEncodeError:  # a page and a database have no way to say such a name
-                        unreadable.append(Unreadable(below, "its name is no UTF-8: rename it"))
-                    except OSError as error:  # a link that leads nowhere, or in a circle
-                        unreadable.append(Unreadable(below, error.strerror))
+                                pictures.append(Picture(entry_path, status.st_size, status.st_mtime_ns))
+                    except UnicodeEncodeError:  # the page and Qdrant cannot represent such a name
+                        unreadable.append(Unreadable(entry_path, "its name is not valid UTF-8: rename it"))
+                    except OSError as error:  # a broken link, or a link in a circle
+                        unreadable.append(Unreadable(entry_path, error.strerror))
         except OSError as error:
             if not path:
-                raise UserError(f"{folder} cannot be read ({error.strerror}): see to it") from error
+                raise UserError(
+                    f"{folder} cannot be read ({error.strerror}): check the folder and its permissions"
+                ) from error
             unreadable.append(Unreadable(path, error.strerror))
     return sorted(pictures), sorted(unreadable)
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """The same whatever path leads to it."""
+    """Returns the device and inode of a folder, which are the same for every path that leads to it."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
 
 class PictureSet(Dataset):
-    """Pictures by number, as (3, H, W) normalised tensors; or why one cannot be read."""
+    """A dataset of pictures, each with its pixels (3, H, W), normalised; or an `Unreadable` with the reason."""
 
     def __init__(self, folder: Path, pictures: list[Picture], view: EvaluationView):
         self.folder, self.pictures, self.view = folder, pictures, view
@@ -110,11 +114,12 @@ class PictureSet(Dataset):
 
 
 class PictureBatch(NamedTuple):
-    """Some pictures, decoded.
+    """A batch of decoded pictures.
 
     Attributes:
-        pictures: B of them, and pixels: (B, 3, H, W), None where B is 0.
-        unreadable: those that have no pixels.
+        pictures: B pictures.
+        pixels: (B, 3, H, W); None if B is 0.
+        unreadable: pictures that could not be decoded.
     """
 
     pictures: list[Picture]
@@ -123,7 +128,7 @@ class PictureBatch(NamedTuple):
 
 
 def picture_batches(pictures: PictureSet, *, batch_size: int, workers: int) -> Iterator[PictureBatch]:
-    """All pictures, in their order, decoded by `workers` processes (0: by this one)."""
+    """Decodes all pictures, in their order, with `workers` processes (0: in this process)."""
     yield from DataLoader(
         pictures, batch_size=batch_size, collate_fn=_collate, num_workers=workers, worker_init_fn=outlive_signals
     )

@@ -1,7 +1,7 @@
-"""Search past one machine: the features in a Qdrant server, by its own client.
+"""Search on a Qdrant server, for more features than one machine can search.
 
-The index stays what is true, and its features on the disk; a collection of the server follows it. A point is a picture:
-its id comes from the path, its payload has `path` and `version`, which tells whether the point is up to date.
+The index with its features stays on the disk, and a collection of the server is a copy of it. Each point is a picture.
+Its id is computed from the path; its payload contains `path` and `version`, which shows whether the point is current.
 
 Q queries, D width of the shared space.
 """
@@ -27,27 +27,32 @@ from misc.search.pictures import Picture
 
 POINTS_AT_ONCE = 256
 IDS_AT_ONCE = 10_000
-SECONDS = 60
-"""That the server may take to answer."""
+TIMEOUT_SECONDS = 60
+"""Longest time to wait for an answer of the server."""
 NAMESPACE = uuid.UUID("c6f9b6b1-4a55-5d0c-9b86-0f2f6b1f6d4e")
 CLAIM = "qdrant.json"
-"""In the index: the collection that it has made, and so may change."""
+"""File in the index that records the collection that this index has created, and so may change."""
 
 
 def check(choice: EngineChoice) -> None:
-    """Raises UserError for an address that is none, or where nobody answers."""
+    """Checks that a Qdrant server answers at the address.
+
+    Raises UserError if the address is invalid or no server answers there.
+    """
     address = choice.address
     if address is None or ("://" not in address and ":" in Path(address).name):
-        given = "give the address of the server" if address is None else f"{address} is no address"
-        raise UserError(f"--engine qdrant: {given}, as in --qdrant http://HOST:6333")
+        given = "give the address of the server" if address is None else f"{address} is not an address"
+        raise UserError(f"--engine qdrant: {given}, for example --qdrant http://HOST:6333")
     with _connected(address) as client:
         client.get_collections()
 
 
 def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[str]]:
-    """Makes the collection hold what the gallery holds: what is missing or changed is sent, what is gone deleted.
+    """Updates the collection: sends the new and changed pictures of the gallery, and deletes those that are not in it.
 
-    Raises UserError where the server cannot be reached or says no, and for a collection that this index has not made.
+    Returns: the settings of the engine, and lines for the user.
+
+    Raises UserError if the server cannot be reached or refuses, or this index has not created the collection.
     """
     collection = choice.collection or gallery.index.name
     settings = {"name": "qdrant", "address": choice.address, "collection": collection}
@@ -73,19 +78,22 @@ def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[
 
 
 class Qdrant:
-    """`Engine` of a gallery that `build` was called for."""
+    """An `Engine` that searches the collection that `build` has filled.
+
+    Raises UserError if the server cannot be reached, or the collection does not exist.
+    """
 
     def __init__(self, gallery: Gallery, choice: EngineChoice):
         self.gallery, self.choice = gallery, choice
         self.client = _connect(choice.address)
-        with _explained(choice.address):
+        with _client_errors(choice.address):
             if not self.client.collection_exists(choice.collection):
                 raise UserError(f"{choice.address} has no collection {choice.collection}: index the folder again")
 
     def search(self, queries: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
-        """As `Engine.search`. Pictures that a newer index has put there are left out."""
+        """See `Engine.search`. Pictures that only a newer generation contains are left out."""
         requests = [models.QueryRequest(query=query.tolist(), limit=count, with_payload=["path"]) for query in queries]
-        with _explained(self.choice.address):
+        with _client_errors(self.choice.address):
             answers = self.client.query_batch_points(self.choice.collection, requests)
         return [self._found(answer.points) for answer in answers]
 
@@ -96,23 +104,26 @@ class Qdrant:
         return scores, torch.tensor([row for _, row in known], dtype=torch.int64)
 
     def close(self) -> None:
-        """As `Engine.close`."""
+        """See `Engine.close`."""
         self.client.close()
 
 
 def _claim(client: QdrantClient, gallery: Gallery, settings: dict[str, Any]) -> None:
-    """Makes the collection, unless this index has done so before."""
+    """Creates the collection, unless this index has already created it.
+
+    Raises UserError if the collection exists and this index has not created it.
+    """
     file, collection = gallery.index / CLAIM, settings["collection"]
     exists = client.collection_exists(collection)
     if exists and not (file.exists() and json.loads(file.read_bytes()) == settings):
         raise UserError(
-            f"{settings['address']} has a collection {collection} that this index has not made, and would overwrite: "
+            f"{settings['address']}: the collection {collection} exists, but was not created by this index: "
             "give another name with --collection"
         )
     with atomic_file(file) as written:
         written.write(json.dumps(settings).encode())
     if exists and client.get_collection(collection).config.params.vectors.size != gallery.info.width:
-        client.delete_collection(collection)  # of another checkpoint, which --overwrite has replaced
+        client.delete_collection(collection)  # its features are from a checkpoint that --overwrite has replaced
         exists = False
     if not exists:
         parameters = models.VectorParams(size=gallery.info.width, distance=models.Distance.COSINE)
@@ -120,7 +131,7 @@ def _claim(client: QdrantClient, gallery: Gallery, settings: dict[str, Any]) -> 
 
 
 def _versions(client: QdrantClient, collection: str) -> dict[str, str]:
-    """The versions of all points, by id."""
+    """Returns the version of each point, by its id."""
     versions: dict[str, str] = {}
     offset = None
     while True:
@@ -139,27 +150,34 @@ def _version(gallery: Gallery, picture: Picture) -> str:
 
 
 def _connect(address: str) -> QdrantClient:
-    """A client of the server at a URL, or of the local mode in a folder. `QDRANT_API_KEY` is sent where it is set."""
-    with _explained(address):
+    """Connects to the server at a URL, or opens a folder in local mode. Sends `QDRANT_API_KEY` if it is set.
+
+    Raises UserError if the client refuses the address.
+    """
+    with _client_errors(address):
         if "://" not in address:
             return QdrantClient(path=address, force_disable_check_same_thread=True)
         key = os.environ.get("QDRANT_API_KEY") or None
-        return QdrantClient(url=address, api_key=key, timeout=SECONDS, check_compatibility=False)
+        return QdrantClient(url=address, api_key=key, timeout=TIMEOUT_SECONDS, check_compatibility=False)
 
 
 @contextmanager
 def _connected(address: str) -> Iterator[QdrantClient]:
+    """Provides a client, which is closed when the context ends.
+
+    Raises UserError if the server cannot be reached or refuses.
+    """
     client = _connect(address)
     try:
-        with _explained(address):
+        with _client_errors(address):
             yield client
     finally:
         client.close()
 
 
 @contextmanager
-def _explained(address: str) -> Iterator[None]:
-    """What the client raises as one clear line."""
+def _client_errors(address: str) -> Iterator[None]:
+    """Turns the exceptions of the client into a `UserError` of one line."""
     try:
         yield
     except (ApiException, OSError, ValueError, RuntimeError) as error:
@@ -167,5 +185,5 @@ def _explained(address: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"Qdrant at {address} does not answer as it should ({reason}): see to it, then go on"
+            f"Qdrant at {address} does not answer correctly ({reason}): check the server, then run the command again"
         ) from error

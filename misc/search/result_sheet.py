@@ -1,4 +1,4 @@
-"""A picture of what a query found."""
+"""An image with the results of a query."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,36 +9,38 @@ from misc.files import atomic_file
 from misc.retrieval.sheet import Cell, draw_sheet, wrapped
 from misc.search.searcher import Query, Result
 
-IN_A_ROW = 10
-MOST = 100
-"""Results that are drawn."""
+PER_ROW = 10
+MAX_DRAWN = 100
+"""Number of results that are drawn."""
 LABEL_WIDTH = 16
+"""In characters."""
 
 
 def draw_result_sheet(path: Path, folder: Path, query: Query, results: Sequence[Result]) -> int:
-    """Draws a query and its first hundred results, ten in a row, as a PNG. Returns how many could not be drawn, as
-    they are gone or have changed since they were indexed.
+    """Draws a query and its first hundred results, ten per row, as a PNG.
 
-    Raises UserError where the file cannot be written.
+    Returns: the number of results that cannot be drawn, because their files have been removed or changed.
+
+    Raises UserError if the file cannot be written.
     """
     cells, missing = [], 0
-    for rank, (name, score) in enumerate(results[:MOST], start=1):
+    for rank, (name, score) in enumerate(results[:MAX_DRAWN], start=1):
         try:
             picture = read_image(folder / name, upright=True)
-        except UserError:  # the picture may be gone, and the others shall be seen all the same
+        except UserError:  # one removed file must not prevent drawing the others
             missing += 1
             continue
         cells.append(Cell(picture, f"{rank}.  {score:.3f}\n{_short(Path(name).name)}"))
     first = wrapped(query.description or f"like {query.file}")
-    rows = [(first if start == 0 else "", cells[start : start + IN_A_ROW]) for start in range(0, len(cells), IN_A_ROW)]
+    rows = [(first if start == 0 else "", cells[start : start + PER_ROW]) for start in range(0, len(cells), PER_ROW)]
     try:
         with atomic_file(path) as file:
-            draw_sheet(file, rows or [(first, [])], columns=min(IN_A_ROW, max(1, len(cells))))
+            draw_sheet(file, rows or [(first, [])], columns=min(PER_ROW, max(1, len(cells))))
     except OSError as error:
-        raise UserError(f"--sheet {path} cannot be written ({error.strerror}): give another place") from error
+        raise UserError(f"--sheet {path} cannot be written ({error.strerror}): give another file") from error
     return missing
 
 
 def _short(name: str) -> str:
-    """The end of a name, which tells most."""
+    """Returns the end of a long name, which is its most specific part."""
     return name if len(name) <= LABEL_WIDTH else f"…{name[1 - LABEL_WIDTH :]}"

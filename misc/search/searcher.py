@@ -1,4 +1,4 @@
-"""Queries in, pictures of the index out.
+"""Searches an index: takes queries, and returns pictures of the index.
 
 Q queries, D width of the shared space.
 """
@@ -19,13 +19,13 @@ from misc.search.encoder import Encoder
 from misc.search.gallery import INFO, open_gallery
 
 LONGEST_DESCRIPTION = 500
-"""In characters; a CLIP reads 77 tokens, some 300 characters."""
+"""In characters; CLIP reads at most 77 tokens, which are about 300 characters."""
 NOT_IN_TEXT = ("Cc", "Cs")
 """Unicode's categories of control characters and halves of a surrogate pair."""
 
 
 class Result(NamedTuple):
-    """A picture that was found: its path below the folder, and its cosine with the query."""
+    """A picture that was found: its path relative to the folder, and its cosine with the query."""
 
     path: str
     score: float
@@ -33,13 +33,14 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Query:
-    """What is looked for: exactly one of the first three.
+    """A query: a description, a picture file or a picture of the index. Exactly one of these three is set.
 
     Attributes:
-        description: in words.
-        file: a picture anywhere.
-        like: the path of a picture of the index.
-        count: results that are wanted, and threshold: the lowest cosine that they may have.
+        description: a description in words.
+        file: any picture file.
+        like: the path of a picture in the index.
+        count: largest number of results.
+        threshold: lowest cosine of a result.
     """
 
     description: str | None = None
@@ -50,25 +51,30 @@ class Query:
 
 
 def checked_description(text: str) -> str:
-    """A description as it is encoded. Raises UserError for one that is empty, too long, or holds control characters."""
+    """Checks a description, and returns it with single spaces between its words.
+
+    Raises UserError if it is empty, too long, or contains control characters.
+    """
     if len(text) > LONGEST_DESCRIPTION:
-        raise UserError(f"the description has {len(text):,} characters: {LONGEST_DESCRIPTION} are the most")
+        raise UserError(f"the description has {len(text):,} characters: shorten it to at most {LONGEST_DESCRIPTION}")
     if bad := [each for each in text if unicodedata.category(each) in NOT_IN_TEXT and each not in "\t\r\n"]:
-        raise UserError(f"the description holds U+{ord(bad[0]):04X}, which is not a character to read: remove it")
+        raise UserError(f"the description contains the control character U+{ord(bad[0]):04X}: remove it")
     if not text.strip():
-        raise UserError("the description is empty: say whom to look for, as in: a woman in a red coat")
+        raise UserError("the description is empty: describe a person, for example: a woman in a red coat")
     return " ".join(text.split())
 
 
 class Searcher:
-    """Searches an index, and follows it to its newest generation.
+    """Searches the newest generation of an index.
 
     Attributes:
-        folder: that was indexed.
-        index: its index.
-        encoder: of queries; the one that the index was made with.
-        gallery: the generation that is searched.
-        engine: that searches it.
+        folder: folder of pictures that was indexed.
+        index: folder of the index.
+        encoder: encodes the queries; the index was built with it.
+        gallery: generation that is searched.
+        engine: searches the gallery.
+
+    Raises UserError if the index cannot be opened, or was built with another encoder.
     """
 
     def __init__(self, folder: Path, index: Path, encoder: Encoder, engine: str | None = None):
@@ -78,7 +84,7 @@ class Searcher:
 
     @property
     def engine_name(self) -> str:
-        """Of the engine that searches."""
+        """The name of the engine that searches."""
         return self._engine_wanted or self.gallery.info.engine["name"]
 
     def _open(self) -> None:
@@ -87,18 +93,19 @@ class Searcher:
             gallery = open_gallery(self.index)
             if gallery.info.fingerprint != self.encoder.fingerprint:
                 raise UserError(
-                    f"{self.index} was made with another checkpoint ({gallery.info.checkpoint}): give that one"
+                    f"{self.index} was built with another checkpoint: use --checkpoint {gallery.info.checkpoint}"
                 )
             engine = engines.open_engine(gallery, self._engine_wanted)
         except UserError:
             if self._stamp() == stamp:
                 raise
-            return self._open()  # a new generation has just taken its place
-        # Together and last: if anything above failed, the next search tries again.
+            return self._open()  # a new generation has just replaced it
+        # All three together, at the end: if a line above fails, the next search tries again.
         self._seen, self.gallery, self.engine = stamp, gallery, engine
         return None
 
     def _stamp(self) -> tuple[int, int] | None:
+        """Returns a value that changes with each new generation."""
         try:
             status = (self.index / INFO).stat()
         except FileNotFoundError:
@@ -106,15 +113,20 @@ class Searcher:
         return status.st_mtime_ns, status.st_ino
 
     def refresh(self) -> None:
-        """Goes over to a newer generation, if there is one. Raises UserError where the index is gone or another's."""
+        """Opens a newer generation, if there is one.
+
+        Raises UserError if the index was removed, or replaced by that of another checkpoint.
+        """
         if self._stamp() != self._seen:
             self.engine.close()
             self._open()
 
     def search(self, queries: Sequence[Query]) -> list[list[Result] | UserError]:
-        """The results of each query, best first; a query that cannot be answered gives the reason instead.
+        """Answers several queries, which are encoded and compared together.
 
-        What is asked at once is encoded and compared at once.
+        Returns: for each query, its results, best first; or a UserError if the query cannot be answered.
+
+        Raises UserError if the index or its engine cannot be used.
         """
         self.refresh()
         features = self._features(queries)
@@ -128,12 +140,12 @@ class Searcher:
         return answers
 
     def _features(self, queries: Sequence[Query]) -> list[Tensor | UserError]:
-        """(D,) of each query, or why it has none."""
+        """Returns the feature (D,) of each query, or a UserError if the query has none."""
         described = [query.description for query in queries if query.description is not None]
         encoded = iter(self.encoder.encode_descriptions(described) if described else ())
-        return [self._of_picture(query) if query.description is None else next(encoded) for query in queries]
+        return [self._picture_feature(query) if query.description is None else next(encoded) for query in queries]
 
-    def _of_picture(self, query: Query) -> Tensor | UserError:
+    def _picture_feature(self, query: Query) -> Tensor | UserError:
         if query.file is None:
             row = self.gallery.row_of(query.like)
             return UserError(f"{query.like} is not in the index") if row is None else self.gallery.features[row]

@@ -1,4 +1,4 @@
-"""The search page and what it asks for, by FastAPI. Only pictures of the index are served."""
+"""The server of the search page and its requests, with FastAPI. It serves only pictures of the index."""
 
 import asyncio
 import socket
@@ -26,7 +26,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_RESULTS = 200
 QUERIES_AT_ONCE = 64
 LONGEST_REQUEST = 1 << 20
-"""Bytes of a request's head; a description of 10,000 characters of any script fits, and is answered."""
+"""Bytes of a request's head: a description of 10,000 characters in any script fits, so it gets a clear error."""
 MEDIA_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
@@ -35,7 +35,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-"""Of every answer: the page loads nothing from elsewhere, and other pages do not show these pictures."""
+"""Headers of every response: the page loads nothing from other servers, and other pages cannot show the pictures."""
 
 Count = Annotated[int, Parameter(ge=1, le=MOST_RESULTS)]
 Threshold = Annotated[float, Parameter(ge=-1, le=1, allow_inf_nan=False)]
@@ -43,11 +43,12 @@ Answer = list[Result] | UserError
 
 
 class QueryBatcher:
-    """Answers queries that come while others are computed all at once, when those are done: one search at a time runs,
-    so memory stays bounded, and many users cost little more than one.
+    """Answers queries in batches: queries that arrive during a search are answered together in the next one.
+
+    Only one search runs at a time. So memory is bounded, and many users cost little more than one.
 
     Args:
-        answer: Q queries to Q answers; called in a thread.
+        answer: answers Q queries; it is called in a thread.
     """
 
     def __init__(self, answer: Callable[[Sequence[Query]], list[Answer]]):
@@ -56,6 +57,7 @@ class QueryBatcher:
         self._running: asyncio.Task | None = None
 
     async def __call__(self, query: Query) -> Answer:
+        """Waits for the answer to a query."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((query, future))
         if self._running is None or self._running.done():
@@ -67,10 +69,10 @@ class QueryBatcher:
             batch, self._waiting = self._waiting[:QUERIES_AT_ONCE], self._waiting[QUERIES_AT_ONCE:]
             try:
                 answers = await asyncio.to_thread(self._answer, [query for query, _ in batch])
-            except Exception as error:  # whoever asked raises it
+            except Exception as error:  # raised again for each query of the batch
                 answers = [error] * len(batch)
             for (_, future), answer in zip(batch, answers, strict=True):
-                if future.done():  # nobody waits any more
+                if future.done():  # the request was cancelled
                     continue
                 if isinstance(answer, Exception) and not isinstance(answer, UserError):
                     future.set_exception(answer)
@@ -79,11 +81,11 @@ class QueryBatcher:
 
 
 def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
-    """The application. An error is answered with its status and `{"error": one line}`.
+    """Builds the application. It answers an error with its status and `{"error": "<one line>"}`.
 
     Args:
-        allowed_hosts: names that this server is called by; `*` for any. A page of another name, which its owner lets
-            lead here, so cannot read what is shown to the user.
+        allowed_hosts: host names that this server accepts; `*` for any. This stops DNS rebinding: another site whose
+            name is made to resolve to this server cannot read the pictures.
     """
     app = FastAPI(title="Person search", docs_url=None, redoc_url=None, openapi_url=None)
     search = QueryBatcher(searcher.search)
@@ -106,19 +108,19 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
             query = Query(description=checked_description(text), count=results, threshold=threshold)
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return await answered(query)
+        return await answer_query(query)
 
     @app.get("/api/similar")
     async def by_picture(path: str, results: Count = 20, threshold: Threshold = -1.0) -> Response:
-        known(path)
-        return await answered(Query(like=path, count=results, threshold=threshold))
+        require_indexed(path)
+        return await answer_query(Query(like=path, count=results, threshold=threshold))
 
     @app.get("/images/{path:path}")
     def image(path: str) -> Response:
-        known(path)
+        require_indexed(path)
         file = searcher.folder / path
         if not is_file(file):
-            raise HTTPException(404, f"{path} is no longer there: index the folder again")
+            raise HTTPException(404, f"{path} does not exist any more: index the folder again")
         return FileResponse(file, media_type=MEDIA_TYPES[file.suffix.lower()])
 
     @app.get("/")
@@ -127,12 +129,12 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
 
     app.mount("/static", StaticFiles(directory=PAGE))
 
-    def known(path: str) -> None:
-        """Only what the index lists has a name here, so no path leads out of it."""
+    def require_indexed(path: str) -> None:
+        """Answers 404 unless the index lists the path, so that no path leads out of the folder."""
         if searcher.gallery.row_of(path) is None:
             raise HTTPException(404, f"{path} is not in the index")
 
-    async def answered(query: Query) -> Response:
+    async def answer_query(query: Query) -> Response:
         started = time.perf_counter()
         found = await search(query)
         if isinstance(found, UserError):
@@ -159,7 +161,7 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return _error(500, "the search failed: the server's own output says why")
+        return _error(500, "the search failed: see the output of `search.py serve`")
 
     @app.middleware("http")
     async def guarded(request: Request, proceed: Callable) -> Response:
@@ -167,7 +169,9 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
         if "*" in allowed_hosts or name in allowed_hosts:
             response = await proceed(request)
         else:
-            response = _error(400, f"this server does not go by the name {name}: start it with --allow-host {name}")
+            response = _error(
+                400, f"this server does not accept the host name {name}: start it with --allow-host {name}"
+            )
         response.headers.update(HEADERS)
         return response
 
@@ -175,10 +179,10 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
 
 
 def _host_name(request: Request) -> str:
-    """The name that the browser calls this server by."""
+    """Returns the host name that the browser uses for this server, or an empty string if it is invalid."""
     try:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-    except ValueError:  # half a bracket
+    except ValueError:  # an unmatched bracket
         return ""
 
 
@@ -187,38 +191,40 @@ def _error(status: int, message: str) -> Response:
 
 
 def _readable(text: str) -> str:
-    """What UTF-8 cannot hold, replaced."""
+    """Returns the text with question marks for characters that UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()
 
 
-def serve(searcher: Searcher, host: str, port: int, allowed_hosts: Sequence[str], tell: Callable[[str], None]) -> None:
+def serve(
+    searcher: Searcher, host: str, port: int, allowed_hosts: Sequence[str], announce: Callable[[str], None]
+) -> None:
     """Serves the page until Ctrl-C.
 
     Args:
         host: address to listen on.
-        port: 0 for any that is free.
-        allowed_hosts: names besides those of this machine itself that the server is called by.
-        tell: is given the address of the page, once it can be reached.
+        port: port to listen on; 0 for any free one.
+        allowed_hosts: host names that the server accepts in addition to those of this machine.
+        announce: called with the address of the page, once it can be reached.
 
-    Raises UserError where the address cannot be listened on.
+    Raises UserError if the server cannot listen on the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{host}:{port} cannot be listened on ({reason}): give another --port or --host") from error
+        raise UserError(f"cannot listen on {host}:{port} ({reason}): give another --port or --host") from error
     with listener:
         port = listener.getsockname()[1]
-        anywhere = host not in LOOPBACK and not allowed_hosts
-        names = ["*"] if anywhere else [*LOOPBACK, *(name.lower() for name in allowed_hosts)]
+        any_name = host not in LOOPBACK and not allowed_hosts
+        names = ["*"] if any_name else [*LOOPBACK, *(name.lower() for name in allowed_hosts)]
         settings = uvicorn.Config(
             build_app(searcher, allowed_hosts=names),
-            http="h11",  # the one whose longest request can be set
+            http="h11",  # the implementation that can limit the length of a request
             h11_max_incomplete_event_size=LONGEST_REQUEST,
             log_level="warning",
             server_header=False,
         )
-        tell(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-        with suppress(KeyboardInterrupt):  # uvicorn has ended well, and raises it again
+        announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean shutdown
             uvicorn.Server(settings).run(sockets=[listener])

@@ -1,8 +1,9 @@
-"""The demo without its training: its checkpoint, and people that it has never seen.
+"""The checkpoint of the demo, without training, and drawn people that were not in its training data.
 
-`demo_weights.npz` holds what `make demo` trained (seed 0, R@1 55.35 on its 250 unseen people), so that tests need not
-train for minutes: matrices in eight bits with a scale for each row, and of the token table only the tokens that the
-demo's captions have. Made anew by `python -m tests.helpers.demo runs/demo/checkpoint_best.pth data/pedestrians`.
+`demo_weights.npz` contains the weights that `make demo` trained (seed 0, R@1 55.35 on its 250 unseen people), so that
+tests need not train for minutes. Matrices have eight bits per number and a scale for each row. The token embedding has
+only the tokens of the demo's captions. To write the file again, run
+`python -m tests.helpers.demo runs/demo/checkpoint_best.pth data/pedestrians`.
 """
 
 import json
@@ -23,20 +24,20 @@ from text_utils.tokenizer import VOCABULARY_SIZE, Tokenizer
 WEIGHTS = Path(__file__).parent / "demo_weights.npz"
 TOKEN_TABLE = "text_encoder.token_embedding.weight"
 FIRST_UNSEEN = 1601
-"""Identity: those before it are in the demo's training and validation splits."""
+"""First identity of the test split; lower ones are in the training and validation splits."""
 IMAGES, SEED, SIZE = 4, 0, (128, 64)
 LARGEST = 127
 
 
 class Unseen(NamedTuple):
-    """A drawn person: who it is, and captions by picture."""
+    """A drawn person, with the captions of each picture by its path."""
 
     person: Person
     captions: dict[str, list[str]]
 
 
 def write_demo_checkpoint(path: Path) -> None:
-    """The demo's checkpoint, in the form of a run's `checkpoint_best.pth`."""
+    """Writes the checkpoint of the demo in the form of a run's `checkpoint_best.pth`."""
     with np.load(WEIGHTS) as stored:
         config = json.loads(str(stored["config"]))
         model = {}
@@ -51,7 +52,10 @@ def write_demo_checkpoint(path: Path) -> None:
 
 
 def draw_unseen(folder: Path, people: int) -> dict[str, Unseen]:
-    """Draws four pictures of each person into folders named by camera. Keys are how the names of their files begin."""
+    """Draws four pictures of each person, in folders named by camera.
+
+    Returns: the people, by the first part of their file names (see `identity_of`).
+    """
     drawn = {}
     for identity in range(FIRST_UNSEEN, FIRST_UNSEEN + people):
         person, portraits = imagine_identity(identity, IMAGES, SEED)
@@ -64,12 +68,12 @@ def draw_unseen(folder: Path, people: int) -> dict[str, Unseen]:
 
 
 def identity_of(path: str) -> str:
-    """The key of `draw_unseen` that a picture's path belongs to."""
+    """Returns the key of `draw_unseen` for the path of a picture."""
     return Path(path).name.partition("_")[0]
 
 
 def store(checkpoint: Path, dataset: Path) -> None:
-    """Writes `demo_weights.npz`."""
+    """Writes `demo_weights.npz` from a checkpoint of the demo and its dataset."""
     content = read_checkpoint(checkpoint)
     tokenizer = Tokenizer()
     entries = json.loads((dataset / "reid_raw.json").read_text())

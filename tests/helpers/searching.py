@@ -1,4 +1,4 @@
-"""A tiny CLIP and a few pictures to search among."""
+"""A tiny CLIP and a few pictures to search."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ GELU = "model.activation=gelu"
 
 
 def write_clip(path: Path, seed: int = 0, embed: int = 32) -> Path:
-    """Weights of a CLIP for pictures of 32 × 32, other ones for each seed."""
+    """Writes the weights of a CLIP for pictures of 32 × 32 pixels; each seed has other weights."""
     sizes = {"embed": embed, "resolution": (32, 32), "patch": 16, "vision_width": 32, "vision_layers": 1}
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -28,7 +28,7 @@ def write_clip(path: Path, seed: int = 0, embed: int = 32) -> Path:
 
 
 def write_people(folder: Path) -> Path:
-    """Seven pictures in three folders: JPEG, PNG and WebP; and files that are none."""
+    """Writes seven JPEG, PNG and WebP pictures in three folders, and files that must not be indexed."""
     for name, colour in zip(NAMES, COLOURS, strict=True):
         save_picture(folder / name, colour)
     (folder / "notes.txt").write_text("no picture")
@@ -43,12 +43,12 @@ def save_picture(path: Path, colour: str) -> None:
 
 
 def gallery_of(folder: Path) -> Gallery:
-    """Of the index beside a folder of pictures."""
+    """Opens the default index of a folder of pictures."""
     return open_gallery(default_index(folder))
 
 
 def paths_of(folder: Path) -> list[str]:
-    """Of the pictures in the index beside a folder."""
+    """Returns the paths of all pictures in the default index of a folder."""
     return [picture.path for picture in gallery_of(folder).pictures()]
 
 
@@ -57,6 +57,6 @@ def encoder_of(clip: Path) -> Encoder:
 
 
 def features_one_by_one(folder: Path, clip: Path, names: list[str]) -> torch.Tensor:
-    """(names, D): what an index should hold."""
+    """Returns the features (names, D) that an index should contain."""
     encoder = encoder_of(clip)
     return torch.cat([encoder.encode_pictures(encoder.view(read_image(folder / name))[None]) for name in names])

@@ -1,7 +1,7 @@
 "use strict";
 
 const DEFAULT_COUNT = 20;
-const TYPING_PAUSE = 350; // milliseconds without a keystroke after which a changed setting counts
+const TYPING_PAUSE = 350; // milliseconds after the last keystroke until a changed setting takes effect
 const HINT = "Type a description and press Enter.";
 const UNREACHABLE = "The server does not answer. Is “python search.py serve” still running?";
 
@@ -9,14 +9,14 @@ const byId = (id) => document.getElementById(id);
 const [countField, thresholdField, compareButton] = ["count", "threshold", "compare"].map(byId);
 const wholeNumber = new Intl.NumberFormat("en-GB", { maximumFractionDigits: 0 });
 
-// What the address of the page says: both settings here, and in each column its query (none: the column is not shown).
+// The state that the address of the page records: the settings, and the query of each column (null: column hidden).
 const settings = { count: DEFAULT_COUNT, threshold: null };
 const columns = [makeColumn(1, ""), makeColumn(2, "2")];
 
 function makeColumn(number, suffix) {
   const like = byId(`like-${number}`);
   return {
-    suffix, // of its names in the address of the page: q and like, q2 and like2
+    suffix, // of the column's parameters in the address of the page: q and like, or q2 and like2
     section: byId(`column-${number}`),
     form: byId(`search-${number}`),
     text: byId(`text-${number}`),
@@ -130,7 +130,7 @@ async function search(column) {
   const asked = requestOf(column.query);
   if (asked && asked === column.asked) return;
   column.asked = asked;
-  column.request.abort(); // whatever it would still answer is older than this
+  column.request.abort(); // its answer would be out of date
   const { signal } = (column.request = new AbortController());
   column.error.hidden = true;
   column.status.textContent = asked ? "Searching …" : HINT;
@@ -214,14 +214,14 @@ function cardOf(element) {
   return element.closest?.(".card") ?? null;
 }
 
-// New results take away the card that had the focus: the same picture gets it back, else the first one.
+// New results replace the focused card: the focus goes to the card of the same picture, or else to the first card.
 function focusCard(column, path) {
   const cards = [...column.results.children];
   const card = cards.find((one) => one.dataset.path === path) ?? cards[0];
   (card?.querySelector(".more") ?? column.text).focus({ preventScroll: true });
 }
 
-// What somebody does with the mouse or a finger
+// Mouse and touch
 
 function submitText(column) {
   const text = column.text.value.trim();
@@ -231,7 +231,7 @@ function submitText(column) {
     return;
   }
   column.query = { text, like: null };
-  column.asked = null; // asked for again, it is searched again: the server may be back
+  column.asked = null; // so that the same text is searched again: the server may work again
   pushPage();
 }
 
@@ -242,7 +242,7 @@ function searchLike(column, path) {
 }
 
 function leaveLike(column) {
-  focusCard(column, column.query.like); // the button that has the focus goes away
+  focusCard(column, column.query.like); // the focused button disappears
   column.query = { ...column.query, like: null };
   pushPage();
 }
@@ -290,7 +290,7 @@ function focusText(column) {
   return true;
 }
 
-// The card that a key leads to: null at the edge, undefined for every other key.
+// Returns the card that a key moves to: null at the edge, undefined for any other key.
 function nextCard(key, card, cards) {
   if (key === "ArrowLeft") return card.previousElementSibling;
   if (key === "ArrowRight") return card.nextElementSibling;
@@ -307,7 +307,7 @@ function nearestCard(card, others) {
   return row.reduce((best, one) => (best && distance(best) <= distance(one) ? best : one), null);
 }
 
-// The beginning
+// Start-up
 
 async function showAbout() {
   try {

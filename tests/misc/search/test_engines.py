@@ -1,4 +1,4 @@
-"""Engines find what comparing everything with everything finds; what `search.py query` prints and draws."""
+"""Engines find the same as comparing all features; `search.py query` prints and draws the results."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ from tests.helpers.searching import GELU, encoder_of, features_one_by_one, paths
 
 
 def clustered(count: int, width: int, clusters: int, seed: int = 0) -> torch.Tensor:
-    """(count, width) L2-normalised, in clusters: in uniform features, no approximate search finds anything."""
+    """Random features (count, width), L2-normalised, in clusters: approximate search needs clusters to work."""
     generator = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(clusters, width, generator=generator), dim=1)
     noise = F.normalize(torch.randn(count, width, generator=generator), dim=1)
@@ -30,7 +30,7 @@ def clustered(count: int, width: int, clusters: int, seed: int = 0) -> torch.Ten
 
 
 def write_index(folder: Path, features: torch.Tensor, names: list[str] | None = None) -> Gallery:
-    """An index of features, as its first generation."""
+    """Writes an index whose first generation has the features."""
     names = names or [f"{number:05}.jpg" for number in range(len(features))]
     pictures = [Picture(name, 1, 1) for name in names]
     info = Info("clip.pt", [], "f" * 64, features.shape[1])
@@ -44,6 +44,7 @@ def write_index(folder: Path, features: torch.Tensor, names: list[str] | None = 
 
 
 def by_hand(features: torch.Tensor, query: torch.Tensor, count: int) -> list[tuple[float, int]]:
+    """Compares a query with all features in float64: the best scores with their rows."""
     scores = (features.double().numpy() @ query.double().numpy()).tolist()
     return sorted(((score, row) for row, score in enumerate(scores)), key=lambda pair: -pair[0])[:count]
 
@@ -53,7 +54,7 @@ def by_hand(features: torch.Tensor, query: torch.Tensor, count: int) -> list[tup
 
 @pytest.mark.parametrize(("pictures", "count"), [(1, 1), (7, 10), (300, 1), (300, 10), (1000, 128)])
 def test_exact_search_finds_what_comparing_all_finds(monkeypatch, pictures, count):
-    monkeypatch.setattr(engines, "BLOCK", 128)  # several blocks, the last one short
+    monkeypatch.setattr("misc.search.engine.BLOCK", 128)  # several blocks, the last one short
     features = clustered(pictures, 16, 5)
     queries = clustered(4, 16, 5, seed=1)
     found = Exact(features).search(queries, count)
@@ -63,8 +64,8 @@ def test_exact_search_finds_what_comparing_all_finds(monkeypatch, pictures, coun
         np.testing.assert_allclose(scores.numpy(), [score for score, _ in expected], atol=1e-6)
 
 
-def test_of_equal_pictures_the_first_comes_first(monkeypatch):
-    monkeypatch.setattr(engines, "BLOCK", 4)
+def test_pictures_with_equal_scores_are_in_the_order_of_their_rows(monkeypatch):
+    monkeypatch.setattr("misc.search.engine.BLOCK", 4)
     features = torch.eye(2)[torch.tensor([1, 0, 1, 0, 0, 1, 1, 0, 1, 1])]
     ((scores, rows),) = Exact(features).search(torch.tensor([[1.0, 0.0]]), 10)
     assert rows.tolist() == [1, 3, 4, 7, 0, 2, 5, 6, 8, 9]
@@ -83,7 +84,7 @@ def test_queries_together_find_what_they_find_alone():
 # ---- faiss ----------------------------------------------------------------------------------------------------------
 
 
-def test_faiss_finds_nearly_all_of_what_is_nearest(tmp_path):
+def test_faiss_finds_nearly_all_of_the_nearest_pictures(tmp_path):
     pytest.importorskip("faiss", reason="needs requirements-search.txt")
     gallery = write_index(tmp_path / "index", clustered(20_000, 32, 400))
     settings, notes = engines.build(gallery, EngineChoice("faiss"))
@@ -95,7 +96,7 @@ def test_faiss_finds_nearly_all_of_what_is_nearest(tmp_path):
     recalls = []
     pairs = zip(engine.search(queries, 10), Exact(gallery.features).search(queries, 10), strict=True)
     for query, ((scores, rows), (_, exact)) in zip(queries, pairs, strict=True):
-        torch.testing.assert_close(scores, gallery.features[rows] @ query, rtol=0, atol=1e-6)  # not in eight bits
+        torch.testing.assert_close(scores, gallery.features[rows] @ query, rtol=0, atol=1e-6)  # exact
         assert (scores.diff() <= 0).all() and len(rows) == 10
         recalls.append(len(set(rows.tolist()) & set(exact.tolist())) / 10)
     assert sum(recalls) / len(recalls) > 0.95
@@ -113,7 +114,7 @@ def test_faiss_with_few_pictures_is_exact(tmp_path):
     assert rows.tolist() == [row for _, row in by_hand(gallery.features, query[0], 10)]
 
 
-def test_lists_that_a_crash_has_left_are_not_taken_for_those_of_other_pictures(make_index, people, monkeypatch):
+def test_lists_left_by_a_crash_are_not_used_for_other_pictures(make_index, people, monkeypatch):
     pytest.importorskip("faiss", reason="needs requirements-search.txt")
     from misc.search import indexing
 
@@ -127,11 +128,11 @@ def test_lists_that_a_crash_has_left_are_not_taken_for_those_of_other_pictures(m
         patched.setattr(indexing, "write_info", crash)
         assert make_index(people).status == 130
     save_picture(people / "newer.jpg", "cyan")
-    assert "recall@10" in make_index(people).out  # built anew
+    assert "recall@10" in make_index(people).out  # built again
     assert "recall@10" not in make_index(people).out  # nothing has changed
 
 
-def test_damaged_lists_are_told(make_index, call_search, people):
+def test_damaged_lists_are_reported(make_index, call_search, people):
     pytest.importorskip("faiss", reason="needs requirements-search.txt")
     make_index(people, "--engine", "faiss")
     file = default_index(people) / "faiss_1.index"
@@ -141,7 +142,7 @@ def test_damaged_lists_are_told(make_index, call_search, people):
     assert make_index(people).status == 0 and call_search("query", people, "red").status == 0
 
 
-def test_faiss_by_the_commands(make_index, call_search, people):
+def test_faiss_from_the_command_line(make_index, call_search, people):
     pytest.importorskip("faiss", reason="needs requirements-search.txt")
     make_index(people)
     expected = call_search("query", people, "a red coat").out
@@ -149,7 +150,7 @@ def test_faiss_by_the_commands(make_index, call_search, people):
     assert outcome.status == 0 and "recall@10" in outcome.out
     assert call_search("query", people, "a red coat").out == expected
     save_picture(people / "new.jpg", "yellow")
-    assert "recall@10" in make_index(people).out  # it stays with the engine
+    assert "recall@10" in make_index(people).out  # the index keeps its engine
     assert "new.jpg" in call_search("query", people, "a red coat").out
     make_index(people, "--engine", "exact")
     assert not list(default_index(people).glob("faiss*"))
@@ -192,7 +193,7 @@ def test_a_checkpoint_of_another_width_replaces_the_collection(make_index, call_
     assert call_search("query", people, "red").out.count("\n") == 7
 
 
-def test_a_collection_of_others_is_left_alone(make_index, call_search, people, tmp_path):
+def test_a_collection_of_another_program_is_not_changed(make_index, call_search, people, tmp_path):
     qdrant_client = pytest.importorskip("qdrant_client", reason="needs requirements-search.txt")
     client = qdrant_client.QdrantClient(path=str(tmp_path / "database"))
     parameters = qdrant_client.models.VectorParams(size=4, distance=qdrant_client.models.Distance.DOT)
@@ -202,20 +203,20 @@ def test_a_collection_of_others_is_left_alone(make_index, call_search, people, t
     make_index(people)
     outcome = make_index(people, *given)
     assert outcome.status == 2 and "--collection" in outcome.err.splitlines()[-1]
-    assert call_search("query", people, "red").status == 0  # the index is what it was
+    assert call_search("query", people, "red").status == 0  # the index has not changed
     assert make_index(people, *given, "--collection", "mine").status == 0
 
 
-def test_a_qdrant_that_does_not_answer_is_told(make_index, people):
+def test_a_qdrant_server_that_does_not_answer_is_reported(make_index, people):
     pytest.importorskip("qdrant_client", reason="needs requirements-search.txt")
     line = only_error(make_index(people, "--engine", "qdrant", "--qdrant", "http://127.0.0.1:9"))
     assert line.startswith("error: Qdrant at http://127.0.0.1:9 does not answer")
     assert "--qdrant http://HOST:6333" in only_error(make_index(people, "--engine", "qdrant"))
-    assert "no address" in only_error(make_index(people, "--engine", "qdrant", "--qdrant", "localhost:6333"))
+    assert "is not an address" in only_error(make_index(people, "--engine", "qdrant", "--qdrant", "localhost:6333"))
     assert "does not answer" in only_error(make_index(people, "--engine", "qdrant", "--qdrant", people / "a.jpg"))
 
 
-def test_a_crash_between_sending_and_finishing_is_made_good(make_index, people, tmp_path, monkeypatch):
+def test_an_update_after_a_crash_does_not_send_pictures_again(make_index, people, tmp_path, monkeypatch):
     pytest.importorskip("qdrant_client", reason="needs requirements-search.txt")
     from misc.search import indexing
 
@@ -231,11 +232,11 @@ def test_a_crash_between_sending_and_finishing_is_made_good(make_index, people, 
     assert "0 pictures sent" in make_index(people, *given).out
 
 
-# ---- what is missing ------------------------------------------------------------------------------------------------
+# ---- missing packages -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("engine", "module"), [("faiss", "faiss"), ("qdrant", "qdrant_client")])
-def test_a_package_that_is_missing_is_one_line(make_index, call_search, people, monkeypatch, engine, module, tmp_path):
+def test_a_missing_package_is_one_line(make_index, call_search, people, monkeypatch, engine, module, tmp_path):
     make_index(people)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == module else find(name))
@@ -247,7 +248,7 @@ def test_a_package_that_is_missing_is_one_line(make_index, call_search, people, 
     assert "pip install -r requirements-search.txt" in only_error(call_search("query", people, "red"))
 
 
-def test_the_page_without_its_packages_is_one_line(make_index, call_search, people, monkeypatch):
+def test_missing_packages_of_the_page_are_reported_in_one_line(make_index, call_search, people, monkeypatch):
     make_index(people)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "uvicorn" else find(name))
@@ -275,7 +276,7 @@ def test_a_query_prints_the_first_results_and_draws_them(make_index, call_search
     assert Image.open(sheet).width > 300
 
 
-def test_names_on_a_sheet_are_cut_at_their_beginning():
+def test_long_names_on_a_sheet_lose_their_beginning():
     assert _short("0001_c1s1_001051_00.jpg") == "…1_001051_00.jpg"
     assert _short("0001.jpg") == "0001.jpg"
 
@@ -288,7 +289,7 @@ def test_a_picture_finds_itself_first(make_index, call_search, people, tmp_path)
     assert "without 1 that cannot be read now" in outcome.err and (tmp_path / "sheet.png").is_file()
 
 
-def test_a_threshold_leaves_out_what_is_below(make_index, call_search, people):
+def test_a_threshold_removes_results_with_lower_scores(make_index, call_search, people):
     make_index(people)
     all_scores = [score for _, score in scores_of(call_search("query", people, "red").out)]
     kept = [
@@ -299,7 +300,7 @@ def test_a_threshold_leaves_out_what_is_below(make_index, call_search, people):
     assert (outcome.status, outcome.out) == (0, "") and outcome.err.startswith("0 of 7 pictures")
 
 
-def test_mistakes_of_a_query_are_one_line(make_index, call_search, people, tmp_path):
+def test_mistakes_in_a_query_are_reported_in_one_line(make_index, call_search, people, tmp_path):
     make_index(people)
     assert "TEXT" in only_error(call_search("query", people))
     assert "TEXT" in only_error(call_search("query", people, "red", "--image", people / "a.jpg"))
@@ -319,12 +320,12 @@ def test_mistakes_of_a_query_are_one_line(make_index, call_search, people, tmp_p
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "\x1b[31mred", "red\x7f", "\x85", "\ud800", "", " \n\t", "x" * 501])
-def test_descriptions_that_are_none(text):
+def test_invalid_descriptions_are_refused(text):
     with pytest.raises(UserError):
         checked_description(text)
 
 
-def test_descriptions_that_are_some():
+def test_valid_descriptions_are_accepted():
     assert checked_description("  a man\tin\r\n red ") == "a man in red"
     assert checked_description("穿红色外套的女人 😀 e\u0301\u200d") == "穿红色外套的女人 😀 e\u0301\u200d"
     assert len(checked_description("x" * LONGEST_DESCRIPTION)) == LONGEST_DESCRIPTION

@@ -1,4 +1,4 @@
-"""`search.py index`: which pictures get into an index, and what a second time, a stop and a mistake do to it."""
+"""`search.py index`: the pictures that it finds, second runs, stops and crashes, and mistakes of the user."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.helpers.searching import GELU, features_one_by_one, gallery_of, paths
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[str]:
-    """The paths of all pictures that are decoded from now on."""
+    """A list that collects the path of every picture that is decoded."""
     paths: list[str] = []
     decode = PictureSet.__getitem__
 
@@ -35,7 +35,7 @@ def encoded(monkeypatch) -> list[str]:
     return paths
 
 
-# ---- what gets in ---------------------------------------------------------------------------------------------------
+# ---- which pictures are indexed -------------------------------------------------------------------------------------
 
 
 def test_pictures_at_any_depth_are_encoded(make_index, people, clip):
@@ -65,7 +65,7 @@ def test_each_picture_is_found_by_its_path(make_index, people):
         assert found.row_of(absent) is None
 
 
-def test_what_cannot_be_read_is_listed_and_skipped(make_index, people):
+def test_unreadable_files_are_listed_and_skipped(make_index, people):
     (people / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     (people / "empty.png").write_bytes(b"")
     (people / "lost.jpg").symlink_to("nowhere.jpg")
@@ -80,15 +80,15 @@ def test_what_cannot_be_read_is_listed_and_skipped(make_index, people):
     assert listed == ["broken.jpg", "empty.png", "lost.jpg", "round"]
 
 
-def test_of_many_unreadable_files_a_few_are_told(make_index, people):
+def test_only_a_few_of_many_unreadable_files_are_listed_on_the_terminal(make_index, people):
     for number in range(15):
         (people / f"broken{number:02}.jpg").write_bytes(b"")
     outcome = make_index(people)
     assert outcome.out.count("skipped: broken") == 10
-    assert "skipped: 5 more, all in" in outcome.out and "15 skipped" in outcome.out
+    assert "skipped: 5 more; the complete list is" in outcome.out and "15 skipped" in outcome.out
 
 
-def test_a_file_that_is_mended_gets_in(make_index, people):
+def test_a_repaired_file_is_indexed(make_index, people):
     content = (people / "a.jpg").read_bytes()
     times = (1_600_000_000, 1_600_000_000)
     (people / "a.jpg").write_bytes(b"x" * len(content))
@@ -96,7 +96,7 @@ def test_a_file_that_is_mended_gets_in(make_index, people):
     make_index(people)
     assert "a.jpg" not in paths_of(people)
     (people / "a.jpg").write_bytes(content)
-    os.utime(people / "a.jpg", times)  # nothing but its content has changed
+    os.utime(people / "a.jpg", times)  # only its content has changed
     make_index(people)
     assert "a.jpg" in paths_of(people)
 
@@ -110,7 +110,7 @@ def test_links_are_followed_but_not_in_circles(make_index, people, tmp_path):
     assert not any("again" in path for path in paths_of(people))
 
 
-def test_sheets_in_an_index_inside_the_folder_are_no_pictures_of_it(make_index, call_search, people):
+def test_sheets_in_an_index_inside_the_folder_are_not_indexed(make_index, call_search, people):
     place = ("--index", people / "deep" / "index")
     make_index(people, *place)
     assert call_search("query", people, "red", *place).status == 0
@@ -118,33 +118,33 @@ def test_sheets_in_an_index_inside_the_folder_are_no_pictures_of_it(make_index, 
     assert "7 pictures" in make_index(people, *place).out
 
 
-def test_a_name_that_is_no_utf8_is_skipped(make_index, people):
+def test_a_name_that_is_not_utf8_is_skipped(make_index, people):
     shutil.copy(people / "a.jpg", os.fsencode(people) + b"/\xff.jpg")
     outcome = make_index(people)
-    assert outcome.status == 0 and "skipped: \\udcff.jpg: its name is no UTF-8: rename it" in outcome.out
+    assert outcome.status == 0 and "skipped: \\udcff.jpg: its name is not valid UTF-8: rename it" in outcome.out
     assert len(paths_of(people)) == 7
 
 
-def test_pictures_are_turned_as_their_camera_says(people):
+def test_pictures_are_rotated_according_to_exif(people):
     sideways = Image.new("RGB", (40, 20), "white")
-    sideways.paste("red", (0, 0, 20, 20))  # left, which is up when it is turned
+    sideways.paste("red", (0, 0, 20, 20))  # the left side, which becomes the top
     exif = Image.Exif()
     exif[0x0112] = 6
     sideways.save(people / "turned.png", exif=exif)
     upright = read_image(people / "turned.png", upright=True)
     assert upright.size == (20, 40)
     assert (upright.getpixel((10, 5)), upright.getpixel((10, 35))) == ((255, 0, 0), (255, 255, 255))
-    assert read_image(people / "turned.png").size == (40, 20)  # datasets are read as they are
+    assert read_image(people / "turned.png").size == (40, 20)  # without rotation, as datasets are read
 
 
-# ---- a second time --------------------------------------------------------------------------------------------------
+# ---- second runs ----------------------------------------------------------------------------------------------------
 
 
-def test_a_second_time_only_what_is_new_or_changed_is_encoded(make_index, people, clip, encoded):
+def test_a_second_run_encodes_only_new_and_changed_pictures(make_index, people, clip, encoded):
     make_index(people)
     assert len(encoded) == 7
     encoded.clear()
-    assert "0 new or changed, 0 gone" in make_index(people).out
+    assert "0 new or changed, 0 removed" in make_index(people).out
     assert encoded == []
 
     save_picture(people / "new.jpg", "yellow")
@@ -153,13 +153,13 @@ def test_a_second_time_only_what_is_new_or_changed_is_encoded(make_index, people
     (people / "b.JPEG").unlink()
     outcome = make_index(people)
     assert sorted(encoded) == ["a.jpg", "new.jpg"]
-    assert "2 new or changed, 1 gone" in outcome.out
+    assert "2 new or changed, 1 removed" in outcome.out
     names = ["a.jpg", "deep/d.webp", "deep/e.jpg", "deep/er/c.png", "f g.png", "new.jpg", "ü.jpg"]
     assert paths_of(people) == names
     torch.testing.assert_close(gallery_of(people).features, features_one_by_one(people, clip, names), rtol=0, atol=1e-5)
 
 
-def test_a_second_time_the_checkpoint_need_not_be_given(make_index, call_search, people):
+def test_a_second_run_does_not_need_the_checkpoint(make_index, call_search, people):
     make_index(people)
     save_picture(people / "new.jpg", "yellow")
     assert call_search("index", people, "--workers", 0).status == 0
@@ -180,7 +180,7 @@ def test_only_the_files_of_the_newest_generation_are_left(make_index, people):
     make_index(people)
     save_picture(people / "new.jpg", "yellow")
     make_index(people)
-    mine = default_index(people) / "red_1.png"  # somebody's sheet
+    mine = default_index(people) / "red_1.png"  # a user's own file
     mine.write_bytes(b"mine")
     save_picture(people / "newer.jpg", "yellow")
     make_index(people)
@@ -189,7 +189,7 @@ def test_only_the_files_of_the_newest_generation_are_left(make_index, people):
     assert names == own | {"features_3.npy", "pictures_3.jsonl", "red_1.png"}
 
 
-def test_who_has_the_old_generation_open_keeps_it(make_index, people):
+def test_an_open_gallery_keeps_its_generation(make_index, people):
     make_index(people)
     old = gallery_of(people)
     before = old.features.clone()
@@ -200,7 +200,7 @@ def test_who_has_the_old_generation_open_keeps_it(make_index, people):
     assert gallery_of(people).picture(0).path == "0.jpg"
 
 
-# ---- a stop ---------------------------------------------------------------------------------------------------------
+# ---- stops and crashes ----------------------------------------------------------------------------------------------
 
 
 def stop_after(monkeypatch, batches: int, error: BaseException) -> None:
@@ -216,12 +216,12 @@ def stop_after(monkeypatch, batches: int, error: BaseException) -> None:
     monkeypatch.setattr(Encoder, "encode_pictures", counted)
 
 
-def test_a_stopped_index_goes_on_where_it_stopped(make_index, call_search, people, clip, encoded, monkeypatch):
+def test_a_stopped_index_continues_where_it_stopped(make_index, call_search, people, clip, encoded, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 2, KeyboardInterrupt())
         outcome = make_index(people)
-    assert outcome.status == 130 and outcome.err.splitlines()[-1] == "stopped: the same command goes on from here"
-    assert "is not finished: run `python search.py index` again" in only_error(call_search("query", people, "red"))
+    assert outcome.status == 130 and outcome.err.splitlines()[-1] == "stopped: run the same command again to continue"
+    assert "is not complete: run `python search.py index` again" in only_error(call_search("query", people, "red"))
     encoded.clear()
     outcome = make_index(people)
     assert encoded == ["deep/er/c.png", "f g.png", "ü.jpg"]  # two batches of two were done
@@ -231,7 +231,7 @@ def test_a_stopped_index_goes_on_where_it_stopped(make_index, call_search, peopl
     )
 
 
-def test_what_was_cut_off_in_the_middle_is_encoded_again(make_index, people, clip, encoded, monkeypatch):
+def test_truncated_features_are_encoded_again(make_index, people, clip, encoded, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 2, KeyboardInterrupt())
         make_index(people)
@@ -252,7 +252,7 @@ def test_a_crash_while_the_index_is_written_loses_nothing(make_index, people, en
     save_picture(people / "new.jpg", "yellow")
 
     class Crash(BaseException):
-        """As a power cut: nobody takes it."""
+        """A crash that no code handles, like a power cut."""
 
     def crash(*_):
         raise Crash
@@ -260,14 +260,15 @@ def test_a_crash_while_the_index_is_written_loses_nothing(make_index, people, en
     with monkeypatch.context() as patched, pytest.raises(Crash):
         patched.setattr(indexing, place, crash)
         make_index(people)
-    assert len(paths_of(people)) == (8 if place == "remove_old" else 7)  # the old ones are searched until all is done
+    # The old generation is searched until the new one is complete.
+    assert len(paths_of(people)) == (8 if place == "remove_old" else 7)
     encoded.clear()
     assert make_index(people).status == 0
     assert encoded == []
     assert len(paths_of(people)) == 8
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(make_index, people, monkeypatch, full_disk):
+def test_a_full_disk_is_reported_and_nothing_is_lost(make_index, people, monkeypatch, full_disk):
     make_index(people)
     for number in range(400):
         save_picture(people / f"new{number}.jpg", "yellow")
@@ -275,14 +276,14 @@ def test_a_full_disk_is_told_and_nothing_is_lost(make_index, people, monkeypatch
         patched.setattr("signal.signal", lambda *_: None)
         full_disk(30_000)
         outcome = make_index(people)
-    assert outcome.status == 2 and "free some space, then the same command goes on from here" in outcome.err
+    assert outcome.status == 2 and "free some space, then run the same command again to continue" in outcome.err
     assert len(paths_of(people)) == 7
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
-def test_an_index_that_is_begun_anew_keeps_its_engine(make_index, people, tmp_path):
+def test_an_overwritten_index_keeps_its_engine(make_index, people, tmp_path):
     pytest.importorskip("faiss", reason="needs requirements-search.txt")
     make_index(people, "--engine", "faiss")
     other = write_clip(tmp_path / "other.pt", seed=1)
@@ -300,7 +301,7 @@ def test_features_of_another_checkpoint_are_not_mixed(make_index, people, tmp_pa
     with monkeypatch.context() as patched:
         stop_after(patched, 2, KeyboardInterrupt())
         assert make_index(people, *given, "--overwrite").status == 130
-    assert torch.equal(gallery_of(people).features, before)  # until the new one is done
+    assert torch.equal(gallery_of(people).features, before)  # until the new index is complete
     encoded.clear()
     assert make_index(people, *given, "--overwrite").status == 0
     assert len(encoded) == 3
@@ -334,7 +335,7 @@ def test_two_processes_do_not_write_one_index(make_index, people):
     assert "another process" in only_error(refused[0])
 
 
-def test_a_folder_of_other_things_is_not_taken_for_an_index(make_index, people):
+def test_a_folder_with_other_files_is_not_used_as_an_index(make_index, people):
     default_index(people).mkdir()
     (default_index(people) / "thesis.tex").write_text("all of it")
     assert "thesis.tex" in only_error(make_index(people))
@@ -342,21 +343,21 @@ def test_a_folder_of_other_things_is_not_taken_for_an_index(make_index, people):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', "\x00", '"index"'])
-def test_a_damaged_index_is_told(make_index, call_search, people, content):
+def test_a_damaged_index_is_reported(make_index, call_search, people, content):
     make_index(people)
     (default_index(people) / "index.json").write_text(content)
     assert "index.json" in only_error(make_index(people))
     assert "index.json" in only_error(call_search("query", people, "red"))
 
 
-def test_an_index_of_a_newer_program_is_told(make_index, people):
+def test_an_index_of_a_newer_program_is_reported(make_index, people):
     make_index(people)
     file = default_index(people) / "index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "more": 1}))
     assert "format 2" in only_error(make_index(people))
 
 
-def test_a_feature_file_of_another_size_is_told(make_index, call_search, people):
+def test_a_feature_file_of_another_size_is_reported(make_index, call_search, people):
     make_index(people)
     np.save(default_index(people) / "features_1.npy", np.zeros((6, 32), np.float32))
     assert "is damaged" in only_error(call_search("query", people, "red"))
@@ -367,11 +368,11 @@ def test_a_feature_file_of_another_size_is_told(make_index, call_search, people)
     assert "is damaged" in only_error(call_search("query", people, "red"))
 
 
-def test_mistakes_are_told_before_anything_is_made(make_index, call_search, people, tmp_path):
+def test_mistakes_are_reported_before_anything_is_created(make_index, call_search, people, tmp_path):
     nowhere = tmp_path / "nowhere"
     assert "is not a folder" in only_error(make_index(nowhere))
     (tmp_path / "bare").mkdir()
-    assert "holds no JPEG, PNG or WebP files" in only_error(make_index(tmp_path / "bare"))
+    assert "contains no JPEG, PNG or WebP files" in only_error(make_index(tmp_path / "bare"))
     assert "--checkpoint" in only_error(call_search("index", people))
     assert "lost.pt" in only_error(make_index(people, "--checkpoint", tmp_path / "lost.pt"))
     given = ("--checkpoint", tmp_path / "lost.pt", "--set")
@@ -379,23 +380,23 @@ def test_mistakes_are_told_before_anything_is_made(make_index, call_search, peop
     assert "--device tpu" in only_error(make_index(people, "--device", "tpu"))
     assert "--qdrant" in only_error(make_index(people, "--qdrant", "http://localhost"))
     assert "--set" in only_error(call_search("index", people, "--set", GELU))
-    assert "is not there" in only_error(call_search("query", people, "red"))
+    assert "does not exist" in only_error(call_search("query", people, "red"))
     assert not default_index(people).exists() and not default_index(tmp_path / "bare").exists()
 
 
-def test_weights_that_do_not_tell_their_activation_are_asked_for_it(make_index, people, clip):
+def test_weights_without_an_activation_need_the_setting(make_index, people, clip):
     assert GELU in only_error(make_index(people, "--checkpoint", clip))
 
 
-def test_a_folder_of_nothing_that_can_be_read(make_index, tmp_path):
+def test_a_folder_with_only_unreadable_pictures(make_index, tmp_path):
     (tmp_path / "people").mkdir()
     (tmp_path / "people" / "a.jpg").write_bytes(b"")
     outcome = make_index(tmp_path / "people")
     assert outcome.status == 2
-    assert "none of its 1 pictures can be read (a.jpg" in outcome.err.splitlines()[-1]  # after the progress
+    assert "none of its 1 pictures can be read (a.jpg" in outcome.err.splitlines()[-1]  # after the progress bar
 
 
-def test_a_place_that_cannot_be_written(make_index, people, monkeypatch):
+def test_a_folder_that_cannot_be_written(make_index, people, monkeypatch):
     assert "--index" in only_error(make_index(people, "--index", people / "a.jpg" / "index"))
 
     def refuse(*_, **__):
@@ -420,7 +421,7 @@ def test_unreadable_folders_are_listed(people, monkeypatch):
         find_pictures(people / "a.jpg")
 
 
-def test_what_is_in_an_unreadable_folder_stays_in_the_index(make_index, people, encoded, monkeypatch):
+def test_pictures_of_an_unreadable_folder_stay_in_the_index(make_index, people, encoded, monkeypatch):
     make_index(people)
     scandir = os.scandir
 

@@ -1,6 +1,6 @@
-"""The page and its server, as people meet them: a real server, a real browser, the demo's checkpoint and pedestrians.
+"""The page and its server, in a real server process and a real browser, with the demo's checkpoint and pedestrians.
 
-The people were never seen in training, and the queries are captions that were not either.
+Neither the people nor their captions were seen in training.
 """
 
 import http.client
@@ -34,7 +34,7 @@ USERS = 50
 
 
 class Site(NamedTuple):
-    """A server: its port, the folder that it searches, and who is in it."""
+    """A running server: its port, the folder that it searches, and the people in it."""
 
     port: int
     folder: Path
@@ -42,7 +42,7 @@ class Site(NamedTuple):
 
     @property
     def captions(self) -> list[tuple[str, str]]:
-        """Each caption, and whom it describes."""
+        """All captions, each with the identity that it describes."""
         return [
             (caption, identity)
             for identity, person in self.people.items()
@@ -73,9 +73,9 @@ def site(tmp_path_factory) -> Iterator[Site]:
     root = tmp_path_factory.mktemp("site")
     write_demo_checkpoint(root / "demo.pth")
     people = draw_unseen(root / "crops", PEOPLE)
-    (root / "secret.jpg").write_bytes(b"not of the index")
+    (root / "secret.jpg").write_bytes(b"not in the index")
     index(root / "crops", "--checkpoint", root / "demo.pth")
-    (root / "crops" / "later.jpg").write_bytes(b"not of the index")
+    (root / "crops" / "later.jpg").write_bytes(b"not in the index")
     with running(root / "crops") as (port, process):
         yield Site(port, root / "crops", people)
         process.send_signal(signal.SIGINT)
@@ -83,13 +83,13 @@ def site(tmp_path_factory) -> Iterator[Site]:
 
 
 def index(folder: Path, *arguments) -> None:
-    """`search.py index`, in this process: importing torch again would take most of the time."""
+    """Runs `search.py index` in this process: importing torch again would take most of the time."""
     assert search.main(["index", str(folder), "--workers", "0", *map(str, arguments)]) == 0
 
 
 @contextmanager
 def running(folder: Path, *arguments: str) -> Iterator[tuple[int, subprocess.Popen]]:
-    """`search.py serve` on a free port: the port, and the process."""
+    """Runs `search.py serve` on a free port, and provides the port and the process."""
     command = [sys.executable, "search.py", "serve", folder, "--port", "0", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -102,7 +102,7 @@ def running(folder: Path, *arguments: str) -> Iterator[tuple[int, subprocess.Pop
 
 @pytest.fixture(scope="module")
 def get(site) -> Callable[..., Answer]:
-    """A request whose path goes out as it is written here."""
+    """A function that sends a request without changing its path."""
 
     def get(address: str, /, method: str = "GET", headers: dict[str, str] | None = None, **parameters) -> Answer:
         if parameters:
@@ -123,7 +123,7 @@ def get(site) -> Callable[..., Answer]:
 
 
 def test_the_right_people_come_first(site, get):
-    """The demo's R@1 among 250 people is 55: among 60 it must be more; chance is 1.7."""
+    """R@1 of the demo is 55 among 250 people, so it must be higher among 60; chance is 1.7."""
     captions = site.captions[::5]
     hits = [identity_of(get("/api/search", text=caption, results=1).paths[0]) == who for caption, who in captions]
     assert len(captions) == 96 and sum(hits) / len(hits) > 0.55
@@ -138,7 +138,7 @@ def test_scores_fall_and_the_threshold_cuts(get):
     assert get("/api/search", text="a woman in a red coat", threshold=1).paths == []
 
 
-def test_more_like_a_picture_begins_with_itself(site, get):
+def test_a_picture_is_most_similar_to_itself(site, get):
     path = next(iter(site.people["1601"].captions))
     found = get("/api/similar", path=path, results=4).paths
     assert found[0] == path and len(found) == 4
@@ -173,30 +173,30 @@ def test_pictures_of_the_index_are_served(site, get):
         ".",
     ],
 )
-def test_nothing_but_the_index_is_served(site, get, path):
+def test_only_pictures_of_the_index_are_served(site, get, path):
     assert get(f"/images/{path}").status == 404
     assert get("/api/similar", path=urllib.parse.unquote(path, errors="replace")).status == 404
 
 
 @pytest.mark.parametrize("path", ["../server.py", "%2e%2e/server.py", "..%2fserver.py", "//etc/passwd", "none.js", ""])
-def test_nothing_but_the_page_is_static(get, path):
+def test_only_files_of_the_page_are_static(get, path):
     assert get(f"/static/{path}").status == 404
 
 
-def test_a_picture_that_is_gone_is_told(site, get, tmp_path):
+def test_a_removed_picture_is_reported(site, get, tmp_path):
     path = next(iter(site.people["1602"].captions))
     shutil.move(site.folder / path, tmp_path / "away.jpg")
     try:
-        assert get(f"/images/{path}").error == f"{path} is no longer there: index the folder again"
+        assert get(f"/images/{path}").error == f"{path} does not exist any more: index the folder again"
     finally:
         shutil.move(tmp_path / "away.jpg", site.folder / path)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "says"),
+    ("parameters", "message"),
     [
-        ({"text": "x" * 10_000}, "the description has 10,000 characters: 500 are the most"),
-        ({"text": "😀" * 10_000}, "the description has 10,000 characters: 500 are the most"),
+        ({"text": "x" * 10_000}, "the description has 10,000 characters: shorten it to at most 500"),
+        ({"text": "😀" * 10_000}, "the description has 10,000 characters: shorten it to at most 500"),
         ({"text": "a\x00b"}, "U+0000"),
         ({"text": "\x1b[31mred"}, "U+001B"),
         ({"text": "red\x7f"}, "U+007F"),
@@ -210,9 +210,9 @@ def test_a_picture_that_is_gone_is_told(site, get, tmp_path):
         ({"text": "red", "threshold": 2}, "threshold: "),
     ],
 )
-def test_bad_requests_get_a_clear_error(get, parameters, says):
+def test_bad_requests_get_a_clear_error(get, parameters, message):
     answer = get("/api/search", **parameters)
-    assert answer.status == 400 and says in answer.error and "\n" not in answer.error
+    assert answer.status == 400 and message in answer.error and "\n" not in answer.error
 
 
 def test_other_addresses_and_methods_get_a_clear_error(get):
@@ -222,7 +222,7 @@ def test_other_addresses_and_methods_get_a_clear_error(get):
     assert get("/api/similar").error == "path: field required"
 
 
-def test_a_page_of_another_name_may_not_ask(site, get):
+def test_requests_with_another_host_name_are_refused(site, get):
     answer = get("/api/about", headers={"Host": f"evil.example:{site.port}"})
     assert answer.status == 400 and "evil.example" in answer.error
     assert get("/api/about", headers={"Host": f"localhost:{site.port}"}).status == 200
@@ -232,25 +232,25 @@ def test_a_page_of_another_name_may_not_ask(site, get):
         assert connection.getresponse().status == 200
 
 
-def test_it_listens_on_this_machine_alone(site):
+def test_it_listens_on_this_machine_only(site):
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other:
         assert other.connect_ex(("127.0.0.2", site.port)) != 0
 
 
-def test_a_port_that_is_taken_is_one_line(site):
+def test_a_port_in_use_is_reported_in_one_line(site):
     command = [sys.executable, "search.py", "serve", site.folder, "--port", str(site.port)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert "Address already in use" in ended.stderr and "--port" in ended.stderr
 
 
-def test_fifty_users_at_once_get_what_one_gets(site, get):
+def test_fifty_users_at_once_get_the_same_results_as_one(site, get):
     captions = [caption for caption, _ in site.captions[: USERS * 8 : 8]]
     alone = [get("/api/search", text=caption, results=5).paths for caption in captions]
     with ThreadPoolExecutor(USERS) as users:
         together = list(users.map(lambda caption: get("/api/search", text=caption, results=5).paths, captions))
     assert len(captions) == USERS
-    # Rounding differs between one query and several, so equal scores may change places.
+    # Rounding differs between one query and several, so results with equal scores may swap places.
     assert [set(paths) for paths in together] == [set(paths) for paths in alone]
 
 
@@ -285,7 +285,7 @@ def chromium():
     options.binary_location = programs[0]
     for argument in (
         "--headless=new",
-        "--no-sandbox",  # Chromium as root has none
+        "--no-sandbox",  # Chromium has no sandbox as root
         "--disable-gpu",
         "--disable-dev-shm-usage",
         "--no-first-run",
@@ -302,7 +302,7 @@ def chromium():
 
 
 class Page:
-    """What somebody does and sees."""
+    """The page in the browser: what a user does and sees."""
 
     def __init__(self, browser, site: Site):
         from selenium.webdriver.common.keys import Keys
@@ -327,13 +327,13 @@ class Page:
         self.settle()
 
     def settle(self) -> None:
-        """Until no search is under way; settings count after a pause of typing."""
+        """Waits until no search is running; changed settings start one only after a short pause."""
         time.sleep(0.1)
         self.until(lambda: not self.browser.find_elements("css selector", "[aria-busy=true]"))
 
-    def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
         deadline = time.monotonic() + seconds
-        while not holds():
+        while not condition():
             assert time.monotonic() < deadline, self.browser.find_element("css selector", "body").text
             time.sleep(0.05)
 
@@ -357,7 +357,7 @@ def page(chromium, site) -> Iterator[Page]:
 
 
 def test_typing_a_description_shows_the_right_people_first(page, site, get):
-    """Captions of people that it has never seen; and a description whose first four results are right but for one."""
+    """Captions of unseen people; and a description for which at most one of the first four results is wrong."""
     for caption, who in site.captions[:4]:
         expected = get("/api/search", text=caption, results=20).paths
         page.type(caption)
@@ -403,14 +403,14 @@ def test_two_descriptions_side_by_side(page):
     assert marked == [path for path in first if path in second]
     left, right = (page.one(f"#column-{column}").rect for column in (1, 2))
     assert left["x"] + left["width"] <= right["x"] + 1 and left["y"] == right["y"]
-    page.browser.refresh()  # the address holds it all
+    page.browser.refresh()  # the address contains both searches
     page.settle()
     assert (page.paths(1), page.paths(2)) == (first, second)
     page.one("#compare").click()
     assert not page.one("#column-2").is_displayed()
 
 
-def test_number_and_threshold(page):
+def test_number_of_results_and_threshold(page):
     page.type("a man in black")
     for field, value, expected in (("#count", "5", 5), ("#threshold", "1", 0), ("#threshold", "", 5)):
         page.one(field).send_keys(page.keys.CONTROL, "a")
@@ -420,7 +420,7 @@ def test_number_and_threshold(page):
     assert page.one("#status-1").text.startswith("5 of ")
 
 
-def test_by_keyboard_alone(page):
+def test_the_page_with_only_the_keyboard(page):
     page.type("a man in black")
     page.press(page.keys.TAB)  # the button
     page.press(page.keys.TAB)
@@ -439,14 +439,14 @@ def test_by_keyboard_alone(page):
     page.press(page.keys.END)
     assert card() == paths[-1]
     page.press(page.keys.HOME, page.keys.ARROW_RIGHT, page.keys.ENTER)
-    assert page.paths()[0] == paths[1]  # more like it begins with itself
+    assert page.paths()[0] == paths[1]  # a picture is most similar to itself
     page.press(page.keys.ESCAPE)
     assert page.focused("id") == "text-1"
 
 
-def test_errors_are_shown_and_do_not_stay(page, site):
+def test_errors_are_shown_and_then_disappear(page, site):
     page.open("?" + urllib.parse.urlencode({"q": "x" * 10_000}))
-    assert "500 are the most" in page.one("#error-1").text and page.paths() == []
+    assert "at most 500" in page.one("#error-1").text and page.paths() == []
     page.open("?" + urllib.parse.urlencode({"q": "a\x01b"}))
     assert "U+0001" in page.one("#error-1").text
     page.open("?" + urllib.parse.urlencode({"q": "", "like": "../secret.jpg"}))
@@ -457,7 +457,7 @@ def test_errors_are_shown_and_do_not_stay(page, site):
 
 
 @pytest.mark.parametrize("width", [360, 320])
-def test_on_a_phone(page, width):
+def test_the_page_on_a_phone(page, width):
     metrics = {"width": width, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
