@@ -1,22 +1,22 @@
-"""The one exception that means: the user can mend this."""
+"""The exception for mistakes that the user can fix, and helpers for messages."""
 
 import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a full disk, a quota and a limit for the size of files say."""
+"""Error numbers of a full disk, an exceeded quota and an exceeded limit on file size."""
 
 
 class UserError(ValueError):
-    """A mistake of the user, told in one line: the offending value and the remedy.
+    """A mistake of the user. Its message is one line with the wrong value and the remedy.
 
-    `main.py` prints the line without a traceback and ends with status 2. Every other exception is a bug of ours and
-    keeps its traceback.
+    `main.py` prints the line without a traceback and exits with status 2. Every other exception is a bug and keeps its
+    traceback.
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # names out of others' files may hold anything
+        super().__init__(" ".join(message.splitlines()))  # names read from files may contain line breaks
 
 
 def first_of(items: list[str], shown: int = 3) -> str:
-    """The first few of a list, and how many more there are."""
+    """Returns the first few items of a list, and the number of the others, as text."""
     return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 import errno
 import fcntl
@@ -14,16 +14,16 @@ from misc.errors import UserError
 
 
 def is_file(path: str | Path) -> bool:
-    """As `Path.is_file`, and False for a path that may not be looked at or cannot exist."""
-    return _holds(path, Path.is_file)
+    """Like `Path.is_file`, but returns False for a path that cannot be accessed or cannot exist."""
+    return _passes(path, Path.is_file)
 
 
 def is_folder(path: str | Path) -> bool:
-    """As `Path.is_dir`, and False for a path that may not be looked at or cannot exist."""
-    return _holds(path, Path.is_dir)
+    """Like `Path.is_dir`, but returns False for a path that cannot be accessed or cannot exist."""
+    return _passes(path, Path.is_dir)
 
 
-def _holds(path: str | Path, test: Callable[[Path], bool]) -> bool:
+def _passes(path: str | Path, test: Callable[[Path], bool]) -> bool:
     try:
         return test(Path(path))
     except (OSError, ValueError):
@@ -34,10 +34,10 @@ def check_new_path(path: Path, option: str, remedy: str) -> Path:
     """Checks that a new file or folder can be created, and returns its path.
 
     Args:
-        option: the command-line option that it is for, for messages.
+        option: the command-line option that gives the path, for messages.
         remedy: what the user can do instead, for messages.
 
-    Raises UserError if the path exists, or the folder that it goes into cannot be written to.
+    Raises UserError if the path exists, or if its folder cannot be written to.
     """
     if os.path.lexists(path):
         raise UserError(f"{option}: {path} already exists: remove it, or {remedy}")
@@ -50,13 +50,16 @@ def check_new_path(path: Path, option: str, remedy: str) -> Path:
 
 
 def lock_file(file: IO, lock: Callable[[IO, int], None]) -> str | None:
-    """Locks an open file without waiting; where that fails, the file is closed.
+    """Locks an open file without waiting.
+
+    The file stays open if its file system does not support locks. It is closed if any exception is raised.
 
     Args:
-        lock: `fcntl.lockf`, for this process and not its children, or `fcntl.flock`, for whoever has this opened file.
+        lock: `fcntl.lockf` locks for this process and not its children; `fcntl.flock` locks for every process that
+            shares this open file.
 
-    Returns: None, or why files cannot be locked where it lies; it stays open then.
-    Raises: BlockingIOError where somebody else holds the lock.
+    Returns: None, or the reason why this file system cannot lock files.
+    Raises BlockingIOError if another process holds the lock.
     """
     try:
         lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,15 +74,15 @@ def lock_file(file: IO, lock: Callable[[IO, int], None]) -> str | None:
 
 
 def partial_path(path: Path) -> Path:
-    """Where a new `path` is written until it is whole; what a crash leaves there is of no use."""
+    """Returns the temporary path of a new file `path`. A file that a crash leaves there is useless."""
     return path.with_name(path.name + ".part")
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the name `path` when the context ends well and is on the disk by then.
+    """Opens a temporary file for writing, and renames it to `path` when the context ends without an error.
 
-    Whatever happens, `path` is the file that was there before or the whole new one.
+    The content is on the disk before the file is renamed. So `path` is always the old file or the complete new one.
     """
     part = partial_path(path)
     try:
@@ -96,10 +99,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to write files into, which takes the name `path` when the context ends well; else nothing is left.
+    """Creates a temporary folder, and renames it to `path` when the context ends without an error.
 
-    Missing parents are made. Only a process that is killed leaves something: a folder of another name, ending in .part.
-    Raises FileExistsError where there is something of that name, before and after the writing.
+    Missing parents are created. After an error nothing is left. A killed process leaves a folder with another name,
+    which ends in .part.
+
+    Raises FileExistsError if `path` exists before or after the writing.
     """
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -119,14 +124,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         for parent in missing:
-            with suppress(OSError):  # somebody else has put something into it
+            with suppress(OSError):  # another process has written into it
                 parent.rmdir()
         raise
     _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings a changed name to the disk, which a power cut could otherwise undo."""
+    """Writes a changed file name to the disk. Otherwise a power failure could undo the change."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Annotation files of CUHK-PEDES, ICFG-PEDES and RSTPReid, raw or as `{train,val,test}_reid.json`, to samples.
+"""Reads the annotation files of CUHK-PEDES, ICFG-PEDES and RSTPReid, raw or as `{train,val,test}_reid.json`.
 
-One entry of a file describes one image: its path, the person's id and the captions. The raw files hold all splits at
-once and name the split in each entry; of the `*_reid.json` files there is one per split (no `split` is read in them).
+One entry of a file describes one image: its path, the person's id and the captions. A raw file contains all splits, and
+each entry names its split. The `*_reid.json` files contain one split each; a `split` in their entries is ignored.
 """
 
 import hashlib
@@ -50,18 +50,18 @@ PUBLISHED_COUNTS = {
 
 @dataclass(frozen=True)
 class Split:
-    """One split. A training sample is one (image, caption) pair, so its length is the number of captions.
+    """One split. A training sample is one (image, caption) pair, so the length of a split is its number of captions.
 
-    Captions and back-translations are cleaned; those of all images stand one after another.
+    Captions and back-translations are cleaned, and listed image by image.
     """
 
     image_paths: list[str]
     """Per image, relative to the image folder."""
     image_identities: list[int]
-    """Per image. Training identities are renumbered 0..n-1 in order of first appearance, others are as annotated."""
+    """Per image. Training identities are renumbered 0..n-1 in order of first appearance; others stay as annotated."""
     captions: list[str]
     back_translations: list[str | None]
-    """Per caption; None where there is none."""
+    """Per caption; None if it has no back-translation."""
     caption_images: list[int]
     """Per caption, the index of its image."""
 
@@ -75,13 +75,13 @@ class Split:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The same for the same captions of the same persons in the same order, wherever their images lie."""
+        """A hash of identities, captions, back-translations and their order. The image paths do not change it."""
         content = [self.image_identities, self.captions, self.back_translations, self.caption_images]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @cached_property
     def counts(self) -> Counts:
-        """Numbers of identities, images and captions."""
+        """The numbers of identities, images and captions."""
         return Counts(len(set(self.image_identities)), len(self.image_paths), len(self.captions))
 
 
@@ -98,23 +98,25 @@ class _Entry(NamedTuple):
 def read_annotations(
     anno_dir: str | Path, image_dir: str | Path, *, back_translation_file: str | Path | None = None, max_words: int = 77
 ) -> dict[str, Split]:
-    """Reads a dataset: `train`, `test` and, where the dataset has one, `val`.
+    """Reads a dataset.
 
-    `anno_dir` holds `train_reid.json` and `test_reid.json`, perhaps `val_reid.json` (an empty list counts as none); or,
-    without a `train_reid.json`, one raw file: `reid_raw.json` (CUHK-PEDES), `ICFG-PEDES.json` or `ICFG_PEDES.json`,
-    `data_captions.json` (RSTPReid).
-    `image_dir` is the folder that the annotated paths start from, or its parent with that folder named `imgs`.
-    `back_translation_file` is a JSON list of `{file_path, captions_bt}`, joined by path, and comes before the
-    `captions_bt` of the annotation itself; a path that is listed several times is joined in the order of the lists.
-    Captions are cut to `max_words`.
+    Args:
+        anno_dir: folder with `train_reid.json`, `test_reid.json` and optionally `val_reid.json`. Without a
+            `train_reid.json`, it must contain one raw file: `reid_raw.json` (CUHK-PEDES), `ICFG-PEDES.json` or
+            `ICFG_PEDES.json`, or `data_captions.json` (RSTPReid).
+        image_dir: folder that the annotated paths start from, or its parent if that folder is named `imgs`.
+        back_translation_file: JSON list of `{file_path, captions_bt}`, joined by path. It replaces the `captions_bt` of
+            the annotation. If a path is listed several times, its entries are joined in order.
+        max_words: captions are cut to this length.
 
-    Raises UserError for missing folders and files and for anything that is wrong in them.
+    Returns: the splits `train`, `test` and, if it has entries, `val`.
+    Raises UserError if a folder or file is missing, or if an entry is wrong.
     """
     anno_dir, image_dir = _existing_folder("anno_dir", anno_dir), _existing_folder("image_dir", image_dir)
     entries = [
-        _parse_entry(entry, where, split)
+        _parse_entry(entry, entry_name, split)
         for path, split in _annotation_files(anno_dir)
-        for where, entry in _read_json_list(path)
+        for entry_name, entry in _read_json_list(path)
     ]
     for name in ("train", "test"):
         if not any(entry.split == name for entry in entries):
@@ -124,69 +126,81 @@ def read_annotations(
     folder = _image_folder(entries, image_dir)
     by_split = {name: [entry for entry in entries if entry.split == name] for name in SPLITS}
     return {
-        name: _build_split(of_split, folder, max_words, renumber=name == "train")
-        for name, of_split in by_split.items()
-        if of_split
+        name: _build_split(split_entries, folder, max_words, renumber=name == "train")
+        for name, split_entries in by_split.items()
+        if split_entries
     }
 
 
 def read_captions(path: str | Path) -> list[tuple[str, list[str]]]:
-    """Reads image path and captions, as annotated, of each entry of one annotation file: a raw one of any dataset, or a
-    `*_reid.json`. Raises UserError for a missing file and for a path or captions that are wrong in it.
+    """Reads the image path and the captions of each entry of one annotation file, as annotated.
+
+    The file is a raw one of any dataset, or a `*_reid.json`.
+
+    Raises UserError if the file is missing, or if a path or the captions of an entry are wrong.
     """
-    return [(_image_path(entry, where), _captions(entry, where)) for where, entry in _read_json_list(Path(path))]
+    return [
+        (_image_path(entry, entry_name), _captions(entry, entry_name))
+        for entry_name, entry in _read_json_list(Path(path))
+    ]
 
 
 def check_images(splits: dict[str, Split], image_dir: str | Path) -> None:
-    """Raises UserError where annotated images are missing: how many, and the first five."""
+    """Checks that all annotated images exist.
+
+    Raises UserError if some are missing. The message contains their number and the first five paths.
+    """
     paths = dict.fromkeys(path for split in splits.values() for path in split.image_paths)
     missing = [path for path in paths if not (Path(image_dir) / path).is_file()]
     if missing:
         examples = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise UserError(
             f"{len(missing):,} of {len(paths):,} annotated images are missing under {image_dir}: "
-            f"{examples}; set `image_dir` to the folder that these paths start from, or unpack them again"
+            f"{examples}; set `image_dir` to the folder that these paths start from, or unpack the images again"
         )
 
 
 def few_shot(split: Split, share: float, seed: int) -> Split:
-    """A share of the images with all their captions, at least one, drawn by `seed`; identities are renumbered."""
+    """Draws a share of the images, at least one, with all their captions. Identities are renumbered."""
     images = len(split.image_paths)
-    kept = sorted(Random(f"few-shot {seed}").sample(range(images), max(1, round(share * images))))
-    places = {image: place for place, image in enumerate(kept)}
+    drawn = sorted(Random(f"few-shot {seed}").sample(range(images), max(1, round(share * images))))
+    new_index = {image: index for index, image in enumerate(drawn)}
     identities: dict[int, int] = {}
-    captions = [number for number, image in enumerate(split.caption_images) if image in places]
+    captions = [number for number, image in enumerate(split.caption_images) if image in new_index]
     return Split(
-        image_paths=[split.image_paths[image] for image in kept],
-        image_identities=[identities.setdefault(split.image_identities[image], len(identities)) for image in kept],
+        image_paths=[split.image_paths[image] for image in drawn],
+        image_identities=[identities.setdefault(split.image_identities[image], len(identities)) for image in drawn],
         captions=[split.captions[number] for number in captions],
         back_translations=[split.back_translations[number] for number in captions],
-        caption_images=[places[split.caption_images[number]] for number in captions],
+        caption_images=[new_index[split.caption_images[number]] for number in captions],
     )
 
 
 def statistics_table(splits: dict[str, Split], dataset: str | None) -> tuple[str, list[str]]:
-    """A table of identities, images and captions per split, and warnings.
+    """Returns a table of identities, images and captions per split, and a list of warnings.
 
-    There is one warning for each number that differs from the published one of `dataset` (a key of `PUBLISHED_COUNTS`,
-    or None for data of one's own). Raises UserError for any other name.
+    Args:
+        dataset: a key of `PUBLISHED_COUNTS`, or None for your own data. There is one warning for each number that
+            differs from the published one.
+
+    Raises UserError if `dataset` is another name.
     """
     if dataset is not None and dataset not in PUBLISHED_COUNTS:
-        raise UserError(f"unknown dataset {dataset!r}: expected one of {', '.join(PUBLISHED_COUNTS)}, or none")
+        raise UserError(f"unknown dataset {dataset!r}: expected one of {', '.join(PUBLISHED_COUNTS)}, or null")
     lines = [f"{'split':<6}" + "".join(f"{field:>12}" for field in Counts._fields)]
     lines += [f"{name:<6}" + "".join(f"{count:>12,}" for count in split.counts) for name, split in splits.items()]
     return "\n".join(lines), _differences(splits, dataset) if dataset else []
 
 
 def _differences(splits: dict[str, Split], dataset: str) -> list[str]:
-    """One line for each number that differs from the published one; a split that does not exist counts zero."""
+    """Returns one line for each number that differs from the published one. A missing split counts as zero."""
     ours = {name: split.counts for name, split in splits.items()}
-    nothing = Counts(0, 0, 0)
+    empty = Counts(0, 0, 0)
     return [
         f"{dataset} {name}: {found:,} {field} here, {published:,} published"
         for name in SPLITS
         for field, found, published in zip(
-            Counts._fields, ours.get(name, nothing), PUBLISHED_COUNTS[dataset].get(name, nothing), strict=True
+            Counts._fields, ours.get(name, empty), PUBLISHED_COUNTS[dataset].get(name, empty), strict=True
         )
         if found != published
     ]
@@ -194,27 +208,27 @@ def _differences(splits: dict[str, Split], dataset: str) -> list[str]:
 
 def _existing_folder(key: str, folder: str | Path) -> Path:
     if not Path(folder).is_dir():
-        raise UserError(f"`{key}: {folder}` is not a folder: set it to an existing one")
+        raise UserError(f"`{key}: {folder}` is not a folder: set it to an existing folder")
     return Path(folder)
 
 
 def _annotation_files(anno_dir: Path) -> list[tuple[Path, str | None]]:
-    """The files to read, each with its split, or None where its entries name theirs."""
-    of_splits = {split: anno_dir / f"{split}_reid.json" for split in SPLITS}
-    if of_splits["train"].is_file():
-        if not of_splits["test"].is_file():
-            raise UserError(f"{anno_dir} holds train_reid.json but no test_reid.json: both are needed")
-        return [(path, split) for split, path in of_splits.items() if path.is_file()]
+    """Returns the files to read, each with its split. The split is None if the entries name it."""
+    split_files = {split: anno_dir / f"{split}_reid.json" for split in SPLITS}
+    if split_files["train"].is_file():
+        if not split_files["test"].is_file():
+            raise UserError(f"{anno_dir} contains train_reid.json but no test_reid.json: both are needed")
+        return [(path, split) for split, path in split_files.items() if path.is_file()]
 
     raw = [anno_dir / name for name in RAW_FILES if (anno_dir / name).is_file()]
     if len(raw) == 1:
         return [(raw[0], None)]
     if raw:
         names = ", ".join(path.name for path in raw)
-        raise UserError(f"{anno_dir} holds several annotation files ({names}): keep the one to use")
+        raise UserError(f"{anno_dir} contains several annotation files ({names}): keep only the one to use")
     if (anno_dir / "caption_all.json").is_file():
         raise UserError(
-            f"{anno_dir} holds caption_all.json, which has no `split` and cannot be used: "
+            f"{anno_dir} contains caption_all.json, which has no `split` and cannot be used: "
             "get reid_raw.json of CUHK-PEDES"
         )
     present = ", ".join(sorted(path.name for path in anno_dir.glob("*.json"))) or "none"
@@ -225,7 +239,7 @@ def _annotation_files(anno_dir: Path) -> list[tuple[Path, str | None]]:
 
 
 def _read_json_list(path: Path) -> list[tuple[str, dict]]:
-    """Entries of a file, each with the words that name it in an error."""
+    """Reads the entries of a file, each with its name for error messages."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: correct the path")
     try:
@@ -233,80 +247,82 @@ def _read_json_list(path: Path) -> list[tuple[str, dict]]:
     except ValueError as error:  # not JSON, or not text
         raise UserError(f"{path} cannot be read as JSON ({error}): get the file again") from error
     if not isinstance(entries, list):
-        raise UserError(f"{path} holds {shortened(entries)}, expected a JSON list with one entry per image")
+        raise UserError(f"{path} contains {shortened(entries)}, expected a JSON list with one entry per image")
     named = [(f"{path} entry {number} (counted from 1)", entry) for number, entry in enumerate(entries, start=1)]
-    for where, entry in named:
+    for entry_name, entry in named:
         if not isinstance(entry, dict):
-            raise UserError(f"{where} is {shortened(entry)}, expected an object with `file_path`: mend or remove it")
+            raise UserError(
+                f"{entry_name} is {shortened(entry)}, expected an object with `file_path`: fix or remove it"
+            )
     return named
 
 
-def _parse_entry(entry: dict, where: str, split: str | None) -> _Entry:
-    """Checks an entry; `split` is None where the entry names its own."""
+def _parse_entry(entry: dict, entry_name: str, split: str | None) -> _Entry:
+    """Checks an entry. `split` is None if the entry names its split."""
     if split is None:
         split = entry.get("split")
         if split not in SPLITS:
-            raise _wrong(entry, where, "split", f"one of {', '.join(SPLITS)}")
-    if type(entry.get("id")) is not int:  # to isinstance, true and false are integers
-        raise _wrong(entry, where, "id", "an integer")
-    captions = _captions(entry, where)
-    back_translations = _back_translations(entry, where)
-    return _Entry(split, _image_path(entry, where), entry["id"], captions, back_translations)
+            raise _field_error(entry, entry_name, "split", f"one of {', '.join(SPLITS)}")
+    if type(entry.get("id")) is not int:  # isinstance would accept true and false
+        raise _field_error(entry, entry_name, "id", "an integer")
+    captions = _captions(entry, entry_name)
+    back_translations = _back_translations(entry, entry_name)
+    return _Entry(split, _image_path(entry, entry_name), entry["id"], captions, back_translations)
 
 
-def _image_path(entry: dict, where: str) -> str:
+def _image_path(entry: dict, entry_name: str) -> str:
     field = "img_path" if "img_path" in entry and "file_path" not in entry else "file_path"
     path = entry.get(field)
     if not (isinstance(path, str) and path):
-        raise _wrong(entry, where, field, "the path of an image")
+        raise _field_error(entry, entry_name, field, "the path of an image")
     location = Path(path)
     if location.is_absolute() or ".." in location.parts:
-        raise _wrong(entry, where, field, "a path inside the image folder, without `..`")
+        raise _field_error(entry, entry_name, field, "a path inside the image folder, without `..`")
     return path
 
 
-def _captions(entry: dict, where: str) -> list[str]:
+def _captions(entry: dict, entry_name: str) -> list[str]:
     captions = entry.get("captions")
     if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
-        raise _wrong(entry, where, "captions", "a list of at least one text")
+        raise _field_error(entry, entry_name, "captions", "a list of at least one text")
     return captions
 
 
-def _back_translations(entry: dict, where: str) -> list[str | None]:
-    """`captions_bt` of an entry, an empty list where it has none."""
+def _back_translations(entry: dict, entry_name: str) -> list[str | None]:
+    """Returns `captions_bt` of an entry, or an empty list if it has none."""
     texts = entry.get("captions_bt")
     if texts is None:
         return []
     if not (isinstance(texts, list) and all(text is None or isinstance(text, str) for text in texts)):
-        raise _wrong(entry, where, "captions_bt", "a list of texts and nulls")
+        raise _field_error(entry, entry_name, "captions_bt", "a list of texts and nulls")
     return texts
 
 
-def _wrong(entry: dict, where: str, field: str, expected: str) -> UserError:
+def _field_error(entry: dict, entry_name: str, field: str, expected: str) -> UserError:
     found = f"`{field}: {shortened(entry[field])}`" if field in entry else f"no `{field}`"
-    return UserError(f"{where} has {found}, expected {expected}: mend or remove the entry")
+    return UserError(f"{entry_name} has {found}, expected {expected}: fix or remove the entry")
 
 
 def _join_back_translations(entries: list[_Entry], path: Path) -> list[_Entry]:
-    """The entries with the back-translations that `path` holds for them; the others as they are."""
+    """Returns the entries with their back-translations from the file `path`. Entries without any stay unchanged."""
     available: dict[str, list[list[str | None]]] = defaultdict(list)
-    for where, entry in _read_json_list(path):
-        if texts := _back_translations(entry, where):
-            available[_image_path(entry, where)].append(texts)
+    for entry_name, entry in _read_json_list(path):
+        if texts := _back_translations(entry, entry_name):
+            available[_image_path(entry, entry_name)].append(texts)
     if not any(entry.image_path in available for entry in entries):
         raise UserError(
             f"{path} has no back-translation of any annotated image, such as {entries[0].image_path!r}: "
-            "use the file of this dataset, whose paths are those of the annotation"
+            "use the file of this dataset, with the same paths as the annotation"
         )
     joined = []
     for entry in entries:
-        of_path = available[entry.image_path]
-        joined.append(entry._replace(back_translations=of_path.pop(0)) if of_path else entry)
+        remaining = available[entry.image_path]
+        joined.append(entry._replace(back_translations=remaining.pop(0)) if remaining else entry)
     return joined
 
 
 def _image_folder(entries: list[_Entry], image_dir: Path) -> str:
-    """What leads from `image_dir` to the annotated paths: nothing, or `imgs/` where only that holds one of them."""
+    """Returns the prefix of annotated paths in `image_dir`: `imgs/` if the first image found is there, else empty."""
     for entry in entries:
         for folder in ("", f"{IMAGE_SUBFOLDER}/"):
             if (image_dir / f"{folder}{entry.image_path}").is_file():

@@ -26,25 +26,27 @@ from misc.system.distributed import choose_device
 
 PACKAGES = ("transformers", "sentencepiece")
 MAX_TOKENS = 512
-"""Of a text that is read or written: as many as Marian's models have positions for."""
+"""Maximum length of an input and of an output text: the number of positions of Marian's models."""
 
 START = b'{"to_french": "'
-"""Of the first line of a file of translations."""
+"""The start of the first line of a progress file."""
 
 Translator = Callable[[list[str]], list[str]]
-"""Texts of one language to as many texts of a language."""
+"""A function from texts to their translations, one for each text."""
 
 
 class Models(NamedTuple):
-    """Names on the Hugging Face hub, or folders."""
+    """The two translation models: names on the Hugging Face hub, or folders."""
 
     to_french: str = "Helsinki-NLP/opus-mt-en-fr"
     to_english: str = "Helsinki-NLP/opus-mt-fr-en"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Back-translates the file that the arguments name. Returns the exit status: 2 for a mistake of the user, told in
-    one line, and 130 for Ctrl-C."""
+    """Back-translates the file that the arguments name.
+
+    Returns: the exit status: 2 for a mistake of the user, printed as one line, and 130 for Ctrl-C.
+    """
     options = _parse(arguments)
     models = Models(options.to_french, options.to_english)
     try:
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
+        print("stopped: run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
@@ -71,12 +73,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Translate the captions of an annotation to French and back.",
     )
     parser.add_argument("annotation", type=Path, metavar="ANNOTATION", help="a raw annotation file or a *_reid.json")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new JSON file, for data.back_translation_file")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one) | cpu | cuda | cuda:N")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="captions at a time (default: 32)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="JSON file to create, for data.back_translation_file")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one) | cpu | cuda | cuda:N")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="captions per batch (default: 32)")
     for option, default in Models._field_defaults.items():
         name = f"--{option.replace('_', '-')}"
-        parser.add_argument(name, default=default, metavar="MODEL", help=f"name or folder (default: {default})")
+        parser.add_argument(name, default=default, metavar="MODEL", help=f"hub name or folder (default: {default})")
     return parser.parse_args(arguments)
 
 
@@ -85,37 +87,39 @@ def back_translate(
 ) -> None:
     """Writes `[{"file_path": ..., "captions_bt": [...]}, ...]`: an entry per entry of `annotation`, a text per caption.
 
-    A caption is translated as annotated, without the white space around it; equal ones once, empty ones not at all.
-    Each batch is kept in `OUT.partial` until all are done, so whoever is stopped goes on with the same call.
+    A caption is translated as annotated, without the white space around it. Equal captions are translated once, empty
+    ones are not. Each batch is saved in `OUT.partial` until all are done, so the same call continues after a stop.
 
     Args:
-        annotation: file of any form that `misc.datasets.read_annotations` reads.
-        out: does not exist yet; is written whole or not at all.
-        models: what `load` loads; translations of others are not gone on with.
-        load: gives the translator, English to English. It is called when all else is checked, and only if needed.
-        batch_size: captions that the translator gets at a time, the longest first.
+        annotation: file of any form that `misc.data.annotations.read_annotations` reads.
+        out: new file; it is written completely or not at all.
+        models: the models that `load` loads. Saved translations of other models are refused.
+        load: returns the translator, English to English. It is called only if needed, after all checks.
+        batch_size: number of captions that the translator gets at a time, the longest first.
 
-    Raises UserError for what is wrong with the arguments, `annotation` and `OUT.partial`, for packages that are not
-    installed, and for a place that cannot be written; and whatever `load` and the translator raise.
+    Raises UserError if the arguments, `annotation` or `OUT.partial` are wrong, if a package is missing, or if a file
+    cannot be written. Exceptions of `load` and of the translator pass through.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: give 1 or more")
     _check_new(out)
     entries = [(path, [caption.strip() for caption in captions]) for path, captions in read_captions(annotation)]
     if not entries:
-        raise UserError(f"{annotation} is an empty list: there is nothing to translate, give the complete file")
+        raise UserError(f"{annotation} is an empty list, with nothing to translate: give the complete file")
     partial = out.with_name(out.name + ".partial")
     try:
-        with _kept(partial, models) as (translations, keep):
-            _translate_all(entries, translations, keep, load, batch_size)
+        with _saved_translations(partial, models) as (translations, save):
+            _translate_all(entries, translations, save, load, batch_size)
             _check_new(out)
             with atomic_file(out) as file:
-                file.write(_line([_translated(path, captions, translations) for path, captions in entries]))
+                file.write(_line([_output_entry(path, captions, translations) for path, captions in entries]))
         partial.unlink(missing_ok=True)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise UserError(f"{out}: {error.strerror}: free some space, then the same command goes on from here") from error
+        raise UserError(
+            f"{out}: {error.strerror}: free some space, then run the same command again to continue"
+        ) from error
 
 
 def _check_new(out: Path) -> None:
@@ -127,59 +131,62 @@ def _check_new(out: Path) -> None:
 def _translate_all(
     entries: list[tuple[str, list[str]]],
     translations: dict[str, str],
-    keep: Callable[[dict[str, str]], None],
+    save: Callable[[dict[str, str]], None],
     load: Callable[[], Translator],
     batch_size: int,
 ) -> None:
-    """Gives `keep` the translations that are missing, batch by batch."""
-    different = dict.fromkeys(caption for _, captions in entries for caption in captions if caption)
-    # Neighbours of like length need little padding. What is left after a stop falls into the same batches.
-    missing = sorted((caption for caption in different if caption not in translations), key=len, reverse=True)
+    """Translates the missing captions and saves them, batch by batch."""
+    unique = dict.fromkeys(caption for _, captions in entries for caption in captions if caption)
+    # Captions of similar length need little padding. After a stop, the rest falls into the same batches.
+    missing = sorted((caption for caption in unique if caption not in translations), key=len, reverse=True)
     if not missing:
         return
     translate = load()
-    done = len(different) - len(missing)
-    with tqdm(total=len(different), initial=done, desc="back-translating", unit="caption", dynamic_ncols=True) as bar:
+    done = len(unique) - len(missing)
+    with tqdm(total=len(unique), initial=done, desc="back-translating", unit="caption", dynamic_ncols=True) as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
-            keep(dict(zip(batch, translate(batch), strict=True)))
+            save(dict(zip(batch, translate(batch), strict=True)))
             bar.update(len(batch))
 
 
-def _translated(path: str, captions: list[str], translations: dict[str, str]) -> dict[str, str | list[str]]:
+def _output_entry(path: str, captions: list[str], translations: dict[str, str]) -> dict[str, str | list[str]]:
     return {"file_path": path, "captions_bt": [translations[caption] if caption else "" for caption in captions]}
 
 
-# ---- what is done so far --------------------------------------------------------------------------------------------
+# ---- progress -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _kept(path: Path, models: Models) -> Iterator[tuple[dict[str, str], Callable[[dict[str, str]], None]]]:
-    """The translations that a file holds, by caption, and a function that adds some to both.
+def _saved_translations(
+    path: Path, models: Models
+) -> Iterator[tuple[dict[str, str], Callable[[dict[str, str]], None]]]:
+    """Opens a progress file.
 
-    The file has a line with the names of the models, then one for each batch. One without a batch is of no use and not
-    left behind.
+    The file has a line with the names of the models, then one line for each batch. Without a batch it is removed.
+
+    Yields: the saved translations by caption, and a function that adds a batch to them and to the file.
     """
-    with _opened(path) as file:
+    with _open_locked(path) as file:
         translations, size = _read_partial(file, path, models)
         file.truncate(size)  # a half-written line
         if not translations:
             file.truncate(0)
             _append(file, models._asdict())
 
-        def keep(batch: dict[str, str]) -> None:
+        def save(batch: dict[str, str]) -> None:
             _append(file, batch)
             translations.update(batch)
 
         try:
-            yield translations, keep
+            yield translations, save
         finally:
             if not translations:
                 path.unlink(missing_ok=True)
 
 
-def _opened(path: Path) -> BinaryIO:
-    """The file, to read and append to, for this process alone."""
+def _open_locked(path: Path) -> BinaryIO:
+    """Opens a file to read and append, and locks it for this process."""
     try:
         file = path.open("a+b")
     except OSError as error:
@@ -187,14 +194,14 @@ def _opened(path: Path) -> BinaryIO:
     try:
         unlocked = lock_file(file, fcntl.flock)
     except BlockingIOError as error:
-        raise UserError(f"{path}: another process is writing it: wait for it, or give another OUT") from error
+        raise UserError(f"{path}: another process is writing to it: wait for it, or give another OUT") from error
     if unlocked:
         tqdm.write(f"warning: {path} cannot be locked ({unlocked}): start this command only once")
     return file
 
 
 def _read_partial(file: BinaryIO, path: Path, models: Models) -> tuple[dict[str, str], int]:
-    """Translations by caption, and the size of all whole lines."""
+    """Reads the translations by caption, and the size in bytes of all complete lines."""
     file.seek(0)
     content = file.read()
     size = content.rfind(b"\n") + 1
@@ -202,29 +209,29 @@ def _read_partial(file: BinaryIO, path: Path, models: Models) -> tuple[dict[str,
     found = _parse_line(first) or {}
     ours = set(found) == set(Models._fields) if first else START.startswith(content[: len(START)])
     if not ours:
-        raise UserError(f"{path} is not of this command, or damaged: move it away, or give another OUT")
+        raise UserError(f"{path} is damaged or was not written by this command: move it away, or give another OUT")
     if batches and Models(**found) != models:
         raise UserError(
-            f"{path} holds translations of --to-french {found['to_french']} --to-english {found['to_english']}: "
-            "go on with these models, or remove it to start anew"
+            f"{path} contains translations of --to-french {found['to_french']} --to-english {found['to_english']}: "
+            "continue with these models, or remove it to start again"
         )
     translations: dict[str, str] = {}
     for number, line in enumerate(batches, start=2):
         batch = _parse_line(line)
         if batch is None:
-            raise UserError(f"{path} line {number} is damaged: remove this line, its captions are translated anew")
+            raise UserError(f"{path} line {number} is damaged: remove this line to translate its captions again")
         translations |= batch
     return translations, size
 
 
 def _parse_line(line: bytes) -> dict[str, str] | None:
-    """None for anything but texts by name."""
+    """Returns an object of texts by name, or None for any other line."""
     try:
         content = json.loads(line)
     except ValueError:
         return None
-    fits = isinstance(content, dict) and all(isinstance(value, str) for value in content.values())
-    return content if fits else None
+    valid = isinstance(content, dict) and all(isinstance(value, str) for value in content.values())
+    return content if valid else None
 
 
 def _append(file: BinaryIO, content: dict[str, str]) -> None:
@@ -234,14 +241,17 @@ def _append(file: BinaryIO, content: dict[str, str]) -> None:
 
 
 def _line(content: object) -> bytes:
-    return json.dumps(content).encode() + b"\n"  # in ASCII, so that captions may hold what UTF-8 cannot
+    return json.dumps(content).encode() + b"\n"  # in ASCII: UTF-8 cannot encode lone surrogates in captions
 
 
 # ---- Marian ---------------------------------------------------------------------------------------------------------
 
 
 def load_translator(models: Models, device: torch.device) -> Translator:
-    """English to English by way of French. Raises UserError for models that cannot be loaded and missing packages."""
+    """Loads a translator from English to French and back.
+
+    Raises UserError if a model cannot be loaded or a package is missing.
+    """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be installed: pip install {' '.join(PACKAGES)}")
@@ -251,27 +261,28 @@ def load_translator(models: Models, device: torch.device) -> Translator:
 
 
 def _load_model(option: str, name: str, device: torch.device) -> Translator:
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer  # not needed for anything else, and takes seconds
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer  # only needed here, and takes seconds to import
 
     try:
-        # The model first: without a network, the tokenizer would keep on trying for twice as long.
+        # The model first: without a network, the tokenizer would retry for twice as long.
         model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # for a method that nobody calls
+            warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # not needed for this use
             tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # a damaged folder can fail in every way
+    except Exception as error:  # a damaged folder can raise any exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         if is_folder(name):
-            remedy = "the folder should hold a Marian model and its tokenizer, get it again"
+            remedy = "the folder must contain a Marian model and its tokenizer, get it again"
         else:
             remedy = (
-                f"where there is a network, run `hf download {name} --local-dir FOLDER`, then give {option} FOLDER here"
+                f"on a machine with a network, run `hf download {name} --local-dir FOLDER`, "
+                f"then give {option} FOLDER here"
             )
         raise UserError(f"{option} {name} cannot be loaded ({reason}): {remedy}") from error
     model.to(device).eval()
 
     def translate(texts: list[str]) -> list[str]:
-        encodable = [text.encode(errors="replace").decode() for text in texts]  # JSON may hold half a surrogate pair
+        encodable = [text.encode(errors="replace").decode() for text in texts]  # JSON may contain lone surrogates
         tokens = tokenizer(encodable, return_tensors="pt", padding=True, truncation=True, max_length=MAX_TOKENS)
         with torch.no_grad():
             ids = model.generate(**tokens.to(device), max_length=MAX_TOKENS)

@@ -1,4 +1,4 @@
-"""Samples to batches: collate functions and data loaders."""
+"""Collate functions and data loaders: from samples to batches."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from text_utils.masking import IGNORED_LABEL
 
 @dataclass
 class Batch:
-    """B samples of this rank: what is encoded, who is seen (B,) int64, and the image files for messages."""
+    """B samples of this rank: the views to encode, the identities (B,) int64, and the image files for messages."""
 
     views: Views
     identities: Tensor
@@ -30,9 +30,9 @@ class Batch:
         return len(self.identities)
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """Some of the samples, sharing the memory of these."""
-        shortened = _map_tensors(self, lambda tensor: tensor[start:stop])
-        return dataclasses.replace(shortened, paths=self.paths[start:stop])
+        """Returns samples `start` to `stop`, which share the memory of this batch."""
+        selected = _map_tensors(self, lambda tensor: tensor[start:stop])
+        return dataclasses.replace(selected, paths=self.paths[start:stop])
 
     def to(self, device: torch.device) -> "Batch":
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -53,7 +53,10 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def collate(samples: "list[Sample | UserError]") -> "Batch | UserError":
-    """Stacks samples; captions are padded to the longest of the batch, not to `text_length`."""
+    """Stacks samples. Captions are padded to the longest one of the batch, not to `text_length`.
+
+    If an image could not be decoded, its UserError is returned instead (`batches` raises it).
+    """
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
@@ -77,12 +80,12 @@ def collate(samples: "list[Sample | UserError]") -> "Batch | UserError":
 
 
 def pad_tokens(rows: list[list[int]], padding: int = 0) -> Tensor:
-    """B lists → (B, L) int64, L the longest of them."""
+    """Pads B lists to (B, L) int64, where L is the length of the longest list."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
 
 
 def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of this rank, in the sampler's order, on the CPU. Go through it with `batches`."""
+    """Returns a loader of this rank's batches, in the sampler's order, on the CPU. Iterate over it with `batches`."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -95,7 +98,7 @@ def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, worker
 
 
 def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, pin_memory: bool) -> DataLoader:
-    """(B, 3, H, W) in order. Go through it with `batches`."""
+    """Returns a loader of images (B, 3, H, W) in order. Iterate over it with `batches`."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -112,9 +115,12 @@ def _stack_images(images: "list[Tensor | UserError]") -> "Tensor | UserError":
 
 
 def batches(loader: Iterable) -> Iterator:
-    """The batches of a loader; a UserError that a sample became is raised here.
+    """Yields the batches of a loader.
 
-    A worker process hands an exception over as a text with its traceback; as a value it stays the one clear line.
+    A worker process would pass an exception on as a text with a traceback. So samples return a UserError as a value,
+    and this function raises it in the main process, as one clear line.
+
+    Raises UserError if an image cannot be decoded.
     """
     for batch in loader:
         if isinstance(batch, UserError):

@@ -9,10 +9,12 @@ from misc.errors import UserError
 
 
 def read_image(path: Path, *, upright: bool = False) -> Image.Image:
-    """Decodes an image file to RGB. Raises UserError with its name where that cannot be done.
+    """Decodes an image file to RGB.
 
     Args:
-        upright: turns it as its EXIF data say, which people's own pictures need. Datasets are read as they are.
+        upright: rotates the image according to its EXIF orientation. Photos of users need this; datasets do not.
+
+    Raises UserError if the file cannot be decoded. The message contains its path.
     """
     try:
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""The order in which an epoch visits the training samples, and which of them each rank takes."""
+"""The order of the training samples in an epoch, and their distribution over ranks."""
 
 from collections.abc import Iterator
 from random import Random
@@ -11,7 +11,7 @@ from misc.system.randomness import derive_seed
 
 
 class Draw(NamedTuple):
-    """What the sampler asks of the training set: a sample of an epoch, and with which other sample MixGen mixes it."""
+    """A request of the sampler to the training set: epoch, sample, and the partner that MixGen mixes it with."""
 
     epoch: int
     index: int
@@ -19,20 +19,21 @@ class Draw(NamedTuple):
 
 
 class GlobalBatchSampler(Sampler[list[Draw]]):
-    """This rank's rows of the global batches of an epoch; the last incomplete global batch is dropped.
+    """Samples this rank's rows of the global batches of an epoch. The last incomplete global batch is dropped.
 
-    It goes through the `epoch` that is set, from batch `first_step` on. Its length is that of a whole epoch.
+    Set `epoch` and `first_step` before iterating: it starts at batch `first_step` of `epoch`. Its length is always the
+    number of batches of a complete epoch.
 
-    The order depends on (seed, epoch) alone, and the ranks' rows one after another are the global batch: the same G
-    samples meet in a step, however many ranks share them.
+    The order depends only on (seed, epoch). The rows of all ranks, concatenated, are the global batch. So a step always
+    has the same G samples, independent of the number of ranks.
 
     Args:
         samples: size of the training set.
         batch_size: B, per rank.
-        seed: of the run.
-        rank, world_size: where this process stands.
-        mixgen_probability, mixgen_ratio: with this probability for a global batch, the first `mixgen_ratio` of its
-            samples are mixed with as many that follow them (MixGen).
+        seed: seed of the run.
+        rank, world_size: number of this rank, and number of all ranks.
+        mixgen_probability: probability that MixGen is applied to a global batch.
+        mixgen_ratio: share of the batch that is mixed: the first samples, each with one of those that follow.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Training samples and gallery images: from a split to augmented views and token ids.
 
-A sample's augmentation depends on (seed, epoch, index) alone, so neither the number of workers and ranks nor a restart
-changes it.
+The augmentation of a sample depends only on (seed, epoch, index). So the number of workers, the number of ranks and
+restarts do not change it.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from text_utils.tokenizer import Tokenizer
 
 @dataclass
 class Sample:
-    """One augmented (image, caption) pair: `images` by view, each (3, H, W), and token ids of `captions` by view."""
+    """One augmented (image, caption) pair: `images` (3, H, W) by view, and the token ids of `captions` by view."""
 
     images: dict[str, Tensor]
     captions: dict[str, list[int]]
@@ -40,20 +40,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training sample, and which views the enabled losses need.
+    """The augmentation of training samples, and the views that the enabled losses need.
 
     Attributes:
         resolution: (height, width) in pixels.
-        text_length: longest caption in tokens.
-        second_view, second_caption: the views of MVS-I and MVS-T.
-        simclr_views, simclr_captions: those of SS-I and SS-T.
-        masked_captions: those of MLM.
-        image_operations: names of operations on the training view with their strengths (`misc.image_operations`).
-        image_pool: how many of them are drawn for a view; None for all, one after another.
-        back_translation_probability: how often a caption is replaced by its back-translation.
+        text_length: maximum length of a caption in tokens.
+        second_view, second_caption: whether to make the views of MVS-I and MVS-T.
+        simclr_views, simclr_captions: whether to make the views of SS-I and SS-T.
+        masked_captions: whether to mask captions for MLM.
+        image_operations: strengths of the operations on the training view, by name (`misc.data.image_operations`).
+        image_pool: number of operations drawn for a view; None applies all of them in order.
+        back_translation_probability: probability that a caption is replaced by its back-translation.
         text_operation: a name in `TEXT_OPERATIONS`, or None.
-        text_strength: its alpha.
-        synonyms: of a word, for the operations in `NEEDS_SYNONYMS`; goes to the workers, so it must be picklable.
+        text_strength: the alpha of the text operation.
+        synonyms: returns the synonyms of a word, for the operations in `NEEDS_SYNONYMS`. It must be picklable, because
+            it is sent to the workers.
         mixgen: `ori`, `cat` or None.
     """
 
@@ -74,7 +75,7 @@ class Augmentation:
 
 
 class TrainingSet(Dataset):
-    """(image, caption) pairs of a split, indexed by `Draw`."""
+    """The (image, caption) pairs of a split, indexed by `Draw`."""
 
     def __init__(self, split: Split, image_dir: Path, tokenizer: Tokenizer, augmentation: Augmentation, seed: int):
         self.split = split
@@ -90,7 +91,7 @@ class TrainingSet(Dataset):
         return len(self.split)
 
     def __getitem__(self, draw: Draw) -> "Sample | UserError":
-        """The sample, or the UserError that names an image that cannot be decoded (`batches` raises it)."""
+        """Returns the sample, or a UserError if an image cannot be decoded (`batches` raises it)."""
         try:
             with single_threaded():
                 return self._sample(draw)
@@ -131,7 +132,7 @@ class TrainingSet(Dataset):
         return read_image(self.image_dir / self.split.image_paths[self.split.caption_images[index]])
 
     def _pool_views(self, epoch: int, index: int, decoded: Image.Image) -> dict[str, Tensor]:
-        """One view, or two where a loss needs them; they share the resized image."""
+        """Makes one view, or two if a loss needs them. They share the resized image."""
         resized = self.pool_view.resize(decoded)
         names = ("image", "second_image") if self.augmentation.second_view else ("image",)
         return self._views(names, epoch, index, resized, self.pool_view)
@@ -149,7 +150,7 @@ class TrainingSet(Dataset):
         return views
 
     def _captions(self, epoch: int, index: int) -> dict[str, str]:
-        """One augmented caption, or two where a loss needs them."""
+        """Makes one augmented caption, or two if a loss needs them."""
         names = ("caption", "second_caption") if self.augmentation.second_caption else ("caption",)
         return {name: self._caption(epoch, index, name) for name in names}
 
@@ -166,7 +167,7 @@ class TrainingSet(Dataset):
 
 
 class EvaluationImages(Dataset):
-    """The gallery: some images of a split, by number, as (3, H, W) normalised tensors."""
+    """Gallery images: the images of a split with these numbers, as (3, H, W) normalised tensors."""
 
     def __init__(self, split: Split, image_dir: Path, resolution: tuple[int, int], numbers: range):
         self.paths = [image_dir / split.image_paths[number] for number in numbers]

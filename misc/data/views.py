@@ -1,7 +1,7 @@
-"""Images to normalised tensors: training view, SimCLR view, evaluation view, MixGen (SPEC sections 2 and 3).
+"""From images to normalised tensors: training view, SimCLR view, evaluation view, MixGen.
 
-Tensors are (3, H, W) float32; before normalisation their values are in [0, 1]. All draws come from torch's default CPU
-generator, which the caller seeds for each sample.
+Tensors are (3, H, W) float32; before normalisation their values are in [0, 1]. All random numbers come from torch's
+default CPU generator, which the caller seeds for each sample.
 """
 
 import math
@@ -18,23 +18,23 @@ from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image → (3, H, W) float32 in [0, 1]."""
+    """Converts an RGB image to (3, H, W) float32 in [0, 1]."""
     return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
 
 
 def normalise(
     image: Tensor, mean: Sequence[float] = IMAGENET_MEAN, deviation: Sequence[float] = IMAGENET_DEVIATION
 ) -> Tensor:
-    """Subtracts the mean and divides by the standard deviation of each channel: ImageNet's, not CLIP's."""
+    """Subtracts the mean of each channel and divides by its deviation. The defaults are ImageNet's, not CLIP's."""
     return F.normalize(image, list(mean), list(deviation))
 
 
 class EvaluationView:
-    """Resize (bicubic, antialiased), normalise.
+    """The view for evaluation and search: resized (bicubic, antialiased) and normalised.
 
     Args:
         resolution: (height, width) in pixels.
-        mean, deviation: of each channel; those of training unless weights of others are searched with.
+        mean, deviation: values of each channel. The defaults are those of training; other weights may need their own.
     """
 
     def __init__(
@@ -52,15 +52,17 @@ class EvaluationView:
 
 
 class PoolView:
-    """Augmentation of the training view: some of the operations, drawn independently and with replacement, in the order
-    drawn (the paper's augmentation pool: two of six); or all of them, one after another.
+    """The training view: resized, augmented and normalised.
 
-    Resizing is apart (`resize`), so that two views of an image share it.
+    With `drawn`, each view draws that many operations independently with replacement, and applies them in the order
+    drawn (the paper's augmentation pool: two of six). Without it, each view applies all operations in order.
+
+    `resize` is a separate step, so that two views of an image can share it.
 
     Args:
         resolution: (height, width) in pixels.
-        operations: on (3, H, W) in [0, 1].
-        drawn: how many are drawn for a view; None for all.
+        operations: functions of an image (3, H, W) in [0, 1].
+        drawn: number of operations drawn for a view; None applies all.
     """
 
     def __init__(self, resolution: tuple[int, int], operations: list[Operation], drawn: int | None):
@@ -69,11 +71,11 @@ class PoolView:
         self.drawn = drawn
 
     def resize(self, image: Image.Image) -> Tensor:
-        """RGB image → (3, H, W) in [0, 1], bilinear and antialiased."""
+        """Resizes an RGB image to (3, H, W) in [0, 1], bilinear and antialiased."""
         return to_tensor(F.resize(image, self.resolution, InterpolationMode.BILINEAR))
 
     def __call__(self, resized: Tensor) -> Tensor:
-        """(3, H, W) of `resize` → an augmented, normalised view of the same shape."""
+        """Augments and normalises the (3, H, W) image of `resize`."""
         chosen = self.operations
         if self.operations and self.drawn is not None:
             chosen = [chosen[index] for index in torch.randint(len(chosen), (self.drawn,)).tolist()]
@@ -97,12 +99,12 @@ class SimCLRView:
         )
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(3, H', W') in [0, 1] of any size → (3, H, W), normalised."""
+        """Augments an image (3, H', W') in [0, 1] of any size. Returns: (3, H, W), normalised."""
         return normalise(self.transforms(image))
 
 
 class GaussianBlur(torch.nn.Module):
-    """Gaussian blur, sigma in pixels drawn uniformly; the kernel reaches as far as three sigma."""
+    """Gaussian blur. Sigma in pixels is drawn uniformly; the kernel extends to three sigma."""
 
     def __init__(self, low: float, high: float):
         super().__init__()
@@ -115,9 +117,9 @@ class GaussianBlur(torch.nn.Module):
 
 
 def mix_images(image: Tensor, partner: Tensor, kind: str) -> Tensor:
-    """MixGen of two views (3, H, W): their mean (`ori`), or side by side at half the width each (`cat`).
+    """Mixes two views (3, H, W) as MixGen: their mean (`ori`), or side by side at half the width each (`cat`).
 
-    `cat` takes normalised images and leaves them so: the published code normalises its result a second time.
+    The views are normalised, and so is the result. The published code normalises the result of `cat` a second time.
     """
     if kind == "ori":
         return 0.5 * image + 0.5 * partner
@@ -127,5 +129,5 @@ def mix_images(image: Tensor, partner: Tensor, kind: str) -> Tensor:
 
 
 def mix_captions(caption: str, partner: str) -> str:
-    """MixGen of two captions."""
+    """Concatenates two captions, as MixGen does."""
     return f"{caption} {partner}"

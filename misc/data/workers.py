@@ -1,4 +1,4 @@
-"""Signals of the processes that load data."""
+"""Signal handling in the processes that load data."""
 
 import multiprocessing
 import os
@@ -7,18 +7,19 @@ import threading
 
 
 def outlive_signals(worker: int) -> None:
-    """A loader worker ends by its training process alone, which needs it for the step that it finishes before it stops.
+    """Makes a loader worker ignore Ctrl-C and SIGTERM, except SIGTERM from its training process.
 
-    Ctrl-C and torchrun signal a whole process group, and schedulers every process of a job. Against the latter this
-    helps where workers are forked; one that is started otherwise has threads already, which may take the signal.
+    The training process finishes its step before it stops, and needs its workers until then. Ctrl-C and torchrun signal
+    a whole process group, which the worker leaves here. Schedulers signal every process of a job; the worker survives
+    this only if it was forked. Otherwise it already has threads that may receive the signal.
     """
     os.setpgrp()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent, daemon=True).start()
+        threading.Thread(target=_exit_on_parent_signal, daemon=True).start()
 
 
-def _end_by_parent() -> None:
+def _exit_on_parent_signal() -> None:
     training = multiprocessing.parent_process().pid  # os.getppid() may be a server that forks the workers
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
         pass

@@ -1,4 +1,4 @@
-"""Text-to-image retrieval: encoding and ranking a split, metrics, and what each query retrieved.
+"""Text-to-image retrieval: encoding and ranking a split, metrics, and reports on single queries.
 
-Imports `misc/data/`, `misc/run/`, `misc/system/` and below. Begin with `evaluation.py`.
+Imports `misc/data/`, `misc/run/`, `misc/system/` and their dependencies. Begin with `evaluation.py`.
 """

@@ -1,4 +1,4 @@
-"""Encodes a split over all ranks and ranks its images for each of its captions.
+"""Encodes a split on all ranks, and ranks its images for each of its captions.
 
 W ranks, Q queries (captions), N gallery images, D width of the shared space.
 """
@@ -22,18 +22,18 @@ from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import Tokenizer
 
 EncodeFunction = Callable[[Tensor], Tensor]
-"""A batch in, features (B, D) out, not L2-normalised."""
+"""A function from a batch to features (B, D), not L2-normalised."""
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The outcome of an evaluation, the same on every rank.
+    """The result of an evaluation, the same on every rank.
 
     Attributes:
         metrics: `r1`, `r5`, `r10`, `mAP`, `mINP` in percent.
         without_match: number of queries whose person is not in the gallery.
-        results: per query.
-        queries: (Q, D) and gallery: (N, D) float32, L2-normalised.
+        results: the ranking of each query.
+        queries: (Q, D) and gallery: (N, D), features in float32, L2-normalised.
         seconds: duration of the evaluation.
     """
 
@@ -45,21 +45,21 @@ class Retrieval:
     seconds: float = 0.0
 
     def first_images(self, query: int, count: int) -> tuple[Tensor, Tensor]:
-        """Cosines and numbers of the `count` best gallery images of a query, best first."""
+        """Returns the cosines and the numbers of the `count` best gallery images of a query, best first."""
         similarity = self.gallery @ self.queries[query]
         order = similarity.argsort(descending=True, stable=True)[:count]
         return similarity[order], order
 
 
 def result_lines(title: str, retrieval: Retrieval) -> list[str]:
-    """The table of results, as lines for the log."""
+    """Returns the table of results as lines for the log."""
     lines = [
         f"{title}: {len(retrieval.queries)} queries, {len(retrieval.gallery)} images, {retrieval.seconds:.1f} s",
         "    R@1    R@5   R@10    mAP   mINP",
         "".join(f"{value:7.2f}" for value in retrieval.metrics.values()),
     ]
     if retrieval.without_match:
-        lines.append(f"warning: {retrieval.without_match} queries ask for a person who is not in the gallery")
+        lines.append(f"warning: {retrieval.without_match} queries describe a person who is not in the gallery")
     return lines
 
 
@@ -68,13 +68,13 @@ class Evaluator:
     """Text-to-image retrieval on one split. The ranks share the encoding and the ranking.
 
     Attributes:
-        split: what is evaluated.
+        split: the split to evaluate.
         image_dir: folder of its images.
-        tokenizer, text_length: how captions become ids.
+        tokenizer, text_length: encode a caption to at most `text_length` token ids.
         resolution: (height, width) in pixels.
         batch_size: per rank.
-        workers: processes that decode images, per rank.
-        processes: where this process stands.
+        workers: number of processes that decode images, per rank.
+        ranks: this rank and its collectives.
         precision: of the encoders; similarities are computed in float32.
     """
 
@@ -110,7 +110,7 @@ class Evaluator:
 
     @torch.no_grad()
     def encode_images(self, encoders: Sequence[EncodeFunction], width: int) -> list[Tensor]:
-        """What each encoder makes of this rank's gallery images, which are decoded once for all encoders.
+        """Encodes this rank's gallery images with each encoder. Images are decoded once for all encoders.
 
         Args:
             encoders: (B, 3, H, W) → (B, D).
@@ -125,7 +125,7 @@ class Evaluator:
 
     @torch.no_grad()
     def encode_captions(self, encoders: Sequence[EncodeFunction], width: int) -> list[Tensor]:
-        """The same for this rank's captions; encoders are (B, L) int64 → (B, D)."""
+        """Encodes this rank's captions like `encode_images`. Encoders: (B, L) int64 → (B, D)."""
         own = [self.split.captions[number] for number in self._own(len(self.split))]
         token_ids = (
             pad_tokens([self.tokenizer.encode(c, self.text_length) for c in own[start : start + self.batch_size]])
@@ -137,8 +137,8 @@ class Evaluator:
         """Ranks the gallery for each query.
 
         Args:
-            own_queries: this rank's captions, as `encode_captions` gives them.
-            gallery: (N, D), the images of all ranks.
+            own_queries: features of this rank's captions, from `encode_captions`.
+            gallery: (N, D), features of the images of all ranks.
 
         Returns: the results of the queries of all ranks, the same on every rank.
         """
@@ -153,7 +153,7 @@ class Evaluator:
         )
 
     def _own(self, total: int) -> range:
-        """What this rank encodes: every W-th of `total`, so that no item is encoded twice."""
+        """Returns the items that this rank encodes: every W-th of `total`, so that no item is encoded twice."""
         return range(self.ranks.rank, total, self.ranks.world_size)
 
     def _encode(self, encoders: Sequence[EncodeFunction], inputs: Iterable[Tensor], width: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""R@k, mAP and mINP of text-to-image retrieval from similarities (SPEC section 1), in bounded memory.
+"""R@k, mAP and mINP of text-to-image retrieval from similarities, in bounded memory.
 
 Q queries, N gallery images.
 """
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 MAXIMUM_BLOCK = 1 << 23
-"""Similarities that are held at once: with what is made of them, about a tenth of a gigabyte."""
+"""Maximum number of similarities in memory. With their intermediate results they take about 0.1 GB."""
 
 
 @dataclass(frozen=True)
 class QueryResults:
-    """What each query retrieved.
+    """The results of each query.
 
     Attributes:
-        first_match: (Q,) int64, rank of the first match from 1; 0 where the gallery does not show the person.
+        first_match: (Q,) int64, rank of the first match, counted from 1; 0 if the person is not in the gallery.
         average_precision: (Q,) float64 in [0, 1].
         inverse_negative_penalty: (Q,) float64 in [0, 1].
     """
@@ -31,7 +31,7 @@ class QueryResults:
 def rank_queries(
     queries: Tensor, gallery: Tensor, query_identities: Tensor, gallery_identities: Tensor
 ) -> QueryResults:
-    """Ranks the gallery for each query by cosine similarity; memory does not grow with Q · N.
+    """Ranks the gallery for each query by cosine similarity. The memory does not grow with Q · N.
 
     Args:
         queries: (Q, D) and gallery: (N, D), L2-normalised.
@@ -50,42 +50,48 @@ def rank_queries(
 
 
 def rank_similarities(similarity: Tensor, query_identities: Tensor, gallery_identities: Tensor) -> QueryResults:
-    """The same from a (Q, N) similarity matrix. Of equal similarities the one earlier in the gallery ranks first.
+    """Ranks the gallery for each query by a (Q, N) similarity matrix. Among equal similarities, the first image wins.
 
-    The similarities alone are sorted, without the images that they belong to: where a match stands among them is looked
-    up, and all other images have no part in the measures.
+    Only the similarities are sorted, without the numbers of their images. The metrics depend only on the ranks of the
+    matches, which are looked up in the sorted similarities.
     """
     queries, gallery = similarity.shape
     query, image = (gallery_identities == query_identities[:, None]).nonzero(as_tuple=True)  # the M matches, by query
-    number = query.bincount(minlength=queries)
-    last = number.cumsum(dim=0)
+    matches = query.bincount(minlength=queries)  # per query
+    end = matches.cumsum(dim=0)
     ranks = _ranks(similarity, query, image)
-    ranks = ranks[(query * (gallery + 1) + ranks).argsort()]  # best first within each query, whose place stays
+    ranks = ranks[(query * (gallery + 1) + ranks).argsort()]  # best first within each query
 
-    found = torch.arange(1, len(query) + 1, device=query.device) - (last - number)[query]
+    found = torch.arange(1, len(query) + 1, device=query.device) - (end - matches)[query]
     precision = torch.zeros(queries, dtype=torch.float64, device=query.device)
     precision.index_add_(0, query, found.double() / ranks)
-    # A query without a match counts as a miss with AP 0 and INP 0; what is looked up for it is never used.
+    # A query without a match counts as a miss with AP 0 and INP 0; the values looked up for it are not used.
     ranks = torch.cat([ranks, ranks.new_ones(1)])
-    matched = number > 0
+    matched = matches > 0
     return QueryResults(
-        first_match=torch.where(matched, ranks[last - number], 0),
-        average_precision=precision / number.clamp(min=1),
-        inverse_negative_penalty=torch.where(matched, number.double() / ranks[last - 1], 0.0),
+        first_match=torch.where(matched, ranks[end - matches], 0),
+        average_precision=precision / matches.clamp(min=1),
+        inverse_negative_penalty=torch.where(matched, matches.double() / ranks[end - 1], 0.0),
     )
 
 
 def _ranks(similarity: Tensor, query: Tensor, image: Tensor) -> Tensor:
-    """Ranks from 1 of M images, each among the (Q, N) similarities of its query; `query` (M,) is in ascending order."""
+    """Returns the ranks of M matches, counted from 1.
+
+    Args:
+        similarity: (Q, N).
+        query: (M,) the query of each match, in ascending order.
+        image: (M,) the gallery image of each match.
+    """
     gallery = similarity.shape[1]
-    number = query.bincount(minlength=len(similarity))
-    column = torch.arange(len(query), device=query.device) - (number.cumsum(dim=0) - number)[query]
-    own = similarity.new_zeros(len(similarity), int(number.amax()) if len(number) else 0)
+    matches = query.bincount(minlength=len(similarity))  # per query
+    column = torch.arange(len(query), device=query.device) - (matches.cumsum(dim=0) - matches)[query]
+    own = similarity.new_zeros(len(similarity), int(matches.amax()) if len(matches) else 0)
     own[query, column] = similarity[query, image]
     ascending = _sorted(similarity)
     below, not_above = (torch.searchsorted(ascending, own, right=right)[query, column] for right in (False, True))
     ranks = 1 + gallery - not_above
-    tied = (not_above - below > 1).nonzero()[:, 0]  # rare, so one by one
+    tied = (not_above - below > 1).nonzero()[:, 0]  # rare, so a loop is fast enough
     for match in tied.tolist():
         equals = similarity[query[match], : image[match]] == similarity[query[match], image[match]]
         ranks[match] += equals.sum()
@@ -93,22 +99,22 @@ def _ranks(similarity: Tensor, query: Tensor, image: Tensor) -> Tensor:
 
 
 def _sorted(similarity: Tensor) -> Tensor:
-    """Each row in ascending order."""
+    """Sorts each row in ascending order."""
     if similarity.device.type != "cpu":
         return similarity.sort(dim=1).values
-    # On a CPU, numpy sorts numbers several times as fast as torch, which sorts their places as well.
+    # On a CPU, numpy is several times faster than torch, which also sorts the indices.
     return torch.from_numpy(np.sort(similarity.numpy(), axis=1))
 
 
 def summarise(results: QueryResults) -> dict[str, float]:
-    """Means over queries in percent: `r1`, `r5`, `r10`, `mAP`, `mINP`."""
+    """Returns the means over queries in percent: `r1`, `r5`, `r10`, `mAP`, `mINP`."""
     first = results.first_match
     recall = {f"r{k}": _percent((first > 0) & (first <= k)) for k in (1, 5, 10)}
     return recall | {"mAP": _percent(results.average_precision), "mINP": _percent(results.inverse_negative_penalty)}
 
 
 def queries_without_match(results: QueryResults) -> int:
-    """Number of queries whose person is not in the gallery."""
+    """Returns the number of queries whose person is not in the gallery."""
     return int((results.first_match == 0).sum())
 
 

@@ -1,4 +1,4 @@
-"""What each query of an evaluation retrieved: which to look at, all of them as JSON Lines, and two models compared."""
+"""Reports on single queries: a choice of queries to show, all results as JSON Lines, and two models compared."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,12 @@ FIRST_IMAGES = 10
 
 
 def choose_queries(retrieval: Retrieval, count: int, choice: str, seed: int) -> list[int]:
-    """Numbers of at most `count` queries to look at: drawn by `seed`, in their order; or `hardest`, those of the least
-    average precision, hardest first."""
+    """Chooses at most `count` queries to show, and returns their numbers.
+
+    Args:
+        choice: `hardest` takes those with the lowest average precision, hardest first. Any other value draws them at
+            random by `seed`, and keeps their order.
+    """
     precision = retrieval.results.average_precision
     count = min(count, len(precision))
     if choice == "hardest":
@@ -28,9 +32,12 @@ def choose_queries(retrieval: Retrieval, count: int, choice: str, seed: int) -> 
 
 
 def query_records(retrieval: Retrieval, split: Split) -> list[dict[str, Any]]:
-    """A record for each query: `query` (its number from 0), `caption`, `identity`, `first_match` (rank from 1, None
-    where the gallery does not show the person), `average_precision` (percent) and `first_images`, the first ten with
-    `path`, `identity` and `score` (cosine)."""
+    """Returns a record for each query.
+
+    Its fields are `query` (number from 0), `caption`, `identity`, `first_match` (rank from 1, or None if the person is
+    not in the gallery), `average_precision` (percent), and `first_images`: the first ten, each with `path`, `identity`
+    and `score` (cosine).
+    """
     first = retrieval.results.first_match.tolist()
     precision = retrieval.results.average_precision.tolist()
     records = []
@@ -53,7 +60,7 @@ def query_records(retrieval: Retrieval, split: Split) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Writes JSON Lines, whole or not at all."""
+    """Writes a JSON Lines file, completely or not at all."""
     with atomic_file(path) as file:
         for record in records:
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace"))
@@ -62,16 +69,18 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 def write_retrieval(
     folder: Path, retrieval: Retrieval, evaluator: Evaluator, *, count: int, choice: str, seed: int
 ) -> None:
-    """Writes `count` queries as a picture, chosen as `choose_queries` does it, and all of them as JSON Lines."""
+    """Draws the queries that `choose_queries` chooses, and writes all queries as JSON Lines."""
     if queries := choose_queries(retrieval, count, choice, seed):
         draw_retrieval_sheet(folder / RETRIEVAL_SHEET, retrieval, evaluator.split, evaluator.image_dir, queries=queries)
     write_lines(folder / QUERIES, query_records(retrieval, evaluator.split))
 
 
 def retrieval_folder(source: str) -> Path:
-    """Where the queries of an evaluation are written: beside the weights, those of a tag here.
+    """Returns the folder for the queries of an evaluation.
 
-    Raises UserError where there is something of that name, or it cannot be made.
+    It is next to the weights, or in the current folder if the weights are given by a tag.
+
+    Raises UserError if it already exists or cannot be created.
     """
     path = Path(source).resolve() if is_file(source) or is_folder(source) else Path(source.replace("/", "_")).resolve()
     name = path.stem if is_file(path) else path.name
@@ -80,8 +89,11 @@ def retrieval_folder(source: str) -> Path:
 
 
 def compare_queries(before: Retrieval, after: Retrieval, split: Split) -> list[dict[str, Any]]:
-    """A record for each query: `query`, `caption`, `identity`, `first_match` and `average_precision` (percent), each of
-    both as [before, after]; from the one that gained most average precision to the one that lost most."""
+    """Returns a record for each query, from the largest gain in average precision to the largest loss.
+
+    Its fields are `query`, `caption` and `identity`, and as [before, after] `first_match` and `average_precision`
+    (percent).
+    """
     pairs = [
         torch.stack([getattr(retrieval.results, name) for retrieval in (before, after)], dim=1)
         for name in ("first_match", "average_precision")
@@ -100,14 +112,14 @@ def compare_queries(before: Retrieval, after: Retrieval, split: Split) -> list[d
 
 
 def comparison_lines(compared: list[dict[str, Any]], shown: int = 5) -> list[str]:
-    """How many queries got better and worse by average precision, and the extremes of both, for the log."""
+    """Returns lines for the log: how many queries got better or worse by average precision, and the extreme ones."""
 
     def gain(record: dict[str, Any]) -> float:
         return record["average_precision"][1] - record["average_precision"][0]
 
     better, worse = [r for r in compared if gain(r) > 0], [r for r in compared if gain(r) < 0]
     lines = [
-        f"{len(better)} queries got better, {len(worse)} worse, {len(compared) - len(better) - len(worse)} neither"
+        f"{len(better)} queries got better, {len(worse)} worse, {len(compared) - len(better) - len(worse)} unchanged"
     ]
     for title, records in (("better", better[:shown]), ("worse", worse[: -shown - 1 : -1])):
         for record in records:

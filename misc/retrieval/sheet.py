@@ -1,4 +1,4 @@
-"""Sheets: pictures of queries with the first images that each retrieved."""
+"""Sheets: one picture that shows several queries, each with the first images that it retrieved."""
 
 import textwrap
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ RIGHT, WRONG, NEITHER = "#1a9641", "#d7191c", "#333333"
 
 @dataclass(frozen=True)
 class Cell:
-    """An image of a sheet: what stands under it, and the colour of that and of its frame."""
+    """An image of a sheet, with the label below it and the colour of its label and frame."""
 
     image: Image.Image
     label: str
@@ -25,12 +25,12 @@ class Cell:
 
 
 def draw_sheet(to: Path | BinaryIO, rows: Sequence[tuple[str, Sequence[Cell]]], *, columns: int = 10) -> None:
-    """Draws rows of a text and its images as a PNG.
+    """Draws rows as a PNG. A row is a text and its images.
 
     Args:
-        columns: images that a row has room for; it may have fewer.
+        columns: maximum number of images in a row.
     """
-    from matplotlib.figure import Figure  # takes half a second, and rank 0 alone draws
+    from matplotlib.figure import Figure  # takes half a second to import, and only rank 0 draws
 
     figure = Figure(figsize=(3.4 + 0.95 * columns, 2.1 * len(rows)), layout="constrained")
     grid = figure.subplots(
@@ -38,10 +38,10 @@ def draw_sheet(to: Path | BinaryIO, rows: Sequence[tuple[str, Sequence[Cell]]], 
     )
     for axes in grid.flat:
         axes.set_axis_off()
-    for line, (text, cells) in zip(grid, rows, strict=True):
-        line[0].text(0, 0.5, text, va="center", fontsize=9, parse_math=False)
-        line[0].set_xlim(0, 1)
-        for axes, cell in zip(line[1:], cells, strict=False):
+    for row_axes, (text, cells) in zip(grid, rows, strict=True):
+        row_axes[0].text(0, 0.5, text, va="center", fontsize=9, parse_math=False)
+        row_axes[0].set_xlim(0, 1)
+        for axes, cell in zip(row_axes[1:], cells, strict=False):
             axes.imshow(cell.image, aspect="equal")
             axes.set_axis_on()
             axes.set(xticks=[], yticks=[])
@@ -52,15 +52,17 @@ def draw_sheet(to: Path | BinaryIO, rows: Sequence[tuple[str, Sequence[Cell]]], 
 
 
 def wrapped(text: str) -> str:
-    """A text in lines as long as the place for it on a sheet is wide."""
+    """Breaks a text into lines that fit into the text column of a sheet."""
     return textwrap.fill(text, 38)
 
 
 def draw_retrieval_sheet(
     path: Path, retrieval: Retrieval, split: Split, image_dir: Path, *, queries: list[int], images: int = 10
 ) -> None:
-    """Draws the captions with these numbers, a row each, with their first `images` results: right ones framed green,
-    wrong ones red."""
+    """Draws the given queries, one per row, with their first `images` results.
+
+    Correct results have a green frame, wrong ones a red frame.
+    """
     rows = []
     for query in queries:
         identity = split.caption_identities[query]

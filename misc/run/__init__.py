@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder with every file name, its log, its checkpoints, its progress.
+"""The files of a run: its folder with every file name, its log, its checkpoints, its progress.
 
-Imports only the ground floor and the reader of archives in `model/pretrained/`. Begin with `folder.py`.
+Imports only `misc/errors.py`, `misc/files.py` and the archive reader in `model/pretrained/`. Begin with `folder.py`.
 """

@@ -27,8 +27,8 @@ RUN_FILES = (CONFIG, METRICS, LOG, CURVE, RETRIEVAL_SHEET, QUERIES, TRACE, LAST_
 def check_run_folder(folder: Path, *, overwrite: bool) -> None:
     """Checks that a new run can be written to a folder.
 
-    Raises:
-        UserError: the folder already contains a run and `overwrite` is false, or it cannot be created or written to.
+    Raises UserError if the folder already contains a run and `overwrite` is false, or if it cannot be created or
+    written to.
     """
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
     if not existing.is_dir():

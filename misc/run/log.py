@@ -1,4 +1,4 @@
-"""What a run leaves behind: log lines, JSON lines, the curve, TensorBoard and wandb. Rank 0 alone writes."""
+"""The log of a run: log lines, JSON lines, the curve, TensorBoard and wandb. Only rank 0 writes."""
 
 import importlib.util
 import json
@@ -18,21 +18,23 @@ from misc.run.progress import Progress
 
 
 class RunLog:
-    """The run's log; on other ranks than 0, and without a folder, it writes no files.
+    """The log of a run. It writes files only on rank 0, and only if there is a folder.
 
-    The log file is locked as long as the run lives, so that no other run can write into its folder.
+    The log file is locked until the process ends, so that no other run can write to the folder.
 
     Args:
-        folder: of the run, made where it is missing. None writes to the screen alone.
+        folder: folder of the run, created if it is missing. None writes to the screen only.
         is_main: whether this process writes at all.
-        held: of `hold_run`, where the folder held a run before.
-        overwrite: replace a run that the folder holds.
-        resume: go on with the run that the folder holds.
-        tensorboard, wandb_project: further places to log to.
-        run_id: of the run, by which wandb knows one that is resumed.
+        held: the locked log that `hold_run` returned, if the folder already contained a run.
+        overwrite: replace the run in the folder.
+        resume: progress of the run in the folder, to continue it; None starts a new run.
+        tensorboard: also log to TensorBoard.
+        wandb_project: also log to this wandb project.
+        run_id: identifies the run, so that wandb continues the record of a resumed run.
         config: the merged configuration as plain values, for wandb.
 
-    Raises UserError when another run writes into the folder, and when TensorBoard or wandb is wanted and not installed.
+    Raises UserError if another run is writing to the folder, if the folder already contains a run, or if TensorBoard or
+    wandb is requested but not installed.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.text = held or open_locked_log(self.folder)
         if resume is None:
-            check_run_folder(self.folder, overwrite=overwrite)  # once more: nobody else can change it now
+            check_run_folder(self.folder, overwrite=overwrite)  # again, because the lock was not held before
             self._clear()
         else:
             self._keep_epochs(resume.epoch)
@@ -83,7 +85,7 @@ class RunLog:
         self.text.truncate(0)
 
     def _keep_epochs(self, count: int) -> None:
-        """Drops what metrics.jsonl holds beyond the checkpoint: an epoch that is done again, or half a line."""
+        """Removes the lines of metrics.jsonl that are newer than the checkpoint, and a cut-off line."""
         path = self.folder / METRICS
         kept = [json.dumps(record) + "\n" for record in read_records(path) if record["epoch"] <= count]
         with atomic_file(path) as file:
@@ -101,7 +103,7 @@ class RunLog:
             self.wandb_run.finish(exit_code=int(exception[0] is not None))
 
     def line(self, text: str) -> None:
-        """Shows a line, above the progress bar if there is one, and keeps it in train.log."""
+        """Prints a line, above the progress bar if there is one, and appends it to train.log."""
         if not self.is_main:
             return
         tqdm.write(text, file=sys.stdout)
@@ -111,13 +113,13 @@ class RunLog:
 
     @contextmanager
     def progress(self, total: int, done: int, title: str):
-        """A progress bar with speed and remaining time, where a terminal shows it."""
-        hidden = None if self.is_main else True  # None: tqdm asks whether stderr is a terminal
+        """Shows a progress bar with speed and remaining time, if stderr is a terminal."""
+        hidden = None if self.is_main else True  # None: tqdm checks whether stderr is a terminal
         with tqdm(total=total, initial=done, desc=title, disable=hidden, leave=False, dynamic_ncols=True) as bar:
             yield bar
 
     def scalars(self, values: dict[str, float], iteration: int) -> None:
-        """Numbers of one iteration, for TensorBoard and wandb."""
+        """Logs the numbers of one iteration to TensorBoard and wandb."""
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, iteration)
@@ -125,13 +127,13 @@ class RunLog:
             self.wandb_run.log(values, step=iteration)
 
     def epoch(self, record: dict[str, float], iteration: int) -> None:
-        """One line of metrics.jsonl."""
+        """Logs the numbers of one epoch, as a line of metrics.jsonl and to TensorBoard and wandb."""
         self.scalars({f"epoch/{name}": value for name, value in record.items()}, iteration)
         if self.folder:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
-                os.fsync(file.fileno())  # the checkpoint that comes next says that this epoch is done
+                os.fsync(file.fileno())  # before the next checkpoint records this epoch as finished
 
     def curve(self) -> None:
         """Draws the epochs in metrics.jsonl as curve.png."""
@@ -140,5 +142,5 @@ class RunLog:
 
 
 def wandb_project(wanted: bool) -> str | None:
-    """The wandb project to log to: the environment's WANDB_PROJECT, else `tbps-clip` where wandb is wanted."""
+    """Returns the wandb project to log to: the environment's WANDB_PROJECT, else `tbps-clip` if wandb is wanted."""
     return os.environ.get("WANDB_PROJECT") or ("tbps-clip" if wanted else None)

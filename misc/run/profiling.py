@@ -1,4 +1,4 @@
-"""A trace of a few training steps, to see where the time goes (chrome://tracing or ui.perfetto.dev open it)."""
+"""A trace of a few training steps, which shows how long each operation takes. Open it in ui.perfetto.dev."""
 
 import resource
 import sys
@@ -13,15 +13,15 @@ from misc.files import atomic_file
 from misc.run.folder import TRACE
 
 WAIT, WARMUP, ACTIVE = 2, 1, 3
-"""Steps that are left out, since the first ones allocate memory and choose algorithms; that only warm the profiler up;
-and that are traced."""
+"""Numbers of steps: skipped, because the first ones allocate memory and choose algorithms; warm-up of the profiler;
+traced."""
 
 
 @contextmanager
 def traced_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
-    """Writes `trace.json` into the folder of a run; None traces nothing.
+    """Writes `trace.json` to the folder of a run. With None, nothing is traced.
 
-    Yields: what is to be called after each training step.
+    Yields: a function to call after each training step.
     """
     if folder is None:
         yield lambda: None
@@ -42,7 +42,7 @@ def traced_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
 
 
 def peak_memory_gigabytes(device: torch.device) -> float:
-    """Largest memory so far, in 10⁹ bytes: of the GPU, or resident of this process on a CPU."""
+    """Returns the peak memory in 10⁹ bytes: allocated on the GPU, or resident memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""How far a run has come: what resuming needs besides weights, optimizer and scaler."""
+"""The progress of a run: the state that resuming needs in addition to weights, optimizer and scaler."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 
 @dataclass
 class EpochRecord:
-    """What has been measured of an epoch so far.
+    """Measurements of an epoch so far.
 
     Attributes:
-        losses: sum over the steps of each weighted loss, by name, mean over ranks.
-        steps: of the optimizer; samples: of all ranks.
-        seconds: of training; data_wait: of those, waiting for data.
+        losses: each weighted loss by name, summed over the steps and averaged over ranks.
+        steps: number of optimizer steps.
+        samples: number of samples of all ranks.
+        seconds: duration of the training.
+        data_wait: seconds of it that were spent waiting for data.
     """
 
     losses: dict[str, float] = field(default_factory=dict)
@@ -21,12 +23,12 @@ class EpochRecord:
     data_wait: float = 0.0
 
     def means(self) -> dict[str, float]:
-        """`loss` and `loss_<name>`, mean over the steps."""
+        """Returns `loss` and `loss_<name>`, averaged over the steps."""
         parts = {f"loss_{name}": value / self.steps for name, value in self.losses.items()}
         return {"loss": sum(parts.values()), **parts}
 
     def speed(self) -> dict[str, float]:
-        """`seconds`, `samples_per_second` of all ranks, and `data_wait` as a share of the time, 0 to 1."""
+        """Returns `seconds`, `samples_per_second` of all ranks, and `data_wait` as a share of the time, 0 to 1."""
         return {
             "seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds,
@@ -36,16 +38,16 @@ class EpochRecord:
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """The position of a run.
 
-    There is no random state in it: order, augmentation and dropout are functions of the seed and of this position.
+    It contains no random state: order, augmentation and dropout depend only on the seed and on this position.
 
     Attributes:
-        epoch: epochs that are trained and evaluated.
-        step: steps done of the epoch after those, up to all of them.
-        record: of these steps.
-        metrics: of the last evaluation; empty before the first.
-        best: highest R@1 so far, -1 before the first evaluation.
+        epoch: number of epochs that are trained and evaluated.
+        step: number of finished steps of the next epoch; may be all of them.
+        record: measurements of these steps.
+        metrics: results of the last evaluation; empty before the first one.
+        best: highest R@1 so far; -1 before the first evaluation.
     """
 
     epoch: int = 0
@@ -55,14 +57,14 @@ class Progress:
     best: float = -1.0
 
     def evaluated(self, metrics: dict[str, float]) -> bool:
-        """Ends the epoch with its evaluation. Returns whether it is the best so far."""
+        """Ends the epoch with the results of its evaluation. Returns: whether they are the best so far."""
         better = metrics["r1"] > self.best
         self.epoch, self.step, self.record = self.epoch + 1, 0, EpochRecord()
         self.metrics, self.best = metrics, max(self.best, metrics["r1"])
         return better
 
     def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """Returns the progress as plain values, for a checkpoint."""
         return asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The machine: processes and devices, number formats, random seeds, signals.
+"""The machine: ranks and devices, number formats, random seeds, signals.
 
-Imports only the ground floor. Begin with `distributed.py`.
+Imports only `misc/errors.py` and `misc/files.py`. Begin with `distributed.py`.
 """

@@ -1,4 +1,4 @@
-"""Processes: start and stop, rank, device, and what they tell each other. In one process a collective is the identity.
+"""Ranks: how they start and stop, their devices, and their collectives. With one rank a collective is the identity.
 
 B rows of this rank, W ranks, G = B · W rows of all ranks.
 """
@@ -22,21 +22,21 @@ from misc.errors import UserError
 Value = TypeVar("Value")
 
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""Makes the processes of each attempt meet at a store of their own instead of torchrun's."""
+"""Environment variable that gives the ranks of each attempt their own store instead of torchrun's."""
 
-NO_GPU = "device: cuda, but torch sees no GPU here: set device=cpu, or install torch for your GPU"
+NO_GPU = "device: cuda, but torch finds no GPU on this machine: set device=cpu, or install torch for your GPU"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among all.
+    """The rank of this process, and the collectives of all ranks.
 
     Attributes:
         rank: 0 … world_size - 1; rank 0 writes files.
-        world_size: number of processes, each with one device.
-        device: what this process computes on.
-        note: a warning for the log: another device than the one that was asked for, or restarts that will not work.
-        control: gloo group of all processes for what their CPUs tell each other, so that no GPU is waited for.
+        world_size: number of ranks, each with one device.
+        device: the device of this rank.
+        note: a warning for the log: the requested device was replaced, or restarts will not work.
+        control: gloo group of all ranks, which exchanges values between CPUs without waiting for a GPU.
     """
 
     rank: int
@@ -50,16 +50,20 @@ class Ranks:
         return self.rank == 0
 
     def broadcast_from_main(self, function: Callable[[], Value]) -> Value:
-        """What `function` gives on rank 0, on every rank; the other ranks do not call it and wait."""
+        """Calls `function` on rank 0 only, and returns its result on every rank."""
         if self.world_size == 1:
             return function()
-        box = [function() if self.is_main else None]
-        dist.broadcast_object_list(box, group=self.control)
-        return box[0]
+        results = [function() if self.is_main else None]
+        dist.broadcast_object_list(results, group=self.control)
+        return results[0]
 
     def local_main_first(self, function: Callable[[], Value]) -> Value:
-        """What `function` gives, on every rank; the first rank of each machine calls it before the others do, which so
-        find done what it leaves on the disk."""
+        """Calls `function` on the first rank of each machine, then on its other ranks.
+
+        So the other ranks find the files that the first one has written, for example a download.
+
+        Returns: the result of this rank's own call.
+        """
         if self.world_size == 1:
             return function()
         value = function() if local_rank() == 0 else None
@@ -67,7 +71,7 @@ class Ranks:
         return value if local_rank() == 0 else function()
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
+        """Returns the largest of all ranks' numbers."""
         if self.world_size == 1:
             return number
         shared = torch.tensor(number)
@@ -75,7 +79,7 @@ class Ranks:
         return int(shared)
 
     def all_gather_list(self, items: list[str]) -> list[str]:
-        """The lists of all ranks, one after another."""
+        """Concatenates the lists of all ranks, in rank order."""
         if self.world_size == 1:
             return items
         lists: list[list[str] | None] = [None] * self.world_size
@@ -88,8 +92,8 @@ class Launch:
     """How this process was launched.
 
     Attributes:
-        name: of the launching process: the same for all attempts of one torchrun, and another for any other launch.
-        attempt: 0, and one more each time that torchrun started the processes anew.
+        name: identifies the launching process: equal for all attempts of one torchrun, different for any other launch.
+        attempt: how often torchrun has restarted the processes.
     """
 
     name: str
@@ -99,33 +103,33 @@ class Launch:
     def current(cls) -> "Launch":
         process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
         run = os.environ.get("TORCHELASTIC_RUN_ID", "alone")
-        # In containers, names and numbers of processes repeat; the time at which they were started does not.
+        # In containers, host names and process ids repeat; start times do not.
         name = f"{run} {socket.gethostname()} {process} {_start_time(process)}"
         return cls(name, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
 def _start_time(process: int) -> str:
-    """In ticks since the machine was started; empty where the system has no /proc."""
+    """Returns when a process started, in ticks since the machine started; empty if the system has no /proc."""
     status = Path(f"/proc/{process}/stat")
     return status.read_text().rpartition(")")[2].split()[19] if status.is_file() else ""
 
 
 def local_rank() -> int:
-    """Number of this process on its machine; 0 without torchrun."""
+    """Returns the number of this process on its machine; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 @contextmanager
 def join_ranks(device: str | int, backend: str, url: str):
-    """Starts this process as one of torchrun's, or alone, and stops it in the end.
+    """Joins the ranks that torchrun started, and leaves them at the end. Without torchrun there is one rank.
 
     Args:
-        device: `auto` (a GPU where there is one), `cpu`, `cuda`, or the index of a GPU; under torchrun each process
-            takes the GPU of its local rank.
-        backend: `nccl` or `gloo`; processes on the CPU always use gloo.
-        url: where the processes meet (torchrun: `env://`).
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, or the index of a GPU. Under torchrun each rank takes the
+            GPU of its local rank.
+        backend: `nccl` or `gloo`; ranks on the CPU always use gloo.
+        url: address at which the ranks meet (torchrun: `env://`).
 
-    Raises UserError when there are more processes than GPUs on this machine, or `cuda` without one.
+    Raises UserError if this machine has more ranks than GPUs, or if `device` is `cuda` and there is no GPU.
     """
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not distributed:
@@ -139,28 +143,28 @@ def join_ranks(device: str | int, backend: str, url: str):
     try:
         yield _join(chosen, backend, url)
     except RuntimeError:
-        # Often a collective that lost its peer. The peer tells why, and the launcher ends this process meanwhile.
+        # Often a collective whose peer failed. The peer reports why, and the launcher ends this process meanwhile.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
         raise
-    # After success alone: with nccl this waits for all ranks, and after an error the others are in another collective.
+    # Only after success: with nccl this waits for all ranks, which after an error are in another collective.
     dist.destroy_process_group()
 
 
 def _join(device: torch.device, backend: str, url: str) -> Ranks:
-    """Meets the other processes."""
+    """Creates the process group of all ranks."""
     with_nccl = device.type == "cuda" and backend == "nccl"
     store, rank, world_size = next(dist.rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
     note = None
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
-        # torchrun keeps one store for all its attempts: without a name of its own, an attempt reads the addresses that
-        # the processes of the one before have left there.
+        # torchrun keeps one store for all its attempts. Without its own prefix, an attempt would read the addresses
+        # that the previous attempt left there.
         store = dist.PrefixStore(f"attempt {Launch.current().attempt}", store)
     elif (
         int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     ):
-        # Several torchruns count their attempts differently, so these give no name that is the same on all.
-        note = f"restarts need {OWN_STORE}=1 in the environment of every torchrun, else they hang"
+        # Several torchruns count their attempts differently, so the attempt gives no prefix that is equal on all.
+        note = f"restarts hang without {OWN_STORE}=1: set it in the environment of every torchrun"
     dist.init_process_group(
         "nccl" if with_nccl else "gloo",
         store=store,
@@ -184,7 +188,7 @@ def _single_device(device: str | int) -> tuple[torch.device, str | None]:
     if device == "cuda" and gpus == 0:
         raise UserError(NO_GPU)
     if isinstance(device, int) and device >= gpus:
-        # Published configurations name a GPU of their authors' machine; they shall run unchanged on any other.
+        # Published configurations name a GPU of their authors' machine; they must run unchanged on any other.
         fallback = torch.device("cuda", 0) if gpus else torch.device("cpu")
         return fallback, f"device: {device} is not among the {gpus} GPUs of this machine; {fallback} is used instead"
     return torch.device("cuda", device if isinstance(device, int) else 0), None
@@ -205,7 +209,7 @@ def _device_of_local_rank(device: str | int, rank: int, local_world_size: int) -
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Rows of all ranks; the gradient of a row is the sum of what every rank found for it ("global gradients")."""
+    """Gathers the rows of all ranks. The gradient of a row is the sum of its gradients on all ranks."""
 
     @staticmethod
     def forward(context, rows: Tensor) -> Tensor:
@@ -219,30 +223,30 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> Tensor:
-    """(B, …) of this rank → (G, …) of all ranks, in rank order, with gradient to every rank; B is equal on all."""
-    if not _several():
+    """Gathers (B, …) of each rank to (G, …) in rank order, with gradient to every rank. B is equal on all ranks."""
+    if not _several_ranks():
         return rows
     return _GatherWithGradient.apply(rows)
 
 
 def gather_detached(rows: Tensor) -> Tensor:
-    """`gather` with gradient to this rank's own rows alone, as CLIP is usually trained."""
-    if not _several():
+    """Gathers like `gather`, but with gradient to this rank's own rows only, as CLIP is usually trained."""
+    if not _several_ranks():
         return rows
     gathered, start = _all_gather(rows.detach()), dist.get_rank() * len(rows)
     return torch.cat([gathered[:start], rows, gathered[start + len(rows) :]])
 
 
 def gather_strided(rows: Tensor, total: int) -> Tensor:
-    """Puts together what was dealt out in turn: rank r holds items r, r + W, r + 2W, … of `total`.
+    """Gathers items that were dealt out in turn: rank r has items r, r + W, r + 2W, … of `total`.
 
     Args:
-        rows: (n, …) this rank's items, n differing by at most one between ranks.
+        rows: (n, …) this rank's items; n differs by at most one between ranks.
         total: number of items of all ranks.
 
     Returns: (total, …) in the original order, without gradient.
     """
-    if not _several():
+    if not _several_ranks():
         return rows
     world_size = dist.get_world_size()
     longest = -(-total // world_size)
@@ -258,22 +262,22 @@ def _all_gather(rows: Tensor) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise mean of a tensor over all ranks, without gradient."""
-    if not _several():
+    """Returns the elementwise mean of a tensor over all ranks, without gradient."""
+    if not _several_ranks():
         return values
     total = values.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
 
 
-def _several() -> bool:
+def _several_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a script's option `--device`: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+    """Returns the device of a script's option `--device`: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
 
-    Raises UserError for others, and where there is no such GPU.
+    Raises UserError if the name is another one, or if there is no such GPU.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -284,5 +288,5 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here: give another, or cpu")
+        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs: give another one, or cpu")
     return device

@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C: a training step is finished and saved before the run ends; anything else ends at once.
+"""SIGTERM and Ctrl-C: a run finishes and saves its training step before it ends. Elsewhere it ends immediately.
 
-What a run has reached is saved before it evaluates, so outside the training steps there is nothing to save.
+A run saves its progress before it evaluates, so outside the training steps there is nothing to save.
 """
 
 import signal
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop by the signal `number`. Like KeyboardInterrupt, it is no error that code may handle."""
+    """The signal `number` asked the run to stop. Like KeyboardInterrupt, this is not an error that code may handle."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -21,50 +21,54 @@ class Interrupted(BaseException):
 
     @property
     def status(self) -> int:
-        """Exit status by the shell's convention."""
+        """The exit status by the shell's convention."""
         return 128 + self.number
 
 
 class Interruption:
-    """Takes SIGTERM and Ctrl-C as a context. A second Ctrl-C ends the process as if nobody had taken the first.
+    """A context that handles SIGTERM and Ctrl-C. A second Ctrl-C ends the process immediately.
 
     Attributes:
-        number: of the signal that has come, else 0.
+        number: number of the received signal, or 0.
     """
 
     def __init__(self):
         self.number = 0
         self._deferred = False
-        self._former: dict[int, object] = {}
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
-        self._former = {number: signal.signal(number, self._take) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that was not set from Python
 
-    def _take(self, number: int, frame) -> None:
-        self._stop_taking()
+    def _receive(self, number: int, frame) -> None:
+        self._stop_handling()
         self.number = number
         if not self._deferred:
             raise Interrupted(number)
 
-    def _stop_taking(self) -> None:
+    def _stop_handling(self) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers repeat it; saving shall not be cut short
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers repeat it, which must not stop the saving
 
     @contextmanager
     def deferred(self, ranks: Ranks) -> Iterator[None]:
-        """Within it, a signal only sets `number`: whoever goes through the steps asks `agreed` after each. Raises
-        Interrupted at its end when a signal has come."""
+        """Makes a signal only set `number` within this context. The training loop must call `agreed` after each step.
+
+        Raises Interrupted at the end if a signal was received.
+        """
         self._deferred = True
         try:
             yield
         except RuntimeError as error:
             if self.number and ranks.world_size > 1:
-                raise Interrupted(self.number) from error  # launchers end all ranks when one dies: a collective fails
+                raise Interrupted(
+                    self.number
+                ) from error  # launchers end all ranks when one dies, which fails a collective
             raise
         finally:
             self._deferred = False
@@ -72,9 +76,9 @@ class Interruption:
             raise Interrupted(self.number)
 
     def agreed(self, ranks: Ranks) -> bool:
-        """Whether any rank has been asked to stop; ask on all ranks at the same step, who get the same answer."""
-        number = ranks.all_reduce_max(self.number)  # a signal that comes meanwhile sets `number`, for the next step
+        """Returns whether any rank was asked to stop, the same on all ranks. All must call it at the same step."""
+        number = ranks.all_reduce_max(self.number)  # a signal received meanwhile counts at the next step
         if number:
             self.number = number
-            self._stop_taking()
+            self._stop_handling()
         return number != 0

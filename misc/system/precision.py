@@ -1,4 +1,4 @@
-"""Mixed precision: which number format the encoders compute in, and the gradient scaler that fp16 needs."""
+"""Mixed precision: the number format of the encoders, and the gradient scaler that fp16 needs."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class Precision:
 
     @classmethod
     def choose(cls, name: str, device: torch.device) -> "Precision":
-        """`auto` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU.
+        """Chooses a format. `auto` is bf16 if the device supports it natively, else fp16 on a GPU and fp32 on a CPU.
 
-        Raises UserError for fp16 on a CPU.
+        Raises UserError if `name` is fp16 and the device is a CPU.
         """
         if name == "auto" and device.type == "cpu":
             name = "bf16" if _cpu_has_bf16() else "fp32"
@@ -35,12 +35,12 @@ class Precision:
         return torch.autocast(self.device_type, dtype=FORMATS[self.name], enabled=self.name != "fp32")
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Scales losses for fp16, whose small gradients would vanish; does nothing in the other formats."""
+        """Returns a scaler that keeps small gradients from vanishing in fp16. It does nothing in the other formats."""
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU has instructions for bf16; without them it computes in bf16 more slowly than in fp32."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+    """Returns whether the CPU has instructions for bf16. Without them, bf16 is slower than fp32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch does not report them
         return False
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo processes of this machine, for tests."""
+"""Runs a function on several gloo ranks of this machine, for tests."""
 
 import os
 import socket
@@ -11,11 +11,11 @@ import torch.multiprocessing as multiprocessing
 
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """Calls `function(processes, *arguments)` on each rank of a gloo group; returns the results in rank order.
+    """Calls `function(ranks, *arguments)` on each rank of a gloo group. Returns: the results in rank order.
 
     Args:
-        function: of a module, so that it can be handed to another process.
-        folder: where results are exchanged.
+        function: defined at the top level of a module, so that it can be sent to another process.
+        folder: temporary folder for the results.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

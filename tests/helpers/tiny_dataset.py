@@ -15,7 +15,7 @@ CLOTHES = ("jacket", "shirt", "coat", "dress", "sweater", "vest", "hoodie")
 
 
 class TinyDataset(NamedTuple):
-    """Where the dataset lies: the folder of `reid_raw.json`, and the folder of the images."""
+    """The paths of the dataset: the folder of `reid_raw.json`, and the folder of the images."""
 
     anno_dir: Path
     image_dir: Path
@@ -31,15 +31,15 @@ def write_tiny_dataset(
 ) -> TinyDataset:
     """Writes JPEGs under `folder/imgs` and their annotation, two captions per image, to `folder/reid_raw.json`.
 
-    An image is a plain colour of its identity under a little noise, and its captions name that colour, so the pairs can
-    be learned. The same arguments write the same files.
+    An image shows the colour of its identity with a little noise, and its captions name that colour. So a model can
+    learn the pairs. The same arguments write the same files.
 
     Args:
-        folder: is created where it does not exist.
-        identities: number of persons of each split; their ids go on from split to split, and start at 1.
-        images_per_identity: of every person.
+        folder: created if it does not exist.
+        identities: number of persons in each split. Ids start at 1 and continue from split to split.
+        images_per_identity: number of images of each person.
         size: (height, width) in pixels.
-        extra: further entries of the annotation, written as they are; their images are not made.
+        extra: further entries of the annotation, written unchanged; their images are not created.
     """
     image_dir = folder / "imgs"
     (image_dir / "tiny").mkdir(parents=True)
@@ -58,7 +58,7 @@ def write_tiny_dataset(
 
 
 def _hue(identity: int) -> float:
-    """In [0, 1); the golden ratio spreads consecutive identities over the circle."""
+    """Returns a hue in [0, 1). The golden ratio spreads consecutive identities over the circle of hues."""
     return identity * 0.618 % 1
 
 

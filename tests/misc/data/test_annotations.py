@@ -20,7 +20,7 @@ def write_image(path: Path) -> None:
 
 
 def entry(split: str, identity: int, path: str, *captions: str, **fields) -> dict:
-    """One entry of a raw file, but for RSTPReid's `img_path`."""
+    """Returns an entry of a raw file, except RSTPReid's, which has `img_path`."""
     return {"split": split, "id": identity, "file_path": path, "captions": list(captions), **fields}
 
 
@@ -47,7 +47,7 @@ def reid_entry(identity: int, path: str, *captions: str, **fields) -> dict:
 
 
 def fails(anno_dir: Path, *parts: str, image_dir: Path | None = None, **arguments) -> None:
-    """Reading raises a UserError of one line that holds all `parts`."""
+    """Checks that reading raises a UserError of one line that contains all `parts`."""
     with pytest.raises(UserError) as caught:
         read_annotations(anno_dir, image_dir or anno_dir, **arguments)
     message = str(caught.value)
@@ -115,7 +115,7 @@ def test_reid_files(tmp_path):
     splits = read_annotations(tmp_path, tmp_path)
     assert list(splits) == ["train", "val", "test"]
     train = splits["train"]
-    assert train.image_paths == ["a.jpg", "b.jpg", "c.jpg", "a.jpg"]  # an image that is listed twice stays so
+    assert train.image_paths == ["a.jpg", "b.jpg", "c.jpg", "a.jpg"]  # an image that is listed twice stays twice
     assert train.image_identities == [0, 1, 0, 2]
     assert train.captions == ["one", "two", "three", "four", "five", "six", "seven"]
     assert train.back_translations == ["un", "deux", None, None, None, None, None]
@@ -152,7 +152,7 @@ def test_captions_and_back_translations_are_cut(tmp_path):
     assert train.back_translations == ["un deux"]
 
 
-# Back-translations from a file of their own
+# Back-translations from a separate file
 
 
 def test_back_translation_file(tmp_path):
@@ -172,7 +172,7 @@ def test_back_translation_file(tmp_path):
     assert splits["test"].back_translations == [None, None]
 
 
-def test_a_reid_file_is_a_back_translation_file_and_takes_the_place_of_what_the_annotation_has(tmp_path):
+def test_a_reid_file_as_back_translation_file_replaces_those_of_the_annotation(tmp_path):
     write_reid(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
@@ -206,7 +206,7 @@ def test_bad_back_translation_files(tmp_path):
         fails(tmp_path, *parts, back_translation_file=path)
 
 
-# Which file
+# The choice of the file
 
 
 def test_no_annotation(tmp_path):
@@ -244,7 +244,7 @@ def test_missing_folders(tmp_path):
     fails(tmp_path, "image_dir", "nowhere", image_dir=tmp_path / "nowhere")
 
 
-# What is in it
+# The content of the file
 
 
 @pytest.mark.parametrize("content", [b"{]", b"", b"\xff\xfe\xff", b"version https://git-lfs.github.com/spec/v1"])
@@ -301,15 +301,15 @@ def test_wrong_fields(tmp_path, field, value):
         wrong[field] = value
     write_json(tmp_path / "reid_raw.json", [*CUHK, wrong])
     found = f"no `{field}`" if value is MISSING else f"`{field}: {value!r}`"
-    fails(tmp_path, f"reid_raw.json entry 6 (counted from 1) has {found}, expected ", "mend or remove")
+    fails(tmp_path, f"reid_raw.json entry 6 (counted from 1) has {found}, expected ", "fix or remove")
 
 
-def test_wrong_fields_of_rstpreid_are_called_by_their_name(tmp_path):
+def test_errors_in_rstpreid_name_its_own_fields(tmp_path):
     write_json(tmp_path / "data_captions.json", [*RSTP, RSTP[0] | {"img_path": "../a.jpg"}])
     fails(tmp_path, "data_captions.json entry 4", "`img_path: '../a.jpg'`")
 
 
-def test_entries_that_are_no_objects(tmp_path):
+def test_entries_that_are_not_objects(tmp_path):
     write_json(tmp_path / "reid_raw.json", [*CUHK, "text\nof two lines"])
     fails(tmp_path, "entry 6 (counted from 1) is 'text\\nof two lines'")
 
@@ -338,7 +338,7 @@ def test_empty_training_file(tmp_path):
 
 @pytest.fixture
 def cuhk(tmp_path) -> Path:
-    """CUHK-PEDES as it is unpacked: the annotation beside the folder `imgs`."""
+    """CUHK-PEDES as unpacked: the annotation next to the folder `imgs`."""
     write_json(tmp_path / "reid_raw.json", CUHK)
     for one in CUHK:
         write_image(tmp_path / "imgs" / one["file_path"])
@@ -368,7 +368,7 @@ def test_missing_images(cuhk):
     assert "'cam_b/2.png', 'CUHK01/7.png';" in str(caught.value)
 
 
-def test_of_many_missing_images_five_are_named(tmp_path):
+def test_five_of_many_missing_images_are_named(tmp_path):
     paths = [f"{i}.jpg" for i in range(7)]
     split = Split(paths * 2, [0] * 14, ["x"] * 14, [None] * 14, list(range(14)))
     with pytest.raises(UserError, match="7 of 7 annotated images") as caught:
@@ -402,7 +402,7 @@ def test_table(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", PUBLISHED_COUNTS)
-def test_no_warning_where_all_numbers_are_the_published_ones(dataset):
+def test_no_warning_if_all_numbers_are_the_published_ones(dataset):
     splits = {name: made_up_split(counts) for name, counts in PUBLISHED_COUNTS[dataset].items()}
     table, warnings = statistics_table(splits, dataset)
     assert warnings == []
@@ -434,7 +434,7 @@ def test_unknown_dataset():
 
 
 def test_a_file_of_published_size_is_read_in_seconds(tmp_path):
-    """68,126 captions of 25 words; about one second where this was written, so ten mean that something is wrong."""
+    """68,126 captions of 25 words take about one second, so ten seconds mean that something is wrong."""
     words = random.Random(0).choices(["Red", "shirt", "black", "jeans", "a", "man,", "walking."], k=10_000)
     sentences = [" ".join(words[i : i + 25]) for i in range(1000)]
     write_json(

@@ -1,5 +1,5 @@
-"""Back-translation. But for the tests of Marian itself, a stand-in takes the place of the models: the translator is a
-plain function from texts to texts."""
+"""Back-translation. A stand-in, a plain function from texts to texts, replaces the models, except in the tests of
+Marian itself."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from text_utils.cleaning import clean_caption
 
 
 class StandIn:
-    """Tells what it was given, and raises `error` instead of translating batch number `stop_at`, counted from 0."""
+    """A translator that records its batches, and raises `error` at batch number `stop_at`, counted from 0."""
 
     def __init__(self, stop_at: int | None = None, error: type[BaseException] = KeyboardInterrupt):
         self.batches: list[list[str]] = []
@@ -42,7 +42,7 @@ Start = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def start(monkeypatch, capsys) -> Start:
-    """The command with a stand-in: its status, and what it says on stderr besides the progress bar."""
+    """Runs the command with a stand-in. Returns: its status, and its stderr without the progress bar."""
 
     def call(annotation: Path, out: Path, *options: str, translator=None) -> tuple[int, str]:
         monkeypatch.setattr(back_translation, "load_translator", lambda models, device: translator or StandIn())
@@ -77,12 +77,12 @@ def write_annotation(folder: Path, captions: list[str] = CAPTIONS) -> Path:
 
 
 def refused(outcome: tuple[int, str], *parts: str) -> None:
-    status, said = outcome
+    status, message = outcome
     assert status == 2
-    assert said.startswith("error: ")
-    assert "\n" not in said
+    assert message.startswith("error: ")
+    assert "\n" not in message
     for part in parts:
-        assert part in said
+        assert part in message
 
 
 # The forms
@@ -128,7 +128,7 @@ def test_a_path_that_is_listed_twice_keeps_both_entries(tmp_path, start):
     assert splits["test"].back_translations == ["again two"]
 
 
-# Which captions are translated
+# The captions that are translated
 
 
 def test_equal_captions_are_translated_once_and_empty_ones_not_at_all(tmp_path, start):
@@ -148,7 +148,7 @@ def test_batches(tmp_path, start):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_nothing_is_loaded_where_there_is_nothing_to_translate(tmp_path):
+def test_nothing_is_loaded_if_there_is_nothing_to_translate(tmp_path):
     (tmp_path / "own.json").write_text(json.dumps([{"file_path": "a.jpg", "captions": ["", " "]}]))
     assert main([str(tmp_path / "own.json"), str(tmp_path / "out.json"), "--to-french", str(tmp_path / "none")]) == 0
     assert json.loads((tmp_path / "out.json").read_text()) == [{"file_path": "a.jpg", "captions_bt": ["", ""]}]
@@ -160,17 +160,17 @@ def test_a_translator_that_loses_texts_is_a_bug(tmp_path, start):
         start(write_annotation(tmp_path), tmp_path / "out.json", translator=lambda captions: captions[1:])
 
 
-# Stopping and going on
+# Stopping and continuing
 
 
-def test_going_on_after_any_batch(tmp_path, start):
+def test_continuing_after_any_batch(tmp_path, start):
     annotation, out = write_annotation(tmp_path), tmp_path / "out.json"
     undisturbed = StandIn()
     start(annotation, tmp_path / "undisturbed.json", "--batch-size", "3", translator=undisturbed)
     for stop_at in range(len(undisturbed.batches)):
         first, second = StandIn(stop_at), StandIn()
-        status, said = start(annotation, out, "--batch-size", "3", translator=first)
-        assert (status, said) == (130, "stopped: the same command goes on from here")
+        outcome = start(annotation, out, "--batch-size", "3", translator=first)
+        assert outcome == (130, "stopped: run the same command again to continue")
         assert not out.exists()
         assert (tmp_path / PARTIAL).exists() == (stop_at > 0)
         assert start(annotation, out, "--batch-size", "3", translator=second) == (0, "")
@@ -180,7 +180,7 @@ def test_going_on_after_any_batch(tmp_path, start):
         out.unlink()
 
 
-def test_going_on_after_an_error_that_is_not_of_the_user(tmp_path, start):
+def test_continuing_after_an_error_that_is_not_a_user_error(tmp_path, start):
     annotation, out = write_annotation(tmp_path), tmp_path / "out.json"
     first, second = StandIn(2, error=ZeroDivisionError), StandIn()
     with pytest.raises(ZeroDivisionError):
@@ -190,7 +190,7 @@ def test_going_on_after_an_error_that_is_not_of_the_user(tmp_path, start):
 
 
 def test_killed_at_any_point_of_writing(tmp_path, start):
-    """Only what was written last can be cut off: the file of progress is cut within lines and at their ends."""
+    """Only the end of the progress file can be missing: it is cut within lines and at their ends."""
     annotation, out, partial = write_annotation(tmp_path), tmp_path / "out.json", tmp_path / PARTIAL
     undisturbed = StandIn()
     start(annotation, tmp_path / "undisturbed.json", "--batch-size", "5", translator=undisturbed)
@@ -202,21 +202,21 @@ def test_killed_at_any_point_of_writing(tmp_path, start):
         partial.write_bytes(written[:size])
         translator = StandIn()
         assert start(annotation, out, "--batch-size", "5", translator=translator) == (0, "")
-        kept = max(0, written[:size].count(b"\n") - 1)  # but for the line of the models
+        kept = max(0, written[:size].count(b"\n") - 1)  # without the line of the models
         assert translator.batches == undisturbed.batches[kept:]
         assert out.read_bytes() == expected
         out.unlink()
 
 
 def test_killed_before_the_last_file_was_written(tmp_path, start, monkeypatch):
-    """Then no model is loaded any more."""
+    """The next call then loads no model."""
     annotation, out = write_annotation(tmp_path), tmp_path / "out.json"
 
     def fails(path: Path):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(back_translation, "whole_file", fails)
+        patch.setattr(back_translation, "atomic_file", fails)
         assert start(annotation, out)[0] == 130
     assert not out.exists()
     assert start(annotation, out, translator=StandIn(stop_at=0)) == (0, "")
@@ -229,20 +229,25 @@ def test_the_progress_bar_starts_at_what_is_done(tmp_path, monkeypatch, capsys):
     main([str(annotation), str(out), "--batch-size", "3"])
     assert " 0/12 " in capsys.readouterr().err
     main([str(annotation), str(out), "--batch-size", "3"])
-    said = capsys.readouterr().err
-    assert " 6/12 " in said
-    assert " 0/12 " not in said
+    printed = capsys.readouterr().err
+    assert " 6/12 " in printed
+    assert " 0/12 " not in printed
 
 
 def test_a_full_disk(tmp_path, start, full_disk):
     annotation, out = write_annotation(tmp_path), tmp_path / "out.json"
     first, second = StandIn(), StandIn()
     full_disk(300)
-    refused(start(annotation, out, "--batch-size", "3", translator=first), str(out), "free some space", "goes on")
+    refused(
+        start(annotation, out, "--batch-size", "3", translator=first),
+        str(out),
+        "free some space",
+        "run the same command again",
+    )
     full_disk(resource.RLIM_INFINITY)
     assert start(annotation, out, "--batch-size", "3", translator=second) == (0, "")
     assert len(first.batches) > 1
-    assert first.batches[:-1] + second.batches == first.batches + second.batches[1:]  # only the unsaved one anew
+    assert first.batches[:-1] + second.batches == first.batches + second.batches[1:]  # only the unsaved batch again
 
 
 def test_models_are_not_mixed(tmp_path, start):
@@ -255,7 +260,7 @@ def test_models_are_not_mixed(tmp_path, start):
     assert start(annotation, out, "--to-french", "mine", translator=translator) == (0, "")
 
 
-def test_models_that_translated_nothing_stand_in_nobodys_way(tmp_path, start):
+def test_a_progress_file_without_translations_is_replaced(tmp_path, start):
     annotation, out = write_annotation(tmp_path), tmp_path / "out.json"
     (tmp_path / PARTIAL).write_text('{"to_french": "mine", "to_english": "mine"}\n')
     assert start(annotation, out) == (0, "")
@@ -273,7 +278,7 @@ def test_models_that_cannot_be_loaded_leave_nothing_behind(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == [annotation]
 
 
-def test_two_at_once(tmp_path, start):
+def test_two_at_the_same_time(tmp_path, start):
     annotation, out = write_annotation(tmp_path), tmp_path / "out.json"
     stand_in = StandIn()
 
@@ -284,14 +289,14 @@ def test_two_at_once(tmp_path, start):
     assert start(annotation, out, translator=translator) == (0, "")
 
 
-def test_a_file_that_came_up_meanwhile_is_kept(tmp_path, start):
+def test_a_file_that_another_process_created_meanwhile_is_kept(tmp_path, start):
     annotation, out = write_annotation(tmp_path), tmp_path / "out.json"
 
     def translator(captions):
         out.write_text("of somebody else")
         return captions
 
-    refused(start(annotation, out, translator=translator), "out.json exists")
+    refused(start(annotation, out, translator=translator), "out.json already exists")
     assert out.read_text() == "of somebody else"
     out.unlink()
     assert start(annotation, out, translator=StandIn(stop_at=0)) == (0, "")
@@ -301,14 +306,14 @@ def test_a_file_that_came_up_meanwhile_is_kept(tmp_path, start):
 
 
 @pytest.mark.parametrize("content", ["years of work", "years\nof\nwork\n", '{"a": "b"}\n', "[]\n", '{"to_french": \n'])
-def test_a_file_of_progress_that_is_not_ours(tmp_path, start, content):
+def test_a_progress_file_of_another_program(tmp_path, start, content):
     (tmp_path / PARTIAL).write_text(content)
     refused(start(write_annotation(tmp_path), tmp_path / "out.json"), PARTIAL, "move it away")
     assert (tmp_path / PARTIAL).read_text() == content
 
 
 @pytest.mark.parametrize("line", ['{"A ha\n', "\x00\x00\n", '["a"]\n', '{"a": null}\n', "\n"])
-def test_a_damaged_line_amid_the_progress(tmp_path, start, line):
+def test_a_damaged_line_in_the_progress_file(tmp_path, start, line):
     annotation, out, partial = write_annotation(tmp_path), tmp_path / "out.json", tmp_path / PARTIAL
     start(annotation, out, "--batch-size", "3", translator=StandIn(stop_at=2))
     head, *rest = partial.read_text().splitlines(keepends=True)
@@ -341,8 +346,8 @@ def test_bad_annotations(tmp_path, start, content, parts):
 def test_bad_places(tmp_path, start):
     annotation = write_annotation(tmp_path)
     before = annotation.read_bytes()
-    refused(start(annotation, annotation), f"{annotation} exists")
-    refused(start(annotation, tmp_path), f"{tmp_path} exists")
+    refused(start(annotation, annotation), f"{annotation} already exists")
+    refused(start(annotation, tmp_path), f"{tmp_path} already exists")
     refused(start(annotation, tmp_path / "none" / "out.json"), f"{tmp_path / 'none'} is not a folder")
     refused(start(annotation, annotation / "out.json"), f"{annotation} is not a folder")
     refused(start(annotation, tmp_path / ("long" * 100)), "cannot be written")
@@ -371,9 +376,9 @@ def test_devices():
 def test_missing_packages(tmp_path, monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert main([str(write_annotation(tmp_path)), str(tmp_path / "out.json")]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: {package}")
-    assert said.endswith("pip install transformers sentencepiece")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: {package}")
+    assert message.endswith("pip install transformers sentencepiece")
     assert not (tmp_path / PARTIAL).exists()
 
 
@@ -382,7 +387,7 @@ def test_missing_packages(tmp_path, monkeypatch, capsys, package):
 
 @pytest.fixture(scope="module")
 def marian(tmp_path_factory) -> tuple[Path, Path]:
-    """Two folders in the form of the hub's, with tiny models of random weights and vocabularies of a few pieces."""
+    """Two folders like those of the hub, with tiny models of random weights and small vocabularies."""
     folder = tmp_path_factory.mktemp("marian")
     english = ["A person in a red jacket, number 3.", "Someone is wearing a blue shirt and walks to place 4."]
     french = ["Une personne en veste rouge, numéro 3.", "Quelqu'un porte une chemise bleue et va à la place 4."]
@@ -423,7 +428,7 @@ def write_marian(folder: Path, source: list[str], target: list[str], seed: int) 
         )
     )
     model.generation_config.num_beams = 2
-    model.generation_config.bad_words_ids = [[padding]]  # as the hub's
+    model.generation_config.bad_words_ids = [[padding]]  # like the hub's
     model.save_pretrained(folder)
 
 
@@ -432,7 +437,7 @@ TEXTS = ["A red shirt.", "Someone walks to place 4 in a blue jacket.", "a", "Num
 
 @pytest.fixture
 def short(monkeypatch) -> Iterator[None]:
-    """Short texts, as random models hardly ever end one by themselves, and one thread, as several would only wait."""
+    """Limits texts to 12 tokens, because random models rarely end them, and uses one thread, which is faster here."""
     monkeypatch.setattr(back_translation, "MAX_TOKENS", 12)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -450,10 +455,10 @@ def test_marian_translates_there_and_back(marian, short):
         tokenizer, model = MarianTokenizer.from_pretrained(folder), MarianMTModel.from_pretrained(folder)
         texts = [text.replace("\ud800", "?") for text in expected]
         tokens = [tokenizer(text, return_tensors="pt", truncation=True, max_length=12) for text in texts]
-        ids = [model.generate(**of_text, max_length=12)[0] for of_text in tokens]
-        expected = [tokenizer.decode(of_text, skip_special_tokens=True) for of_text in ids]
+        ids = [model.generate(**inputs, max_length=12)[0] for inputs in tokens]
+        expected = [tokenizer.decode(output, skip_special_tokens=True) for output in ids]
     assert len(set(expected)) > 2
-    assert translate(TEXTS) == expected  # one by one above, so padding changes nothing
+    assert translate(TEXTS) == expected  # one by one above: padding changes nothing
 
 
 def test_marian_cuts_long_captions(marian, short):

@@ -1,4 +1,4 @@
-"""Sampler, training samples and loaders: what a sample depends on, and what it does not."""
+"""Sampler, training samples and data loaders: a sample depends only on seed, epoch and index."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from misc.config.loading import load_config
-from misc.data import samples as loader_module
+from misc.data import samples as samples_module
 from misc.data.annotations import Split, read_annotations
 from misc.data.batches import Batch, batches, collate, gallery_loader, training_loader
 from misc.data.images import read_image
@@ -55,7 +55,7 @@ def split(tiny_dataset) -> Split:
 
 @pytest.fixture
 def training_set(split, tiny_dataset):
-    """A function: augmentation and seed → the training set."""
+    """A function that builds a training set from an augmentation and a seed."""
 
     def build(augmentation: Augmentation = ALL_VIEWS, seed: int = 0, split: Split = split) -> TrainingSet:
         return TrainingSet(split, tiny_dataset.image_dir, TOKENIZER, augmentation, seed)
@@ -64,7 +64,7 @@ def training_set(split, tiny_dataset):
 
 
 def same(value, other) -> bool:
-    """Whether two samples or batches, or parts of them, are identical to the bit."""
+    """Whether two samples or batches, or parts of them, are identical bit by bit."""
     if isinstance(value, torch.Tensor):
         return torch.equal(value, other)
     if isinstance(value, dict):
@@ -100,7 +100,7 @@ def test_the_rows_of_all_ranks_are_the_batch_of_one(world_size, mixing):
 
 
 @pytest.mark.parametrize(("samples", "batch_size"), [(50, 8), (48, 8), (7, 8), (8, 8), (5, 1)])
-def test_an_epoch_holds_a_sample_once_and_drops_the_last_incomplete_batch(samples, batch_size):
+def test_an_epoch_has_each_sample_once_and_drops_the_last_incomplete_batch(samples, batch_size):
     found = drawn(samples, batch_size, epoch=2)
     assert [len(batch) for batch in found] == [batch_size] * (samples // batch_size)
     draws = list(itertools.chain.from_iterable(found))
@@ -119,7 +119,7 @@ def test_the_order_depends_on_seed_and_epoch():
     assert order(0, 0) != list(range(64))
 
 
-def test_the_order_depends_on_no_global_state():
+def test_the_order_does_not_depend_on_global_state():
     first = drawn(64, 8)
     torch.manual_seed(5)
     random.seed(5)
@@ -144,7 +144,7 @@ def test_how_many_batches_mixgen_mixes():
 # Training samples
 
 
-def test_a_sample_depends_on_nothing_but_its_draw(training_set):
+def test_a_sample_depends_only_on_its_draw(training_set):
     draw = Draw(epoch=3, index=5)
     expected = training_set()[draw]
 
@@ -157,7 +157,7 @@ def test_a_sample_depends_on_nothing_but_its_draw(training_set):
     assert same(other[draw], expected)
 
 
-def test_a_sample_leaves_the_global_generators_alone(training_set):
+def test_a_sample_does_not_change_the_global_generators(training_set):
     torch.manual_seed(1)
     random.seed(1)
     states = torch.get_rng_state(), random.getstate()
@@ -178,7 +178,7 @@ def test_epoch_index_and_seed_change_the_augmentation(training_set, split):
         "epoch and index exchanged": (0, Draw(4, 1)),
     }
     samples = {name: training_set(seed=seed)[draw] for name, (seed, draw) in draws.items()}
-    # A pool view often changes little: both operations may do nothing. SimCLR's crop differs each time.
+    # Only SimCLR views are compared: their crop differs each time, while both operations of a pool view may do nothing.
     for first, second in itertools.combinations(samples.values(), 2):
         for name in ("first_simclr", "second_simclr"):
             assert not torch.equal(first.images[name], second.images[name])
@@ -186,7 +186,7 @@ def test_epoch_index_and_seed_change_the_augmentation(training_set, split):
 
 @pytest.mark.parametrize("changed", ["epoch", "index", "seed"])
 def test_pool_views_and_captions_change_with_the_draw(training_set, split, changed):
-    # The same image and caption at every index, so that what differs is the augmentation.
+    # The same image and caption at every index, so that only the augmentation differs.
     same_pair = dataclasses.replace(split, captions=[split.captions[0]] * len(split), caption_images=[0] * len(split))
 
     def sample(number: int) -> Sample:
@@ -210,7 +210,7 @@ def test_the_views_of_a_sample_differ(training_set):
     assert equal["pool"] < 10 and equal["simclr"] == 0
 
 
-def test_a_view_more_changes_no_other_part_of_a_sample(training_set):
+def test_an_additional_view_changes_no_other_part_of_a_sample(training_set):
     for index in range(6):
         draw = Draw(1, index)
         everything, one = training_set(ALL_VIEWS)[draw], training_set(ONE_VIEW)[draw]
@@ -229,7 +229,7 @@ def test_a_view_more_changes_no_other_part_of_a_sample(training_set):
         ({"second_view": True, "simclr_views": True}, set(VIEW_NAMES)),
     ],
 )
-def test_only_the_views_that_a_loss_needs_are_made_from_one_decoded_file(training_set, monkeypatch, switches, names):
+def test_only_the_needed_views_are_made_and_the_file_is_decoded_once(training_set, monkeypatch, switches, names):
     calls = Counter()
 
     def counted(name: str, function):
@@ -240,7 +240,7 @@ def test_only_the_views_that_a_loss_needs_are_made_from_one_decoded_file(trainin
         return call
 
     data = training_set(dataclasses.replace(ONE_VIEW, **switches))
-    monkeypatch.setattr(loader_module, "read_image", counted("decoded", read_image))
+    monkeypatch.setattr(samples_module, "read_image", counted("decoded", read_image))
     monkeypatch.setattr(data, "pool_view", CountedView(data.pool_view, calls))
     monkeypatch.setattr(data, "simclr_view", counted("simclr", data.simclr_view))
     sample = data[Draw(0, 0)]
@@ -253,7 +253,7 @@ def test_only_the_views_that_a_loss_needs_are_made_from_one_decoded_file(trainin
 
 
 class CountedView:
-    """A PoolView that counts what it does."""
+    """A PoolView that counts its calls."""
 
     def __init__(self, view, calls: Counter):
         self.view, self.calls = view, calls
@@ -309,7 +309,7 @@ def test_any_caption_makes_a_sample(training_set, split, caption, tokens):
         assert len(sample.masked_ids) == len(sample.captions["caption"])
 
 
-def test_the_text_operation_finds_its_strength_and_synonyms(training_set, split):
+def test_the_text_operation_gets_its_strength_and_synonyms(training_set, split):
     captions = dataclasses.replace(split, captions=["red shirt and red shoes"] * len(split))
     synonyms = {"red": ["crimson"], "shirt": ["jersey"], "shoes": ["boots"]}
     words = {"text_operation": "synonym_replacement", "synonyms": lambda word: synonyms.get(word, [])}
@@ -380,7 +380,7 @@ def test_a_batch_has_the_views_of_its_samples(training_set, split):
 
 
 @pytest.mark.parametrize("augmentation", [ALL_VIEWS, ONE_VIEW])
-def test_a_batch_moves_whole(training_set, monkeypatch, augmentation):
+def test_all_tensors_of_a_batch_move(training_set, monkeypatch, augmentation):
     batch = collate([training_set(augmentation)[Draw(0, index)] for index in range(2)])
     moved = batch.to(torch.device("meta"))
     assert isinstance(moved, Batch) and isinstance(moved.views, Views) and moved.paths == batch.paths
@@ -399,8 +399,8 @@ def tensors(batch: Batch) -> list[torch.Tensor]:
     return [*views, *pairs, batch.identities]
 
 
-def test_the_captions_of_a_sample_are_augmented_each_for_itself(training_set):
-    """Two words in three go, so that equal draws would be seen."""
+def test_each_caption_of_a_sample_is_augmented_independently(training_set):
+    """About two of three words are deleted, so equal draws would be visible."""
     strong = dataclasses.replace(ALL_VIEWS, text_strength=0.6)
     samples = [training_set(strong)[Draw(0, index)] for index in range(12)]
     names = ("caption", "second_caption", "first_simclr", "second_simclr")
@@ -419,7 +419,7 @@ def test_the_captions_of_a_sample_are_augmented_each_for_itself(training_set):
 
 
 def loaded(data: TrainingSet, workers: int, batch_size: int = 6, **arguments) -> list[Batch]:
-    """The batches of two epochs."""
+    """Returns the batches of two epochs."""
     sampler = GlobalBatchSampler(len(data), batch_size, seed=4, **arguments)
     loader = training_loader(data, sampler, workers=workers, pin_memory=False)
     found = []
@@ -436,7 +436,7 @@ MIXING = {"mixgen_probability": 0.5, "mixgen_ratio": 0.34}
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_and_workers_change_no_sample(training_set, world_size, workers):
-    """Every view, every token, every label of two epochs, to the bit."""
+    """Compares every view, token and label of two epochs bit by bit."""
     augmentation = dataclasses.replace(ALL_VIEWS, mixgen="ori")
     alone = loaded(training_set(augmentation), workers=0, batch_size=12, **MIXING)
     assert len(alone) == 8
@@ -453,7 +453,7 @@ def test_ranks_and_workers_change_no_sample(training_set, world_size, workers):
 
 
 def rows_of(batch: Batch) -> list[Batch]:
-    """Its samples one by one, without the padding, which depends on the longest of a batch."""
+    """Returns the samples one by one, without padding, which depends on the longest caption of the batch."""
     rows = [batch.rows(number, number + 1) for number in range(len(batch))]
     for row in rows:
         views = row.views
@@ -470,7 +470,7 @@ def length_of(token_ids: torch.Tensor) -> int:
     return int((token_ids == END).nonzero()[0, 1]) + 1
 
 
-def test_a_loader_goes_on_in_the_middle_of_an_epoch(training_set):
+def test_a_loader_continues_in_the_middle_of_an_epoch(training_set):
     whole = loaded(training_set(), workers=0)
     sampler = GlobalBatchSampler(48, 6, seed=4)
     loader = training_loader(training_set(), sampler, workers=1, pin_memory=False)
@@ -481,7 +481,7 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(training_set):
 
 
 def test_the_number_of_threads_changes_no_sample(split, tiny_dataset):
-    """Loader workers have one thread, a process without workers has more: at full size, sums round differently."""
+    """Loader workers have one thread, other processes more. At full size, this could change how sums round."""
     full_size = dataclasses.replace(ALL_VIEWS, resolution=(224, 224))
     data = TrainingSet(split, tiny_dataset.image_dir, TOKENIZER, full_size, 0)
     threads = torch.get_num_threads()
@@ -509,7 +509,7 @@ def test_the_gallery_is_in_order_and_complete(split, tiny_dataset, workers):
 
 @pytest.fixture(params=["not an image", "cut off", "empty"])
 def spoiled(request, split, tiny_dataset) -> str:
-    """The path of an image of the training set that is spoiled."""
+    """Damages an image of the training set, and returns its path."""
     path = tiny_dataset.image_dir / split.image_paths[3]
     content = path.read_bytes()
     path.write_bytes({"not an image": b"<html>", "cut off": content[: len(content) // 2], "empty": b""}[request.param])

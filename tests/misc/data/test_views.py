@@ -1,4 +1,4 @@
-"""Image views against Pillow, hand-worked values, reference values and the probabilities of SPEC's tables."""
+"""Image views against Pillow, values worked by hand, reference values and the probabilities of the paper."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from misc.config.loading import load_config
-from misc.data import views as transforms
+from misc.data import views as views_module
 from misc.data.image_operations import IMAGE_OPERATIONS, build_operations, wrong_operations
 from misc.data.views import (
     EvaluationView,
@@ -34,7 +34,7 @@ BLACK = -MEAN / DEVIATION
 
 
 def assert_rate(count: int, trials: int, probability: float) -> None:
-    """Five standard deviations of a binomial count: one correct run in a million fails, and the seeds are fixed."""
+    """Checks a binomial count to five standard deviations: chance fails one run in a million; seeds are fixed."""
     bound = 5 * math.sqrt(trials * probability * (1 - probability))
     assert abs(count - trials * probability) <= bound, f"{count} of {trials} is not a rate of {probability}"
 
@@ -44,13 +44,13 @@ def noise_image(height: int, width: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def as_seen(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) bytes → the normalised tensor (3, H, W)."""
+def normalised_pixels(pixels: np.ndarray) -> torch.Tensor:
+    """Converts (H, W, 3) bytes to the normalised tensor (3, H, W)."""
     return (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - MEAN) / DEVIATION
 
 
 def paper_pool(resolution: tuple[int, int]) -> PoolView:
-    """The view of the full recipe."""
+    """Returns the training view of the full recipe."""
     experiment = load_config().experiment
     return PoolView(resolution, build_operations(experiment.image_operations, resolution), experiment.image_pool)
 
@@ -72,7 +72,7 @@ def test_a_constant_image_is_normalised_with_the_numbers_of_imagenet():
 
 def test_the_evaluation_view_is_pillow_s_bicubic_resize():
     image = noise_image(150, 70)  # larger than the view, so it must be antialiased
-    expected = as_seen(np.asarray(image.resize((32, 64), Image.Resampling.BICUBIC)))
+    expected = normalised_pixels(np.asarray(image.resize((32, 64), Image.Resampling.BICUBIC)))
     assert_close(EvaluationView(TALL)(image), expected, 1e-6)
 
 
@@ -80,7 +80,7 @@ def test_the_pool_view_is_resized_bilinearly():
     image = noise_image(150, 70)
     expected = np.asarray(image.resize((32, 64), Image.Resampling.BILINEAR))
     resized = paper_pool(TALL).resize(image)
-    assert_close(normalise(resized), as_seen(expected), 1e-6)
+    assert_close(normalise(resized), normalised_pixels(expected), 1e-6)
     assert resized.min() >= 0 and resized.max() <= 1
 
 
@@ -152,7 +152,7 @@ def test_operations_have_the_parameters_that_the_paper_names():
     [
         ({"random_rotaton": 15}, "random_rotaton"),
         ({"gaussian_blur": 4}, "odd"),
-        ({"random_erasing": [0.3, 0.2]}, "least"),
+        ({"random_erasing": [0.3, 0.2]}, "smallest"),
         ({"random_grayscale": 1.5}, "probability"),
         ({"rand_augment": 2}, "magnitude"),
         ({"auto_augment": "mine"}, "imagenet"),
@@ -164,7 +164,7 @@ def test_a_wrong_operation_or_strength_is_named(strengths, word):
     assert word in problem
 
 
-def test_without_a_number_to_draw_all_operations_follow_one_another():
+def test_without_a_number_to_draw_all_operations_are_applied_in_order():
     image = torch.full((3, 1, 1), 2.0)
     view = PoolView((1, 1), [lambda image: image + 1, lambda image: image * 3], None)
     assert round((view(image) * DEVIATION + MEAN)[0].item(), 4) == 9
@@ -176,7 +176,7 @@ def test_without_a_number_to_draw_all_operations_follow_one_another():
 
 
 def recorded_draws(times: int) -> list[list[int]]:
-    """Numbers of the pool's operations that each view applied."""
+    """Returns, for each view, the numbers of the operations that it applied."""
     view = paper_pool(TALL)
     applied: list[int] = []
 
@@ -218,7 +218,7 @@ def test_operations_are_applied_in_the_order_drawn():
     assert results == {4, 18, 9, 7}  # (2 + 1 + 1), 2 * 3 * 3, (2 + 1) * 3, 2 * 3 + 1
 
 
-def test_the_pool_holds_the_six_operations_with_the_parameters_of_the_paper():
+def test_the_pool_has_the_six_operations_with_the_parameters_of_the_paper():
     view = paper_pool((224, 224))
     assert len(view.operations) == 6
     jitter = operation(view, v2.ColorJitter)
@@ -235,7 +235,7 @@ def test_the_pool_holds_the_six_operations_with_the_parameters_of_the_paper():
 
 
 def test_crops_of_a_tall_input_keep_nine_tenths_of_it():
-    """The paper's aspect ratios, meant for a square input, would leave no crop of a tall one but its middle."""
+    """The paper's aspect ratios are meant for a square input. With them, crops of a tall one are always its middle."""
     crop = operation(paper_pool(TALL), v2.RandomResizedCrop)
     with seeded("crop"):
         boxes = [crop.make_params([torch.zeros(3, *TALL)]) for _ in range(200)]
@@ -255,7 +255,7 @@ def test_how_often_an_operation_of_the_pool_does_something(kind, probability):
 
 
 @pytest.mark.parametrize("kind", [v2.RandomRotation, v2.RandomErasing])
-def test_what_is_rotated_in_or_erased_is_black_before_normalising(kind):
+def test_pixels_filled_by_rotation_or_erasing_are_black_before_normalising(kind):
     view = paper_pool((40, 40))
     view.operations = [operation(view, kind)]
     white = view.resize(Image.new("RGB", (40, 40), "white"))
@@ -277,7 +277,7 @@ def test_the_pool_s_crop_takes_most_of_a_square_image():
 
 
 def crop_areas(crop: torch.nn.Module, resolution: tuple[int, int]) -> list[float]:
-    """Shares of an image that random crops show, read from an image whose colours are coordinates."""
+    """Returns the shares of an image that random crops show, measured on an image whose colours are coordinates."""
     height, width = 96, 96
     rows, columns = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     image = torch.stack([rows, columns, torch.zeros(height, width)])
@@ -287,7 +287,7 @@ def crop_areas(crop: torch.nn.Module, resolution: tuple[int, int]) -> list[float
             cropped = crop(image)
             assert cropped.shape == (3, *resolution)
             extent = cropped.amax(dim=(1, 2)) - cropped.amin(dim=(1, 2))
-            # Resizing takes the outermost centres of pixels inwards by half a pixel of the result.
+            # The centres of the outermost pixels are half a pixel of the result inside the crop.
             areas.append((extent[0] * resolution[0] / (resolution[0] - 1) * extent[1]).item())
     return areas
 
@@ -318,7 +318,7 @@ def test_how_often_a_simclr_view_changes_colours():
 
 def test_how_often_a_simclr_view_is_flipped():
     view = SimCLRView((8, 8))
-    ramp = torch.linspace(0.2, 0.8, 24).expand(3, 24, 24)  # brighter to the right, whatever the crop and the colours
+    ramp = torch.linspace(0.2, 0.8, 24).expand(3, 24, 24)  # brighter to the right for every crop and colour change
     with seeded("flips"):
         flipped = sum(
             (seen[0, :, 0].mean() > seen[0, :, -1].mean()).item() for seen in (view(ramp) for _ in range(1500))
@@ -334,7 +334,7 @@ def test_how_often_and_how_much_a_simclr_view_is_blurred(monkeypatch):
         assert kernel_size == [2 * math.ceil(3 * sigma[0]) + 1] * 2 and sigma[0] == sigma[1]
         return image
 
-    monkeypatch.setattr(transforms.F, "gaussian_blur", record)
+    monkeypatch.setattr(views_module.F, "gaussian_blur", record)
     view, image = SimCLRView((8, 8)), torch.zeros(3, 12, 12)
     times = 1500
     with seeded("blurs"):
@@ -380,7 +380,7 @@ def test_a_seed_depends_on_every_part_of_its_key():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_seeded_draws_depend_on_the_key_alone_and_the_generator_goes_on_as_before():
+def test_seeded_draws_depend_only_on_the_key_and_restore_the_generator():
     torch.manual_seed(3)
     before = torch.rand(2)
     after = torch.rand(2)
@@ -396,7 +396,7 @@ def test_seeded_draws_depend_on_the_key_alone_and_the_generator_goes_on_as_befor
         assert not torch.equal(torch.rand(4), first)
 
 
-def test_the_generator_goes_on_as_before_after_an_error():
+def test_the_generator_is_restored_after_an_error():
     state = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), seeded("key"):
         torch.rand(1)
@@ -408,7 +408,7 @@ def test_the_generator_goes_on_as_before_after_an_error():
 
 
 def mixed(images: torch.Tensor, captions: list[str], kind: str, count: int) -> tuple[list[torch.Tensor], list[str]]:
-    """A batch whose first `count` samples are mixed with as many that follow them."""
+    """Mixes the first `count` samples of a batch with as many that follow them."""
     rows = range(len(images))
     partner = {row: row + count for row in range(count)}
     return (

@@ -1,4 +1,4 @@
-"""Retrieval metrics against reference values, a brute-force twin and examples worked by hand."""
+"""Retrieval metrics against reference values, a brute-force implementation and examples worked by hand."""
 
 from random import Random
 
@@ -21,7 +21,7 @@ def test_metrics_equal_the_reference(case):
 
 
 def brute_force(similarity: list[list], query_identities: list[int], gallery_identities: list[int]) -> list[tuple]:
-    """(first match, AP, INP) of each query, straight from the definitions."""
+    """Returns (first match, AP, INP) of each query, straight from the definitions."""
     rows = []
     for similarities, identity in zip(similarity, query_identities, strict=True):
         order = sorted(range(len(similarities)), key=lambda image: (-similarities[image], image))
@@ -42,10 +42,10 @@ def brute_force_summary(rows: list[tuple]) -> dict[str, float]:
     return recall | {"mAP": percent([row[1] for row in rows]), "mINP": percent([row[2] for row in rows])}
 
 
-# Few different similarities make many ties; few gallery identities make several matches, and queries without one.
+# Few different similarities cause many ties. Few gallery identities cause several matches, and queries without one.
 @pytest.mark.parametrize("values", [3, 1000])
 @pytest.mark.parametrize(("queries", "gallery"), [(1, 1), (8, 1), (5, 3), (40, 30), (30, 100)])
-def test_ranking_equals_a_brute_force_twin(queries, gallery, values):
+def test_ranking_equals_brute_force(queries, gallery, values):
     random = Random(f"{queries} {gallery} {values}")
     for _ in range(5):
         similarity = [[random.randrange(values) / values for _ in range(gallery)] for _ in range(queries)]
@@ -81,8 +81,8 @@ def test_equal_similarities_rank_in_the_order_of_the_gallery():
     assert results.first_match.tolist() == [5]
 
 
-def whole_features(rows: int, seed: int) -> torch.Tensor:
-    """Features of small whole numbers: their products are exact, in blocks of any size."""
+def integer_features(rows: int, seed: int) -> torch.Tensor:
+    """Returns features of small integers: their products are exact, in blocks of any size."""
     return torch.randint(-2, 3, (rows, 4), generator=torch.Generator().manual_seed(seed)).float()
 
 
@@ -92,7 +92,7 @@ def equal(results: QueryResults, expected: QueryResults) -> bool:
 
 @pytest.mark.parametrize("block", [1, 30, 31, 300, 17 * 30])
 def test_blocks_change_nothing(monkeypatch, block):
-    queries, gallery = whole_features(17, 0), whole_features(30, 1)
+    queries, gallery = integer_features(17, 0), integer_features(30, 1)
     query_identities, gallery_identities = torch.arange(17) % 8, torch.arange(30) % 7
     expected = rank_similarities(queries @ gallery.T, query_identities, gallery_identities)
     monkeypatch.setattr(metrics, "MAXIMUM_BLOCK", block)
@@ -105,7 +105,7 @@ def test_no_query_gives_no_result():
 
 
 class LargestTensor(TorchFunctionMode):
-    """Number of elements of the largest tensor that is computed within it."""
+    """A context that records the number of elements of the largest tensor computed in it."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ def test_memory_does_not_grow_with_the_queries(monkeypatch):
     monkeypatch.setattr(metrics, "MAXIMUM_BLOCK", 1000)
     largest = []
     for number in (50, 900):
-        queries, gallery = whole_features(number, 0), whole_features(40, 1)
+        queries, gallery = integer_features(number, 0), integer_features(40, 1)
         with LargestTensor() as computed:
             rank_queries(queries, gallery, torch.arange(number), torch.arange(40))
         largest.append(computed.elements)

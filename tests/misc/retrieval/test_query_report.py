@@ -1,4 +1,4 @@
-"""Queries to look at, all of them as JSON Lines, and two models compared; by hand-made retrievals."""
+"""Reports on single queries, tested with retrievals made by hand and with whole runs."""
 
 import json
 
@@ -18,11 +18,11 @@ SPLIT = Split(
     back_translations=[None] * 4,
     caption_images=[0, 1, 2, 0],
 )
-SPLIT.caption_identities[3] = 99  # whom no image shows
+SPLIT.caption_identities[3] = 99  # a person who is in no image
 
 
 def retrieval(*scores: tuple[float, float, float]) -> Retrieval:
-    """With these cosines of each query and the three images."""
+    """Returns a retrieval with these cosines of each query and the three images."""
     gallery, queries = torch.eye(3), torch.tensor(scores)
     identities = torch.tensor(SPLIT.caption_identities)
     results = rank_queries(queries, gallery, identities, torch.tensor(SPLIT.image_identities))
@@ -30,12 +30,12 @@ def retrieval(*scores: tuple[float, float, float]) -> Retrieval:
 
 
 FIRST = retrieval((0.9, 0.5, 0.1), (0.8, 0.6, 0.4), (0.9, 0.8, 0.2), (0.3, 0.2, 0.1))
-"""The matches stand at 1, 2 and 3: average precision 1, 1/2, 1/3, and none."""
+"""The matches are at ranks 1, 2 and 3, the last query has none: average precision 1, 1/2, 1/3 and 0."""
 SECOND = retrieval((0.5, 0.9, 0.1), (0.5, 0.6, 0.4), (0.9, 0.1, 0.2), (0.3, 0.2, 0.1))
-"""At 2, 1 and 2."""
+"""The matches are at ranks 2, 1 and 2."""
 
 
-def test_a_record_tells_what_a_query_retrieved():
+def test_a_record_contains_the_results_of_a_query():
     records = query_records(FIRST, SPLIT)
     assert records[1] | {"first_images": None} == {
         "query": 1,
@@ -56,7 +56,7 @@ def test_the_hardest_queries_have_the_least_average_precision():
     assert choose_queries(FIRST, 99, "hardest", seed=0) == [3, 2, 1, 0]
 
 
-def test_random_queries_are_decided_by_the_seed():
+def test_random_queries_depend_on_the_seed():
     drawn = {tuple(choose_queries(FIRST, 2, "random", seed)) for seed in range(30)}
     assert len(drawn) == 6 and all(a < b for a, b in drawn)  # all pairs of four
     assert choose_queries(FIRST, 2, "random", 5) == choose_queries(FIRST, 2, "random", 5)
@@ -70,13 +70,13 @@ def test_two_models_are_compared_query_by_query():
     assert compared[2]["first_match"] == [None, None]
     lines = comparison_lines(compared, shown=1)
     assert lines == [
-        "2 queries got better, 1 worse, 1 neither",
+        "2 queries got better, 1 worse, 1 unchanged",
         "better: AP +50.0, first match 2 → 1: of eight",
         "worse: AP -50.0, first match 1 → 2: of seven",
     ]
 
 
-def test_lines_hold_any_caption(tmp_path):
+def test_lines_accept_any_caption(tmp_path):
     write_lines(tmp_path / "lines.jsonl", [{"caption": "línea \n \u2028 \ud800"}, {"caption": ""}])
     first, second = (tmp_path / "lines.jsonl").read_bytes().decode().split("\n")[:-1]
     assert json.loads(first)["caption"] == "línea \n \u2028 ?" and json.loads(second) == {"caption": ""}

@@ -1,4 +1,4 @@
-"""The picture of queries and their first results."""
+"""The sheet with queries and their first results."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from misc.retrieval.sheet import RIGHT, WRONG, draw_retrieval_sheet
 
 
 def hand_made_retrieval(split) -> Retrieval:
-    """Every caption finds its own image first, then the others in their order in the gallery."""
+    """Ranks the own image of each caption first, then the others in the order of the gallery."""
     gallery = torch.eye(len(split.image_paths))
     queries = gallery[split.caption_images]
     results = rank_queries(
@@ -36,7 +36,7 @@ def test_right_results_are_framed_green_and_wrong_ones_red(tiny_dataset, tmp_pat
     assert colour_share(tmp_path / "all.png", WRONG) > colour_share(tmp_path / "all.png", RIGHT)
 
 
-def test_more_images_than_there_are(tiny_dataset, tmp_path):
+def test_more_images_requested_than_there_are(tiny_dataset, tmp_path):
     split = read_annotations(*tiny_dataset)["test"]
     draw_retrieval_sheet(
         tmp_path / "sheet.png",

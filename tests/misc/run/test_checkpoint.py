@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and read without running code."""
+"""Checkpoints: written completely or not at all, and read without running code."""
 
 import io
 import os
@@ -60,37 +60,37 @@ def test_what_was_saved_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_a_disk_that_gets_full_leaves_the_old_file(checkpoint, full_disk, share):
+def test_a_full_disk_leaves_the_old_file(checkpoint, full_disk, share):
     old = checkpoint.read_bytes()
     full_disk(int(share * len(old)))
     with pytest.raises(
-        UserError, match=r"checkpoint_last\.pth cannot be written \(File too large\).*--resume.*is whole"
+        UserError, match=r"checkpoint_last\.pth cannot be written \(File too large\).*--resume.*is still there"
     ):
         write_checkpoint(checkpoint, content_of(nn.Linear(20, 30), epoch=4))
     assert checkpoint.read_bytes() == old
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
-def test_what_is_no_trouble_of_the_disk_is_not_called_so(checkpoint):
+def test_an_error_that_is_not_of_the_disk_is_not_reported_as_one(checkpoint):
     old = checkpoint.read_bytes()
     with pytest.raises((AttributeError, pickle.PicklingError)):
         write_checkpoint(checkpoint, content_of(nn.Linear(2, 3)) | {"function": lambda: None})
     assert checkpoint.read_bytes() == old
-    write_checkpoint(checkpoint, content_of(nn.Linear(2, 3), epoch=5))  # what the failure left is in nobody's way
+    write_checkpoint(checkpoint, content_of(nn.Linear(2, 3), epoch=5))  # the failure left nothing that prevents this
     assert read_checkpoint(checkpoint)["epoch"] == 5
 
 
 def test_the_file_is_complete_before_it_takes_the_name(checkpoint, monkeypatch):
-    """A power cut must not leave a name whose content was never written: the content is on the disk first."""
+    """The content must be on the disk first. Otherwise a power failure could leave a name without its content."""
     order = []
     replace, fsync = Path.replace, os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (order.append("content"), fsync(file)))
     monkeypatch.setattr(Path, "replace", lambda path, target: (order.append("name"), replace(path, target))[1])
     write_checkpoint(checkpoint, content_of(nn.Linear(2, 3), epoch=4))
-    assert order == ["content", "name", "content"]  # at last the folder, which holds the name
+    assert order == ["content", "name", "content"]  # at last the folder, which contains the name
 
 
-# ---- what is not read ---------------------------------------------------------------------------------------------
+# ---- files that are refused ---------------------------------------------------------------------------------------
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -109,7 +109,7 @@ def test_a_file_that_is_cut_off_at_any_byte_is_refused(checkpoint):
 
 
 def test_a_weight_that_has_changed_on_the_disk_is_noticed(checkpoint):
-    """torch itself reads such a file without a word."""
+    """torch itself reads such a file without an error."""
     whole = bytearray(checkpoint.read_bytes())
     weight = read_checkpoint(checkpoint)["model"]["weight"].numpy().tobytes()
     whole[whole.index(weight) + 50] ^= 0x40
@@ -118,7 +118,7 @@ def test_a_weight_that_has_changed_on_the_disk_is_noticed(checkpoint):
 
 
 class Intruder:
-    """A pickle that makes a file when it is loaded."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,4 +1,4 @@
-"""What a run leaves behind, who writes it, and which folders it may write to."""
+"""The files of a run, the ranks that write them, and the folders that a run accepts."""
 
 import errno
 import importlib.util
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def record(epoch: int) -> dict[str, float]:
-    """One epoch as `main.py` logs it, every number its own."""
+    """An epoch as `main.py` logs it, with a different number in each field."""
     names = ("loss_nitc", "loss_ritc", "loss", "seconds", "r1", "r5", "r10", "mAP", "mINP")
     return {"epoch": epoch} | {name: 10.0 * epoch + number for number, name in enumerate(names)}
 
@@ -46,40 +46,40 @@ def test_a_new_or_empty_folder_or_one_with_other_files_is_free(tmp_path):
     assert content(tmp_path) == ["notes.txt"]
 
 
-def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
+def test_a_folder_without_permission_to_write_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # tests may run as root
-    with pytest.raises(UserError, match="saved_path.*may not be written to"):
+    with pytest.raises(UserError, match="saved_path.*no permission to write to"):
         check_run_folder(tmp_path / "new", overwrite=False)
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
-def test_a_folder_that_holds_a_file_of_a_run_is_refused(tmp_path, name):
+def test_a_folder_that_contains_a_file_of_a_run_is_refused(tmp_path, name):
     (tmp_path / name).write_text("old")
     with pytest.raises(UserError) as caught:
         check_run_folder(tmp_path, overwrite=False)
     assert all(part in str(caught.value) for part in ("model.saved_path", str(tmp_path), name, "--overwrite"))
     check_run_folder(tmp_path, overwrite=True)
-    assert content(tmp_path) == [name]  # to check changes nothing
+    assert content(tmp_path) == [name]  # the check changes nothing
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path, overwrite):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path, overwrite):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=r"model\.saved_path.*is a file"):
             check_run_folder(folder, overwrite=overwrite)
 
 
-def test_what_a_run_left_that_died_before_it_began_is_no_run(tmp_path):
+def test_the_empty_log_of_a_run_that_never_started_is_not_a_run(tmp_path):
     (tmp_path / "train.log").touch()
     check_run_folder(tmp_path, overwrite=False)
 
 
-def test_a_new_run_replaces_the_files_of_the_old_and_no_others(tmp_path):
+def test_a_new_run_replaces_only_the_files_of_the_old_run(tmp_path):
     others = ("ViT-B-16.pt.part", "notes.txt")
     for name in (*RUN_FILES, "checkpoint_last.pth.part", *others):
         (tmp_path / name).write_text("old")
-    with pytest.raises(UserError, match="already holds a run"):  # it came while this run was being prepared
+    with pytest.raises(UserError, match="already contains a run"):  # another run wrote it meanwhile
         RunLog(tmp_path)
     assert content(tmp_path) == sorted((*RUN_FILES, "checkpoint_last.pth.part", *others))
     with RunLog(tmp_path, overwrite=True) as log:
@@ -122,7 +122,7 @@ except UserError as error:
 
 
 def other_run(folder: Path) -> str:
-    """What a run in another process says when it starts into the folder."""
+    """Starts a run in the folder from another process, and returns its error message."""
     arguments = [sys.executable, "-c", OTHER_RUN, str(folder)]
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
@@ -130,12 +130,12 @@ def other_run(folder: Path) -> str:
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
     with RunLog(tmp_path) as log:
         log.line("mine")
-        assert "another run is writing into" in other_run(tmp_path)
+        assert "another run is writing to" in other_run(tmp_path)
         assert (tmp_path / "train.log").read_text() == "mine\n"
-    assert other_run(tmp_path) == ""  # the lock goes with its run
+    assert other_run(tmp_path) == ""  # the lock ended with its run
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+def test_a_warning_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def without(*_) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -149,7 +149,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
 # ---- lines, numbers, curve ----------------------------------------------------------------------------------------
 
 
-def test_lines_go_to_the_screen_and_to_the_log_at_once(tmp_path, capsys):
+def test_lines_go_to_the_screen_and_to_the_log_immediately(tmp_path, capsys):
     with RunLog(tmp_path / "runs" / "one") as log:
         log.line("first")
         log.line("ε = 0.01\ntwo lines")
@@ -166,7 +166,7 @@ def test_each_epoch_is_one_json_line(tmp_path):
     assert [json.loads(line) for line in lines] == [record(1), record(2)]
 
 
-def test_the_curve_shows_what_metrics_jsonl_holds(tmp_path, monkeypatch):
+def test_the_curve_shows_the_epochs_of_metrics_jsonl(tmp_path, monkeypatch):
     drawn = {}
     plot = Axes.plot
 
@@ -194,7 +194,7 @@ def test_the_curve_shows_what_metrics_jsonl_holds(tmp_path, monkeypatch):
 
 
 def use(log: RunLog) -> None:
-    """Everything that a run does with its log."""
+    """Calls every method that a run calls."""
     log.line("a line")
     with log.progress(2, 0, "epoch 1") as bar:
         bar.update()
@@ -209,7 +209,7 @@ def test_other_ranks_write_nothing(tmp_path, capfd):
     assert content(tmp_path) == [] and capfd.readouterr() == ("", "")
 
 
-def test_without_a_folder_lines_go_to_the_screen_alone(tmp_path, monkeypatch, capsys):
+def test_without_a_folder_lines_go_to_the_screen_only(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with RunLog(None) as log:
         use(log)
@@ -220,7 +220,7 @@ def test_without_a_folder_lines_go_to_the_screen_alone(tmp_path, monkeypatch, ca
 
 
 class Recorder:
-    """Stands for TensorBoard's writer and for wandb's run."""
+    """Replaces TensorBoard's writer and wandb's run, and records their calls."""
 
     def __init__(self):
         self.calls = []
@@ -230,7 +230,7 @@ class Recorder:
 
 
 def install(monkeypatch, name: str, **content) -> None:
-    """Makes `import name` give a module of this content."""
+    """Makes `import name` return a module with this content."""
     module = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None)
     vars(module).update(content)

@@ -1,4 +1,4 @@
-"""Which device a process takes, and when that is refused. The collectives are tested in test_ranks.py."""
+"""The device of a rank, and the errors of a wrong one. The collectives are tested in test_ranks.py."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.helpers.ranks import run_on_ranks
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Pretends that the machine has so many GPUs; none of them is touched."""
+    """A function that pretends that the machine has this number of GPUs; none is used."""
 
     def pretend(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -68,7 +68,7 @@ def test_more_processes_than_gpus_are_refused(gpus, monkeypatch, device, count, 
         pass
 
 
-def test_after_an_error_no_rank_waits_for_the_others(monkeypatch):
+def test_after_an_error_a_rank_does_not_wait_for_the_others(monkeypatch):
     """With nccl, destroying the group waits for all ranks, which are in another collective by then."""
     destroyed = []
     monkeypatch.setattr(distributed, "_join", lambda device, *_: distributed.Ranks(0, 1, device))
@@ -87,9 +87,7 @@ def test_after_an_error_no_rank_waits_for_the_others(monkeypatch):
     ("torchruns", "restarts", "own_store", "warned"),
     [("2", "3", False, True), ("2", "3", True, False), ("2", "0", False, False), ("1", "3", False, False)],
 )
-def test_restarts_of_several_torchruns_that_would_hang_are_warned_of(
-    monkeypatch, torchruns, restarts, own_store, warned
-):
+def test_a_warning_if_restarts_of_several_torchruns_would_hang(monkeypatch, torchruns, restarts, own_store, warned):
     monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_: iter([(distributed.dist.HashStore(), 0, 2)]))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
     for name, value in {
@@ -105,12 +103,12 @@ def test_restarts_of_several_torchruns_that_would_hang_are_warned_of(
 
 
 def find_or_make(ranks: Ranks, path: Path) -> str:
-    """What each of several ranks does that would all download the same file."""
+    """Stands for a download of the same file by every rank."""
 
     def find() -> str:
         if path.exists():
             return "found"
-        time.sleep(0.5)  # time enough for another rank to find nothing either
+        time.sleep(0.5)  # enough time for another rank to find nothing either
         path.touch()
         return "made"
 

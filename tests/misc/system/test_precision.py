@@ -1,4 +1,4 @@
-"""Which number format is chosen, and what it does."""
+"""The choice of the number format, and its effects."""
 
 import pytest
 import torch
@@ -19,18 +19,18 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ({}, "fp32"),
     ],
 )
-def test_auto_on_a_cpu_is_bf16_where_it_has_instructions_for_it(monkeypatch, capabilities, expected):
+def test_auto_on_a_cpu_is_bf16_if_it_has_instructions_for_it(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert Precision.choose("auto", CPU).name == expected
 
 
-def test_auto_on_a_cpu_is_fp32_where_torch_cannot_tell(monkeypatch):
+def test_auto_on_a_cpu_is_fp32_if_torch_does_not_report_capabilities(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert Precision.choose("auto", CPU).name == "fp32"
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
-def test_auto_on_a_gpu_is_bf16_where_it_computes_in_it(monkeypatch, native, expected):
+def test_auto_on_a_gpu_is_bf16_if_it_supports_it_natively(monkeypatch, native, expected):
     def is_bf16_supported(including_emulation: bool = True) -> bool:
         return native or including_emulation  # older GPUs emulate it, slowly
 
@@ -41,7 +41,7 @@ def test_auto_on_a_gpu_is_bf16_where_it_computes_in_it(monkeypatch, native, expe
 @pytest.mark.parametrize(
     ("name", "device"), [("bf16", CPU), ("fp32", CPU), ("bf16", GPU), ("fp16", GPU), ("fp32", GPU)]
 )
-def test_what_is_asked_for_is_taken(monkeypatch, name, device):
+def test_the_requested_format_is_used(monkeypatch, name, device):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     assert Precision.choose(name, device) == Precision(name, device.type)

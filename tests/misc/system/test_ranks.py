@@ -23,15 +23,15 @@ from text_utils.tokenizer import Tokenizer
 ALONE = Ranks(0, 1, torch.device("cpu"))
 LOSSES = (*NAMES, "total")
 TOTALS = range(10)
-"""Numbers of items dealt out by `gather_strided`: none, fewer than ranks, divisible by their number and not."""
+"""Numbers of items for `gather_strided`: zero, fewer than ranks, divisible by the number of ranks, not divisible."""
 PICKED_TOKENS = [3, 0, 5, 1, 0, 0, 0, 0, 1, 0, 0, 0]
-"""By row: ranks pick different numbers, and one of two or four ranks' last ones picks none."""
+"""Number of picked tokens in each row: ranks pick different numbers, and the last of four ranks picks none."""
 VOCABULARY, IDENTITIES = 11, 7
 SIZES = {"uneven": (5, 9), "one": (1, 1)}
 """Images and captions of evaluated splits: not divisible by two or four, and fewer than ranks."""
 
 
-# What each rank computes; the results of a rank are one nested dict.
+# Computations of each rank; the results of a rank are one nested dict.
 
 
 def measure(ranks: Ranks, data: TinyDataset) -> dict:
@@ -51,7 +51,7 @@ def rows_of(ranks: Ranks, total: int = 12) -> slice:
 
 
 def measure_loss(ranks: Ranks, golden: dict, name: str) -> dict[str, Tensor]:
-    """Value, and gradients under the reference's names, both averaged over ranks."""
+    """Returns the loss and its gradients under the reference's names, averaged over ranks."""
     leaves, features = reference_features(golden, rows_of(ranks))
     objectives = Objectives(gather=gather, rank=ranks.rank)
     weighted = objectives(features, golden["ids"][rows_of(ranks)], soft_label_ratio=float(golden["alpha"]))
@@ -62,7 +62,7 @@ def measure_loss(ranks: Ranks, golden: dict, name: str) -> dict[str, Tensor]:
 
 
 def measure_heads(ranks: Ranks, identities: Tensor) -> dict[str, Tensor]:
-    """MLM and ID: values, and gradients with respect to all logits, averaged over ranks."""
+    """Returns MLM and ID and their gradients with respect to all logits, averaged over ranks."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.full((12, 6), IGNORED_LABEL)
     for row, count in enumerate(PICKED_TOKENS):
@@ -96,7 +96,7 @@ def measure_gather(ranks: Ranks) -> dict[str, Tensor]:
 
 
 def measure_gather_strided(ranks: Ranks) -> dict[int, tuple[Tensor, Tensor]]:
-    """By total: whole numbers (total,), and pairs of floats (total, 2)."""
+    """Returns for each total the gathered integers (total,) and pairs of floats (total, 2)."""
     results = {}
     for total in TOTALS:
         own = torch.arange(total)[ranks.rank :: ranks.world_size]
@@ -122,7 +122,7 @@ def evaluate(ranks: Ranks, data: TinyDataset, images: int, captions: int) -> Ret
 
 
 def shortened(split: Split, images: int, captions: int) -> Split:
-    """The first images and captions; the captions are of these images."""
+    """Keeps the first images and captions; the captions must be of these images."""
     assert max(split.caption_images[:captions]) < images
     return dataclasses.replace(
         split,
@@ -147,7 +147,7 @@ def alone(data) -> dict:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, data, tmp_path_factory) -> list[dict]:
-    """What each of two or four ranks computed."""
+    """The results of each of two or four ranks."""
     return run_on_ranks(request.param, measure, tmp_path_factory.mktemp("ranks"), data)
 
 
@@ -159,9 +159,9 @@ def test_losses_and_gradients_equal_the_reference(ranks, name):
     for key, found in ranks[0]["losses"][name].items():
         expected = golden[f"{stored}.value" if key == "value" else f"{stored}.grad.{key}"]
         if name == "citc" and key == "logit_scale":
-            assert found == 0 and expected.abs() < 1e-8  # C-ITC knows no scale
+            assert found == 0 and expected.abs() < 1e-8  # C-ITC does not use the scale
             continue
-        # A sum of terms that cancel keeps the rounding of its terms: R-ITC's scale gradient is 1e-3 of them.
+        # The terms of R-ITC's scale gradient cancel to 1e-3 of their size, but their rounding errors remain.
         tolerance = 1e-3 if (name, key) == ("ritc", "logit_scale") else 1e-5
         assert_close(found, expected, tolerance, f"{name} {key}")
 
@@ -176,7 +176,7 @@ def test_losses_and_gradients_equal_those_of_one_rank(alone, ranks, name):
 
 @pytest.mark.slow
 def test_head_losses_and_gradients_equal_those_of_one_rank(alone, ranks):
-    """MLM is the mean over all picked tokens, however unevenly they are spread over ranks."""
+    """MLM is the mean over all picked tokens, even if ranks have different numbers of them."""
     assert set(alone["heads"]) == {"mlm", "id", "token", "image", "text"}
     for key, expected in alone["heads"].items():
         assert_close(ranks[0]["heads"][key], expected, 1e-6, key)
