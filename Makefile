@@ -1,6 +1,7 @@
-# make demo: a fresh machine trains and evaluates TBPS-CLIP on generated pedestrians. make test: it runs all tests.
-# make bench: how fast this is, beside the published way of doing the same work; tables, and benchmarks.json.
-# make soak: it kills a training KILLS times (about ten seconds each) and compares it with one that was left alone.
+# make demo: trains and evaluates TBPS-CLIP on generated pedestrians; works on a fresh machine.
+# make test: runs all tests. make lint: checks the style.
+# make bench: measures speed next to the published way of doing the same work; prints tables, writes benchmarks.json.
+# make soak: kills a training KILLS times (about ten seconds each), and compares it with an undisturbed training.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ KILLS ?= 200
 
 .PHONY: demo test bench soak lint
 
-# Installed anew when the requirements change.
+# Installs again when the requirements change.
 .venv/installed: requirements.txt requirements-search.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $$($(PYTHON) --version) is too old, 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
@@ -17,7 +18,7 @@ KILLS ?= 200
 	touch $@
 
 demo: .venv/installed
-	@echo "The demo trains simplified TBPS-CLIP (N-ITC and R-ITC) in tiny towers: the full recipe takes three times as long."
+	@echo "The demo trains simplified TBPS-CLIP (N-ITC and R-ITC) with tiny encoders; the full recipe takes three times as long."
 	$(BIN)/python -m misc.pedestrians data/pedestrians
 	$(BIN)/torchrun --standalone --nproc_per_node=2 main.py --config config/demo.config.yaml --simplified --overwrite
 	@echo "Queries with their first ten results: runs/demo/retrieval.png; the curve: runs/demo/curve.png"

@@ -227,7 +227,8 @@ def default_sheet(folder: Path, wanted: Query) -> Path:
         raise UserError(
             f"{sheets} cannot be created ({error.strerror}): give another file for the results image with --sheet PNG"
         ) from error
-    name = re.sub(r"[^\w]+", "_", wanted.description or f"like {wanted.file.name}").strip("_")[:60] or "query"
+    label = f"like {wanted.file.name}" if wanted.file is not None else wanted.description or ""
+    name = re.sub(r"[^\w]+", "_", label).strip("_")[:60] or "query"
     return sheets / f"{name}.png"
 
 

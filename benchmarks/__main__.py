@@ -1,5 +1,7 @@
-"""`python -m benchmarks`. The work lies in a module of its own, which processes that measure memory can import."""
+"""Runs `python -m benchmarks`. The code is in `suite.py`, which the processes that measure memory can import."""
+
+import sys
 
 from benchmarks.suite import main
 
-main()
+sys.exit(main())

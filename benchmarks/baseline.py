@@ -1,13 +1,13 @@
-"""The published way of doing the same work, to compare with: what a training step, a loader and an evaluation cost when
+"""The baseline: a training step, a loader and an evaluation that work the published way.
 
-- every view is a pass of its own, and the soft labels are computed by passes of their own,
-- captions are padded to 77 tokens, and attention returns its weights,
-- all tokens go through the last block, though one is used,
-- all four views are decoded, augmented and moved, whatever the recipe uses,
-- every parameter is an optimizer group of its own, and each iteration waits for the losses,
-- the whole similarity matrix is sorted.
+- Every view has its own forward pass, and the soft labels need further passes.
+- Captions are padded to 77 tokens, and attention returns its weights.
+- All tokens go through the last block, though only one is used.
+- All four views are decoded, augmented and moved to the device, even if the recipe does not use them.
+- Every parameter is its own optimizer group, and each iteration waits for the losses.
+- The whole similarity matrix is sorted.
 
-B rows, L tokens, D width of a tower, E width of the shared space.
+Shapes: B rows, L tokens, D width of an encoder, E width of the shared space.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ TEXT_LENGTH = 77
 
 
 class Block(nn.Module):
-    """A residual block with torch's own attention, which materialises its weights."""
+    """A residual block with torch's own attention, which materialises the attention weights."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -42,19 +42,21 @@ class Block(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(L, B, D) → the same."""
+        """(L, B, D) → (L, B, D)."""
         normed = self.ln_1(x)
         x = x + self.attn(normed, normed, normed, attn_mask=mask, need_weights=True)[0]
         return x + self.mlp(self.ln_2(x))
 
 
 class Blocks(nn.Module):
+    """The residual blocks of an encoder."""
+
     def __init__(self, width: int, layers: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) → the same."""
+        """(B, L, D) → (B, L, D)."""
         x = x.transpose(0, 1)
         for block in self.resblocks:
             x = block(x, mask)
@@ -62,6 +64,8 @@ class Blocks(nn.Module):
 
 
 class ImageTower(nn.Module):
+    """The image encoder of a TBPSCLIP, with empty weights."""
+
     def __init__(self, ours: TBPSCLIP):
         super().__init__()
         encoder = ours.image_encoder
@@ -84,7 +88,7 @@ class ImageTower(nn.Module):
 
 
 class Baseline(nn.Module):
-    """The two encoders and the temperature of a TBPSCLIP, with its weights, and the weights of its SimCLR projector."""
+    """The encoders, the temperature and the SimCLR projector of a TBPSCLIP, with its weights."""
 
     def __init__(self, ours: TBPSCLIP):
         super().__init__()
@@ -103,8 +107,8 @@ class Baseline(nn.Module):
         if ours.simclr_projector is not None:
             self.simclr_projector = nn.Sequential(
                 *(
-                    nn.Linear(m.in_features, m.out_features) if isinstance(m, nn.Linear) else nn.ReLU()
-                    for m in ours.simclr_projector
+                    nn.Linear(layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else nn.ReLU()
+                    for layer in ours.simclr_projector
                 )
             )
             self.simclr_projector.load_state_dict(ours.simclr_projector.state_dict())
@@ -115,7 +119,7 @@ class Baseline(nn.Module):
         return self.visual(images)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
-        """(B, L) int64, padded to 77 here → (B, E)."""
+        """(B, L) int64 → (B, E). Pads the captions to 77 tokens."""
         token_ids = F.pad(token_ids, (0, TEXT_LENGTH - token_ids.shape[1]))
         x = self.token_embedding(token_ids) + self.positional_embedding
         x = self.transformer(x, self.mask)
@@ -125,13 +129,13 @@ class Baseline(nn.Module):
 def step_losses(
     model: Baseline, views: Views, identities: Tensor, alpha: float, objectives: Objectives
 ) -> dict[str, Tensor]:
-    """The weighted losses of one process.
+    """Returns the weighted losses of one process.
 
     Args:
         views: all four image views and the captions, on the device.
         identities: (B,) int64.
         alpha: weight of the soft labels.
-        objectives: which losses are on; their weights.
+        objectives: the losses that are on, and their weights.
     """
     scale = model.logit_scale.exp().clamp(max=100)
     targets = losses.matching_distribution(identities, identities, torch.float32)
@@ -147,11 +151,11 @@ def step_losses(
         return encoded, scale * encoded @ text.T, soft_logits
 
     def contrast(logits: Tensor, soft_logits: Tensor) -> Tensor:
-        both = ((logits, soft_logits), (logits.T, soft_logits.T))
-        wanted = [alpha * soft.softmax(dim=1) + (1 - alpha) * targets for _, soft in both]
-        return (
-            sum(-(w * own.log_softmax(dim=1)).sum(dim=1).mean() for (own, _), w in zip(both, wanted, strict=True)) / 2
-        )
+        cross_entropies = []
+        for scores, soft in ((logits, soft_logits), (logits.T, soft_logits.T)):
+            labels = alpha * soft.softmax(dim=1) + (1 - alpha) * targets
+            cross_entropies.append(-(labels * scores.log_softmax(dim=1)).sum(dim=1).mean())
+        return sum(cross_entropies) / 2
 
     image, logits, soft_logits = logits_and_soft(views.image)
     nitc = contrast(logits, soft_logits)
@@ -159,11 +163,11 @@ def step_losses(
         nitc = (nitc + contrast(*logits_and_soft(views.second_image)[1:])) / 2
     weighted = {"nitc": objectives.nitc_ratio * nitc}
     if "ritc" in objectives.weights:
-        reverse = [losses.reversed_contrastive(own, targets, objectives.ritc_eps) for own in (logits, logits.T)]
-        weighted["ritc"] = objectives.ritc_ratio * sum(reverse) / 2
+        parts = [losses.reversed_contrastive(scores, targets, objectives.ritc_eps) for scores in (logits, logits.T)]
+        weighted["ritc"] = objectives.ritc_ratio * sum(parts) / 2
     if "citc" in objectives.weights:
-        parts = (objectives.citc_lambda1, objectives.citc_lambda2)
-        weighted["citc"] = objectives.citc_ratio * losses.cyclic_contrastive(image, text, *parts)
+        lambdas = (objectives.citc_lambda1, objectives.citc_lambda2)
+        weighted["citc"] = objectives.citc_ratio * losses.cyclic_contrastive(image, text, *lambdas)
     if "ss" in objectives.weights:
         first, second = (
             F.normalize(model.simclr_projector(model.encode_image(view)).float(), dim=1) for view in views.simclr_images
@@ -175,7 +179,7 @@ def step_losses(
 
 
 def optimizer(model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """One group for each parameter."""
+    """Returns AdamW with one group per parameter."""
     groups = [
         {"params": [parameter], "weight_decay": weight_decay if parameter.ndim >= 2 else 0.0}
         for parameter in model.parameters()
@@ -185,8 +189,10 @@ def optimizer(model: nn.Module, *, weight_decay: float, betas: tuple[float, floa
 
 
 class PublishedAugmentation:
-    """All four views of an image, each from the decoded image, by the first generation of torchvision's transforms on
-    float tensors."""
+    """All four views of an image, each made from the decoded image.
+
+    Uses version 1 of torchvision's transforms, on float tensors.
+    """
 
     def __init__(self, resolution: tuple[int, int]):
         size = list(resolution)
@@ -213,7 +219,7 @@ class PublishedAugmentation:
         self.to_tensor = v1.ToTensor()
 
     def __call__(self, path: Path) -> list[Tensor]:
-        """Four times (3, H, W)."""
+        """Returns two pool views and two SimCLR views, each (3, H, W)."""
         with Image.open(path) as file:
             image = file.convert("RGB")
         views = []
@@ -228,7 +234,7 @@ class PublishedAugmentation:
 def rank_metrics(
     queries: Tensor, gallery: Tensor, query_identities: Tensor, gallery_identities: Tensor
 ) -> dict[str, float]:
-    """R@1, R@5, R@10 and mAP in percent, from the whole (Q, N) similarity matrix and its order."""
+    """Returns R@1, R@5, R@10 and mAP in percent, by sorting the whole (Q, N) similarity matrix."""
     order = (queries @ gallery.T).argsort(dim=1, descending=True, stable=True)
     matches = gallery_identities[order] == query_identities[:, None]
     found = matches.cumsum(dim=1)

@@ -1,15 +1,16 @@
-"""Peak memory and time of a training step by chunk size: what `data.chunk_size` and `model.grad_checkpointing` cost.
+"""Measures memory and time of a training step by chunk size (`data.chunk_size`) and with gradient checkpointing.
 
 python -m benchmarks.chunks [--config FILE] [--chunks N ...] [--steps N] [--json FILE] [key=value ...]
 
-Each row is measured in a process of its own, since the peak of a process never falls. The inputs are random: numbers of
-pixels and tokens decide time and memory, and not what they show.
+Each row is measured in its own process, since the peak memory of a process never falls. The inputs are random: time and
+memory depend on the number of pixels and tokens, not on their values.
 """
 
 import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.options import check_output_file, check_positive
 from misc.build.architecture import resolve_architecture
 from misc.build.model import build_model
 from misc.build.training import build_objectives, build_trainer
 from misc.config.loading import DEFAULT_CONFIG, load_config
 from misc.data.batches import Batch
+from misc.errors import UserError
 from misc.run.profiling import peak_memory_gigabytes
 from misc.system.distributed import join_ranks
 from misc.system.precision import Precision
@@ -31,27 +34,56 @@ from text_utils.masking import IGNORED_LABEL
 from text_utils.tokenizer import END, START
 
 CAPTION_TOKENS = 30
-"""Of a typical caption, start and end included."""
+"""The length of a typical caption, including start and end."""
 IDENTITIES = 100
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[320, 160, 80, 40, 20], metavar="N")
-    parser.add_argument("--steps", type=int, default=3, help="timed after one that is not")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args()
-    fixed = (f"data.batch_size={max(arguments.chunks)}", "model.checkpoint=null", *arguments.overrides)
+def main() -> int:
+    """Measures what the command line asks for. Returns the exit status: 0, or 2 for a mistake of the user."""
+    arguments = parse_arguments()
+    try:
+        measure_chunks(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.chunks", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: config/config.yaml")
+    parser.add_argument(
+        "--chunks",
+        type=int,
+        nargs="+",
+        default=[320, 160, 80, 40, 20],
+        metavar="N",
+        help="chunk sizes; the largest is also the batch size",
+    )
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="timed steps, after one to warm up")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.vision_layers=2")
+    return parser.parse_intermixed_args()
+
+
+def measure_chunks(arguments: argparse.Namespace) -> None:
+    """Prints one row per chunk size, and one for gradient checkpointing without chunks.
+
+    Raises UserError if an argument is invalid.
+    """
+    check_positive("--chunks", min(arguments.chunks))
+    check_positive("--steps", arguments.steps)
+    check_output_file("--json", arguments.json)
+    common = (f"data.batch_size={max(arguments.chunks)}", "model.checkpoint=null", *arguments.overrides)
+    resolve_architecture(load_config(arguments.config, overrides=common), None)  # raises before any process starts
     variants = [(chunk, False) for chunk in arguments.chunks] + [(max(arguments.chunks), True)]
     rows = []
-    print(f"{'chunk':>6} {'checkpointing':>14} {'peak GB':>8} {'of the step':>12} {'s a step':>9} {'ratio':>6}")
+    print(f"{'chunk':>6} {'checkpointing':>14} {'peak GB':>8} {'GB of step':>12} {'s / step':>9} {'ratio':>6}")
     for chunk, checkpointing in variants:
-        own = (f"data.chunk_size={chunk}", f"model.grad_checkpointing={str(checkpointing).lower()}")
+        varied = (f"data.chunk_size={chunk}", f"model.grad_checkpointing={str(checkpointing).lower()}")
         try:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                row = pool.submit(measure, arguments.config, (*fixed, *own), arguments.steps).result()
+                row = pool.submit(measure, arguments.config, (*common, *varied), arguments.steps).result()
         except BrokenProcessPool:
             print(
                 f"{chunk:>6} {'yes' if checkpointing else 'no':>14}  the process was killed: out of memory?", flush=True
@@ -68,18 +100,22 @@ def main() -> None:
 
 
 def measure(file: str | Path, overrides: tuple[str, ...], steps: int) -> dict[str, float]:
-    """Peak of the process and what the steps added to it, in 10⁹ bytes, and the median time of a step in seconds."""
-    merged = resolve_architecture(load_config(file, overrides=overrides), None)
-    with join_ranks(merged.device, merged.distributed.backend, merged.distributed.url) as ranks:
-        objectives = build_objectives(merged, ranks)
-        model, _ = build_model(merged, objectives, IDENTITIES, weights=None)
-        precision = Precision.choose(merged.misc.precision, ranks.device)
-        trainer = build_trainer(merged, model, objectives, steps + 1, precision, ranks)
+    """Measures some training steps, after one to warm up.
+
+    Returns: the peak memory of the process and the part that the steps added to it, in 10⁹ bytes; the median time of a
+        step in seconds.
+    """
+    config = resolve_architecture(load_config(file, overrides=overrides), None)
+    with join_ranks(config.device, config.distributed.backend, config.distributed.url) as ranks:
+        objectives = build_objectives(config, ranks)
+        model, _ = build_model(config, objectives, IDENTITIES, weights=None)
+        precision = Precision.choose(config.misc.precision, ranks.device)
+        trainer = build_trainer(config, model, objectives, steps + 1, precision, ranks)
         model.train()
         batch = random_batch(
             objectives,
-            tuple(merged.experiment.input_resolution),
-            merged.data.batch_size,
+            tuple(config.experiment.input_resolution),
+            config.data.batch_size,
             torch.Generator().manual_seed(0),
         )
         before = peak_memory_gigabytes(ranks.device)
@@ -98,7 +134,7 @@ def measure(file: str | Path, overrides: tuple[str, ...], steps: int) -> dict[st
 
 
 def random_batch(objectives: Objectives, resolution: tuple[int, int], rows: int, generator: torch.Generator) -> Batch:
-    """The views that the objectives need, on the CPU."""
+    """Returns a random batch on the CPU, with the views that the objectives need."""
 
     def images() -> torch.Tensor:
         return torch.randn(rows, 3, *resolution, generator=generator)
@@ -119,4 +155,4 @@ def random_batch(objectives: Objectives, resolution: tuple[int, int], rows: int,
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

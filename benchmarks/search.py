@@ -16,12 +16,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.options import check_output_file, check_positive
+from misc.errors import UserError
+from misc.files import is_folder
 from misc.search import engines
 from misc.search.engine import Engine, EngineChoice
 from misc.search.gallery import Encoded, Gallery, Info, held_index, open_gallery, write_generation, write_info
@@ -32,13 +36,35 @@ QUERIES, RESULTS, QUERIES_TOGETHER = 200, 10, 50
 ROUNDS = 5
 BLOCK = 1 << 15
 
+T = TypeVar("T")
 
-def main() -> None:
-    """Runs each stage in its own process, prints its measurements, and writes them as JSON."""
+
+def main() -> int:
+    """Measures what the command line asks for. Returns the exit status: 0, or 2 for a mistake of the user."""
     options = _parse()
-    if options.stage:
-        print(json.dumps(STAGES[options.stage](options)))
-        return
+    try:
+        if options.stage:
+            print(json.dumps(STAGES[options.stage](options)))
+        else:
+            measure_stages(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure_stages(options: argparse.Namespace) -> None:
+    """Runs each stage in its own process, prints its measurements, and writes them as JSON.
+
+    Raises UserError if an option is invalid, or faiss is not installed.
+    """
+    if options.pictures < PICTURES_OF_A_PERSON:
+        raise UserError(f"--pictures {options.pictures}: give {PICTURES_OF_A_PERSON} or more")
+    check_positive("--width", options.width)
+    if options.folder is not None and not is_folder(options.folder):
+        raise UserError(f"--folder {options.folder}: it is not a folder: create it, or give another one")
+    check_output_file("--json", options.json)
+    engines.require("benchmarks.search", "faiss")
     measured = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for stage in STAGES:
@@ -124,7 +150,7 @@ def _opened(folder: Path) -> tuple[Gallery, Engine]:
     return gallery, engines.open_engine(gallery)
 
 
-def _timed(function: Callable) -> tuple[float, object]:
+def _timed(function: Callable[[], T]) -> tuple[float, T]:
     started = time.perf_counter()
     result = function()
     return round(time.perf_counter() - started, 2), result
@@ -187,4 +213,4 @@ def _queries(gallery: Gallery, options: argparse.Namespace) -> dict[str, Tensor]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

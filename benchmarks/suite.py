@@ -1,9 +1,9 @@
-"""How fast this code is, beside the published way of doing the same work: `make bench`.
+"""Measures the speed of this code next to the published way of doing the same work (`make bench`).
 
 python -m benchmarks [--only NAME ...] [--batch N] [--precision P] [--device D] [--rounds N] [--json FILE] [key=value]
 
-Both ways run in turn in one process; medians and ratios are printed. Before a step is timed, its losses and gradients
-are compared with the baseline's.
+Both ways run in turn in one process. The output contains medians and ratios. Before a step is timed, its losses and
+gradients are compared with those of the baseline.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import multiprocessing
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import baseline
 from benchmarks.chunks import IDENTITIES, random_batch
 from benchmarks.comparison import HEADER, Comparison, counted, in_turn
+from benchmarks.options import check_output_file, check_positive
 from misc.build.architecture import resolve_architecture
 from misc.build.model import build_model
 from misc.build.training import build_objectives
@@ -35,9 +37,10 @@ from misc.data.annotations import Split
 from misc.data.batches import collate
 from misc.data.sampler import Draw
 from misc.data.samples import Augmentation, TrainingSet
+from misc.errors import UserError
 from misc.retrieval import metrics
 from misc.run.profiling import peak_memory_gigabytes
-from misc.system.distributed import Ranks
+from misc.system.distributed import Ranks, choose_device
 from misc.system.precision import Precision
 from misc.training.optimizer import build_optimizer, parameter_groups
 from model.objectives import Objectives
@@ -46,9 +49,9 @@ from text_utils.tokenizer import Tokenizer
 
 RECIPES = {"full": False, "simplified": True}
 RETRIEVALS = ((6_156, 3_074), (20_000, 20_000))
-"""Queries and gallery images: CUHK-PEDES, and the size of a large one."""
+"""Numbers of queries and gallery images: the test split of CUHK-PEDES, and a large data set."""
 ALPHA = 0.3
-"""Weight of the soft labels."""
+"""The weight of the soft labels."""
 WORDS = (
     "man woman wearing red blue grey dark green white black shirt trousers shoes backpack carrying holding bag with "
     "short long hair sleeved striped walking"
@@ -57,7 +60,13 @@ WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is measured with."""
+    """The settings of a measurement.
+
+    Attributes:
+        batch: samples in a step.
+        rounds: timed runs of each of the two ways.
+        overrides: `key=value` for the configuration.
+    """
 
     device: torch.device
     precision: Precision
@@ -66,86 +75,96 @@ class Setup:
     overrides: tuple[str, ...] = ()
 
     def configuration(self, recipe: str) -> EasyDict:
-        """A recipe, without dropout so that both ways compute the same."""
-        own = (f"data.batch_size={self.batch}", "model.checkpoint=null", "experiment.dropout=0", *self.overrides)
-        return resolve_architecture(load_config(simplified=RECIPES[recipe], overrides=own), None)
+        """Returns the configuration of a recipe, without dropout so that both ways compute the same."""
+        overrides = (f"data.batch_size={self.batch}", "model.checkpoint=null", "experiment.dropout=0", *self.overrides)
+        return resolve_architecture(load_config(simplified=RECIPES[recipe], overrides=overrides), None)
 
     def recipe(self, name: str) -> tuple[EasyDict, Objectives, TBPSCLIP]:
-        """Its configuration, its losses, and its model with random weights."""
-        merged = self.configuration(name)
-        objectives = build_objectives(merged, Ranks(0, 1, self.device))
-        model, _ = build_model(merged, objectives, IDENTITIES, weights=None)
-        return merged, objectives, model.to(self.device).train()
+        """Returns the configuration of a recipe, its losses, and its model with random weights."""
+        config = self.configuration(name)
+        objectives = build_objectives(config, Ranks(0, 1, self.device))
+        model, _ = build_model(config, objectives, IDENTITIES, weights=None)
+        return config, objectives, model.to(self.device).train()
 
 
-def steps(
+def build_steps(
     setup: Setup, recipe: str, rows: int
 ) -> tuple[Callable[[], dict], Callable[[], dict], TBPSCLIP, baseline.Baseline]:
-    """A training step without the optimizer, the published way and ours, and their models. A step gives its losses."""
-    merged, objectives, model = setup.recipe(recipe)
-    other = baseline.Baseline(model).to(setup.device).train()
-    everything = dataclasses.replace(objectives, mvs_image=True, ss=True)  # the baseline moves all views
-    batch = random_batch(everything, tuple(merged.experiment.input_resolution), rows, torch.Generator().manual_seed(0))
-    views = batch.views
-    used = dataclasses.replace(
+    """Returns two training steps without the optimizer, the published one and ours; then our model and the baseline's.
+
+    A step returns its losses.
+    """
+    config, objectives, model = setup.recipe(recipe)
+    published_model = baseline.Baseline(model).to(setup.device).train()
+    resolution = tuple(config.experiment.input_resolution)
+    all_views = dataclasses.replace(objectives, mvs_image=True, ss=True)  # the baseline moves all views
+    published_batch = random_batch(all_views, resolution, rows, torch.Generator().manual_seed(0))
+    views = published_batch.views
+    used_views = dataclasses.replace(
         views,
         second_image=views.second_image if objectives.needs_second_view else None,
         simclr_images=views.simclr_images if objectives.needs_simclr_views else None,
     )
-    own = dataclasses.replace(batch, views=used)
+    our_batch = dataclasses.replace(published_batch, views=used_views)
 
     def published() -> dict[str, torch.Tensor]:
-        other.zero_grad(set_to_none=True)
-        moved = batch.to(setup.device)
+        published_model.zero_grad(set_to_none=True)
+        moved = published_batch.to(setup.device)
         with setup.precision.autocast():
-            weighted = baseline.step_losses(other, moved.views, moved.identities, ALPHA, objectives)
+            weighted = baseline.step_losses(published_model, moved.views, moved.identities, ALPHA, objectives)
         sum(weighted.values()).backward()
         for loss in weighted.values():
-            loss.item()  # printed in each iteration
+            loss.item()  # the published code prints it in each iteration
         return weighted
 
     def ours() -> dict[str, torch.Tensor]:
         model.zero_grad(set_to_none=True)
-        moved = own.to(setup.device)
+        moved = our_batch.to(setup.device)
         with setup.precision.autocast():
             features = model(moved.views)
         weighted = objectives(features, moved.identities, ALPHA)
         sum(weighted.values()).backward()
         return weighted
 
-    return published, ours, model, other
+    return published, ours, model, published_model
 
 
 def check_steps(setup: Setup, recipe: str) -> str:
-    """Compares losses and gradients in float32. Raises AssertionError where the baseline computes something else."""
+    """Compares losses and gradients of both ways in float32, and returns a line about their difference.
+
+    Raises AssertionError if the baseline computes something else.
+    """
     exact = dataclasses.replace(setup, precision=Precision("fp32", setup.device.type))
-    published, ours, model, other = steps(exact, recipe, 4)
+    published, ours, model, published_model = build_steps(exact, recipe, 4)
     expected, found = published(), ours()
     assert expected.keys() == found.keys()
     loss = max(abs(found[name].item() / expected[name].item() - 1) for name in expected)
-    own = baseline.from_ours(
+    found_gradients = baseline.from_ours(
         {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     )
-    theirs = {name: parameter.grad for name, parameter in other.named_parameters() if name in own}
-    pairs = [torch.cat([grads[name].flatten() for name in sorted(own)]) for grads in (theirs, own)]
-    gradient = ((pairs[0] - pairs[1]).norm() / pairs[0].norm()).item()
+    parameters = dict(published_model.named_parameters())
+    names = sorted(found_gradients)
+    found_vector = torch.cat([found_gradients[name].flatten() for name in names])
+    expected_vector = torch.cat([parameters[name].grad.flatten() for name in names])
+    gradient = ((expected_vector - found_vector).norm() / expected_vector.norm()).item()
     assert loss < 1e-4 and gradient < 1e-3, f"{recipe}: losses differ by {loss:.1e}, gradients by {gradient:.1e}"
     return f"{recipe}: losses agree within {loss:.1e}, the gradient within {gradient:.1e} of its length"
 
 
 def bench_step(setup: Setup) -> Iterator[Comparison]:
+    """Times a training step, after a check that both ways compute the same."""
     for recipe in RECIPES:
         print(check_steps(setup, recipe), flush=True)
-        published, ours, *_ = steps(setup, recipe, setup.batch)
+        published, ours, *_ = build_steps(setup, recipe, setup.batch)
         yield in_turn(f"training step, {recipe}, batch {setup.batch}", published, ours, setup.rounds)
 
 
 def bench_flops(setup: Setup) -> Iterator[Comparison]:
-    """Of forward and backward pass, counted; attention by matrix products, which is how it can be counted."""
+    """Counts the FLOPs of the forward and backward pass, with attention as matrix products, which can be counted."""
     exact = dataclasses.replace(setup, precision=Precision("fp32", setup.device.type))
     for recipe in RECIPES:
         totals = []
-        for step in steps(exact, recipe, 2)[:2]:
+        for step in build_steps(exact, recipe, 2)[:2]:
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 step()
             totals.append(counter.get_total_flops() / 2e9)
@@ -153,8 +172,9 @@ def bench_flops(setup: Setup) -> Iterator[Comparison]:
 
 
 def bench_optimizer(setup: Setup) -> Iterator[Comparison]:
-    merged, _, model = setup.recipe("full")
-    schedule = merged.schedule
+    """Times a step of the optimizer."""
+    config, _, model = setup.recipe("full")
+    schedule = config.schedule
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3) if parameter.requires_grad else None
     groups = parameter_groups(model, weight_decay=schedule.weight_decay, head_ratio=schedule.ratio_factor)
@@ -165,20 +185,20 @@ def bench_optimizer(setup: Setup) -> Iterator[Comparison]:
 
 
 def bench_loader(setup: Setup) -> Iterator[Comparison]:
-    """Of one core: images of 150 × 400 pixels to a batch."""
+    """Times the loading of a batch on one core, from images of 150 × 400 pixels."""
     with tempfile.TemporaryDirectory() as folder:
         split = write_images(Path(folder), 48)
         torch.set_num_threads(1)
         for recipe in RECIPES:
-            merged = setup.configuration(recipe)
-            experiment = merged.experiment
-            everything = baseline.PublishedAugmentation(tuple(merged.experiment.input_resolution))
+            experiment = setup.configuration(recipe).experiment
+            resolution = tuple(experiment.input_resolution)
+            augmentation = baseline.PublishedAugmentation(resolution)
             dataset = TrainingSet(
                 split,
                 Path(folder),
                 Tokenizer(),
                 Augmentation(
-                    resolution=tuple(merged.experiment.input_resolution),
+                    resolution=resolution,
                     text_length=experiment.text_length,
                     second_view=experiment.mvs_image,
                     second_caption=False,
@@ -194,8 +214,8 @@ def bench_loader(setup: Setup) -> Iterator[Comparison]:
                 seed=1,
             )
 
-            def published(everything=everything) -> None:
-                views = [everything(Path(folder) / path) for path in split.image_paths]
+            def published(augmentation=augmentation) -> None:
+                views = [augmentation(Path(folder) / path) for path in split.image_paths]
                 for view in zip(*views, strict=True):
                     torch.stack(view)
 
@@ -206,31 +226,31 @@ def bench_loader(setup: Setup) -> Iterator[Comparison]:
 
 
 def write_images(folder: Path, count: int) -> Split:
-    """JPEGs with the detail of photographs, and captions."""
+    """Writes JPEG files with the detail of photographs, and returns them as a split with random captions."""
     random = np.random.RandomState(0)
     for number in range(count):
         coarse = Image.fromarray(random.randint(0, 256, (25, 10, 3), dtype=np.uint8)).resize((150, 400), Image.BICUBIC)
         noisy = np.asarray(coarse, dtype=np.int16) + random.randint(-12, 13, (400, 150, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
-    captions = captions_of(count)
+    captions = random_captions(count)
     return Split([f"{n}.jpg" for n in range(count)], list(range(count)), captions, [None] * count, list(range(count)))
 
 
-def captions_of(count: int) -> list[str]:
-    """As long and as varied as those of CUHK-PEDES, about 25 words."""
+def random_captions(count: int) -> list[str]:
+    """Returns captions of 25 random words, about as long and as varied as those of CUHK-PEDES."""
     random = np.random.RandomState(0)
     words = WORDS.split()
     return [" ".join(random.choice(words, 25)) for _ in range(count)]
 
 
 def bench_evaluation(setup: Setup) -> Iterator[Comparison]:
-    """Encoding of images and captions, then the ranking alone."""
-    merged, _, model = setup.recipe("simplified")
-    other = baseline.Baseline(model).to(setup.device)
+    """Times the encoding of images and captions, then the ranking without encoding."""
+    config, _, model = setup.recipe("simplified")
+    published_model = baseline.Baseline(model).to(setup.device)
     rows = 4 * setup.batch
-    images = torch.randn(rows, 3, *merged.experiment.input_resolution).to(setup.device)
+    images = torch.randn(rows, 3, *config.experiment.input_resolution).to(setup.device)
     tokenizer = Tokenizer()
-    ids = [torch.tensor(tokenizer.encode(caption)) for caption in captions_of(rows)]
+    ids = [torch.tensor(tokenizer.encode(caption)) for caption in random_captions(rows)]
     token_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(setup.device)
 
     def encoding(encode: Callable, inputs: torch.Tensor) -> Callable[[], None]:
@@ -241,10 +261,10 @@ def bench_evaluation(setup: Setup) -> Iterator[Comparison]:
         return run
 
     for name, inputs in (("image", images), ("text", token_ids)):
-        pair = (encoding(getattr(m.eval(), f"encode_{name}"), inputs) for m in (other, model))
+        pair = (encoding(getattr(each.eval(), f"encode_{name}"), inputs) for each in (published_model, model))
         yield in_turn(f"encoding {rows} {name}s for evaluation", *pair, setup.rounds)
     for queries, gallery in RETRIEVALS:
-        data = retrieval(queries, gallery)
+        data = random_retrieval(queries, gallery)
         ours = metrics.summarise(metrics.rank_queries(*data))
         if queries * gallery < 1e8:
             expected = baseline.rank_metrics(*data)
@@ -257,8 +277,8 @@ def bench_evaluation(setup: Setup) -> Iterator[Comparison]:
         )
 
 
-def retrieval(queries: int, gallery: int) -> tuple[torch.Tensor, ...]:
-    """Features of random directions, four images of each person."""
+def random_retrieval(queries: int, gallery: int) -> tuple[torch.Tensor, ...]:
+    """Returns random features of queries and gallery, then their identities: about four images per person."""
     generator = torch.Generator().manual_seed(0)
     encoded = [F.normalize(torch.randn(count, 512, generator=generator), dim=1) for count in (queries, gallery)]
     identities = [torch.randint(gallery // 4, (count,), generator=generator) for count in (queries, gallery)]
@@ -266,19 +286,19 @@ def retrieval(queries: int, gallery: int) -> tuple[torch.Tensor, ...]:
 
 
 def bench_tokenizer(setup: Setup) -> Iterator[Comparison]:
-    """Against open_clip's, which is OpenAI's code; new words and such as were seen before."""
+    """Times the tokenizer next to open_clip's, which is OpenAI's code: first with new words, then with known ones."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    captions = captions_of(2_000)
+    captions = random_captions(2_000)
     yield in_turn(
         "tokenizing 2,000 captions",
         lambda: SimpleTokenizer()(captions),
         lambda: encode_all(Tokenizer(), captions),
         setup.rounds,
     )
-    theirs, ours = SimpleTokenizer(), Tokenizer()
+    published, ours = SimpleTokenizer(), Tokenizer()
     yield in_turn(
-        "tokenizing them once more", lambda: theirs(captions), lambda: encode_all(ours, captions), setup.rounds
+        "tokenizing them again", lambda: published(captions), lambda: encode_all(ours, captions), setup.rounds
     )
 
 
@@ -288,20 +308,19 @@ def encode_all(tokenizer: Tokenizer, captions: list[str]) -> None:
 
 
 def bench_changes(setup: Setup) -> Iterator[Comparison]:
-    """Each change alone: a part of the work before and after it, forward and backward, in the full recipe."""
-    merged, objectives, model = setup.recipe("full")
-    other = baseline.Baseline(model).to(setup.device).train()
-    everything = random_batch(
-        objectives, tuple(merged.experiment.input_resolution), setup.batch, torch.Generator().manual_seed(0)
-    )
-    views = everything.to(setup.device).views
+    """Times each change by itself: its part of the work before and after, forward and backward, in the full recipe."""
+    config, objectives, model = setup.recipe("full")
+    published_model = baseline.Baseline(model).to(setup.device).train()
+    resolution = tuple(config.experiment.input_resolution)
+    batch = random_batch(objectives, resolution, setup.batch, torch.Generator().manual_seed(0))
+    views = batch.to(setup.device).views
     images = [views.image, views.second_image, *views.simclr_images]
     padded = F.pad(views.token_ids, (0, baseline.TEXT_LENGTH - views.token_ids.shape[1]))
     encoder, blocks = model.image_encoder, model.image_encoder.transformer
     tokens = torch.randn(setup.batch, encoder.positional_embedding.shape[0], blocks.width, device=setup.device)
-    first = torch.zeros(setup.batch, dtype=torch.int64, device=setup.device)
+    first_token = torch.zeros(setup.batch, dtype=torch.int64, device=setup.device)
 
-    def back(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    def with_backward(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
             with setup.precision.autocast():
                 encoded = forward()
@@ -317,27 +336,27 @@ def bench_changes(setup: Setup) -> Iterator[Comparison]:
     compiled = torch.compile(encoder)
     pairs = {
         "attention that keeps no weights, one block": (
-            lambda: other.visual.transformer.resblocks[0](tokens.transpose(0, 1), None),
+            lambda: published_model.visual.transformer.resblocks[0](tokens.transpose(0, 1), None),
             lambda: blocks.resblocks[0](tokens),
         ),
         "the last block at one token, image encoder": (
             lambda: blocks(tokens)[:, 0],
-            lambda: blocks.pooled(tokens, first),
+            lambda: blocks.pooled(tokens, first_token),
         ),
         "soft labels from the features, one view": (soft_labels_recomputed, lambda: encoder(views.image)),
         "four views in one pass": (
             lambda: torch.cat([encoder(view) for view in images]),
             lambda: encoder(torch.cat(images)),
         ),
-        "captions as long as they are": (
+        "captions without padding, text encoder": (
             lambda: model.text_encoder(padded),
             lambda: model.text_encoder(views.token_ids),
         ),
         "compilation, image encoder": (lambda: encoder(views.image), lambda: compiled(views.image)),
     }
     for name, pair in pairs.items():
-        yield in_turn(name, *map(back, pair), setup.rounds)
-    captions, tokenizer = captions_of(2_000), Tokenizer()
+        yield in_turn(name, *map(with_backward, pair), setup.rounds)
+    captions, tokenizer = random_captions(2_000), Tokenizer()
     known = {caption: tokenizer.encode(caption) for caption in captions}
     yield in_turn(
         "cached tokens, 2,000 captions",
@@ -348,28 +367,30 @@ def bench_changes(setup: Setup) -> Iterator[Comparison]:
 
 
 def bench_memory(setup: Setup) -> Iterator[Comparison]:
-    """Peak of a process of its own, beyond what it had before the work."""
+    """Measures in a separate process how far the work raises the peak memory."""
     works = [(f"memory of a step, {recipe}, batch {setup.batch}", step_memory, (setup, recipe)) for recipe in RECIPES]
     works += [(f"memory of ranking {q:,} × {n:,}", ranking_memory, (q, n)) for q, n in RETRIEVALS]
     for name, work, arguments in works:
         peaks = []
-        for which in (0, 1):
+        for way in (0, 1):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                peaks.append(pool.submit(work, which, *arguments).result())
+                peaks.append(pool.submit(work, way, *arguments).result())
         yield counted(name, *peaks, "GB")
 
 
-def step_memory(which: int, setup: Setup, recipe: str) -> float:
-    step = steps(setup, recipe, setup.batch)[which]
+def step_memory(way: int, setup: Setup, recipe: str) -> float:
+    """Returns by how much a training step raises the peak memory, in 10⁹ bytes; way 0 is the published one, 1 ours."""
+    step = build_steps(setup, recipe, setup.batch)[way]
     before = peak_memory_gigabytes(setup.device)
     step()
     return max(peak_memory_gigabytes(setup.device) - before, 1e-3)
 
 
-def ranking_memory(which: int, queries: int, gallery: int) -> float:
-    data = retrieval(queries, gallery)
+def ranking_memory(way: int, queries: int, gallery: int) -> float:
+    """Returns by how much the ranking raises the peak memory, in 10⁹ bytes; way 0 is the published one, 1 ours."""
+    data = random_retrieval(queries, gallery)
     before = peak_memory_gigabytes(torch.device("cpu"))
-    (baseline.rank_metrics, metrics.rank_queries)[which](*data)
+    (baseline.rank_metrics, metrics.rank_queries)[way](*data)
     return max(peak_memory_gigabytes(torch.device("cpu")) - before, 1e-3)
 
 
@@ -385,21 +406,50 @@ BENCHMARKS: dict[str, Callable[[Setup], Iterator[Comparison]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME")
-    parser.add_argument("--batch", type=int, help="default: 80 on a GPU, 4 on a CPU")
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured there")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-    arguments = parser.parse_intermixed_args()
-    device = torch.device(arguments.device)
-    batch = arguments.batch or (80 if device.type == "cuda" else 4)
-    setup = Setup(
-        device, Precision.choose(arguments.precision, device), batch, arguments.rounds, tuple(arguments.overrides)
+def main() -> int:
+    """Runs the benchmarks of the command line. Returns the exit status: 0, or 2 for a mistake of the user."""
+    arguments = parse_arguments()
+    try:
+        run_benchmarks(arguments.only, build_setup(arguments), arguments.json)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS)
     )
+    parser.add_argument("--batch", type=int, metavar="N", help="samples in a step (default: 80 on a GPU, 4 on a CPU)")
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one) | cpu | cuda | cuda:N")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed runs of each way (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to this file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.vision_layers=2")
+    return parser.parse_intermixed_args()
+
+
+def build_setup(arguments: argparse.Namespace) -> Setup:
+    """Returns the settings of the command line. Raises UserError if one of them is invalid."""
+    device = choose_device(arguments.device)
+    if arguments.precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16: it needs a GPU, and this device is a CPU: give --precision auto")
+    batch = (80 if device.type == "cuda" else 4) if arguments.batch is None else arguments.batch
+    check_positive("--batch", batch)
+    check_positive("--rounds", arguments.rounds)
+    check_output_file("--json", arguments.json)
+    precision = Precision.choose(arguments.precision, device)
+    setup = Setup(device, precision, batch, arguments.rounds, tuple(arguments.overrides))
+    for recipe in RECIPES:
+        setup.configuration(recipe)  # raises before anything is measured
+    return setup
+
+
+def run_benchmarks(names: list[str], setup: Setup, output: Path | None) -> None:
+    """Prints the results of the named benchmarks, and writes them to a JSON file."""
+    device = setup.device
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor()} CPU",
         "threads": torch.get_num_threads(),
@@ -409,9 +459,9 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print(HEADER)
     rows = []
-    for name in arguments.only:
+    for name in names:
         for row in BENCHMARKS[name](setup):
             print(row.line(), flush=True)
             rows.append({"benchmark": name, **dataclasses.asdict(row)})
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    if output:
+        output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

@@ -1,9 +1,9 @@
-"""Draws image/method.png, the README's figure of the method: a training pair on its way from left to right.
+"""Draws image/method.png, the README's figure of the method: the path of a training pair, from left to right.
 
     python image/draw_method.py
 
-What simplified TBPS-CLIP keeps is solid, what the full recipe adds is dashed. The person, the caption and the views are
-those of the demo dataset. Coordinates are pixels, (0, 0) at the top left.
+Parts of simplified TBPS-CLIP are solid; parts that only the full recipe has are dashed. The person and the caption come
+from the demo dataset. Coordinates are pixels, (0, 0) at the top left.
 """
 
 import sys
@@ -19,24 +19,28 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root, for the next two lines
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root, for the imports below
+from misc.config.loading import load_config
+from misc.data.image_operations import build_operations
 from misc.data.views import PoolView, SimCLRView, to_tensor
 from misc.pedestrians import draw_pedestrian, imagine_identity
 from misc.system.randomness import seeded
 from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
 
+FILE = Path(__file__).with_name("method.png")
 WIDTH, HEIGHT, PIXELS_PER_INCH = 1600, 840, 100
+RESOLUTION = (224, 224)  # of the views: height, width
 INK, GREY, LIGHT_GREY = "#27303b", "#66707c", "#eceff2"
 BLUE, LIGHT_BLUE = "#2f67b1", "#e6eef8"  # images
 ORANGE, LIGHT_ORANGE = "#c4661f", "#fcefe3"  # captions
 GREEN, LIGHT_GREEN = "#2e7d5b", "#e4f2eb"  # all GPUs
 SOLID, DASHED = "-", (0, (4, 2.5))
-SIMCLR, SECOND_VIEW, FIRST_VIEW, CYCLIC, CAPTION = 130, 283, 434, 569, 650  # y of the ways through the figure
-IMAGE_RAIL, TEXT_RAIL = 1146, 1179  # x of the vertical lines that bring a feature to several losses
+SIMCLR, SECOND_VIEW, FIRST_VIEW, CYCLIC, CAPTION = 130, 283, 434, 569, 650  # y of each row of the figure
+IMAGE_RAIL, TEXT_RAIL = 1146, 1179  # x of the vertical lines from a feature to several losses
 
 
 def write(x: float, y: float, text: str, size: float = 13, **style) -> None:
-    """Lines of text around the height y, evenly spaced whatever their letters."""
+    """Writes lines of text, centred at the height y. Their distance does not depend on the letters in them."""
     lines = text.split("\n")
     for row, line in enumerate(lines):
         baseline = y + 0.5 * size + 1.95 * size * (row - (len(lines) - 1) / 2)
@@ -56,7 +60,7 @@ def box(left: float, top: float, width: float, height: float, edge: str = INK, f
 
 
 def wire(*points: tuple[float, float], color: str = INK, line=SOLID, head: bool = True) -> None:
-    """Straight lines through the points; the head, at the last one, looks to the right."""
+    """Draws straight lines through the points, with an arrowhead to the right at the last one."""
     plt.plot(*zip(*points, strict=True), color=color, ls=line, lw=2, solid_capstyle="butt", zorder=1)
     if head:
         x, y = points[-1]
@@ -70,6 +74,7 @@ def picture(image: Image.Image, left: float, middle: float, width: float, height
 
 
 def augmented(view: Callable[[Tensor], Tensor], pixels: Tensor, seed: int) -> Image.Image:
+    """Returns one random view of an image, without its normalisation."""
     with seeded("view", seed):
         normalised = view(pixels)
     deviation, mean = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEVIATION, IMAGENET_MEAN))
@@ -82,13 +87,14 @@ def draw_image_views(image: Image.Image) -> None:
     write(350, SIMCLR - 31, "SimCLR views", weight="bold", color=BLUE)
     write(350, SIMCLR + 16, "crop, colour jitter,\ngrayscale, blur, flip")
     for left, seed in ((486, 6), (574, 32)):
-        picture(augmented(SimCLRView((224, 224)), to_tensor(image), seed), left, SIMCLR, 80, 80, DASHED)
+        picture(augmented(SimCLRView(RESOLUTION), to_tensor(image), seed), left, SIMCLR, 80, 80, DASHED)
 
     box(240, SECOND_VIEW - 60, 220, 271, BLUE, LIGHT_BLUE)
     write(350, SECOND_VIEW - 34, "Augmentation pool", weight="bold", color=BLUE)
     write(350, SECOND_VIEW - 2, "two drawn per view:", style="italic")
     write(350, FIRST_VIEW - 43, "colour jitter\nrotation\nresized crop\ngrayscale\nflip\nerasing")
-    pool = PoolView((224, 224))
+    recipe = load_config().experiment
+    pool = PoolView(RESOLUTION, build_operations(recipe.image_operations, RESOLUTION), recipe.image_pool)
     for middle, seed, line in ((SECOND_VIEW, 16, DASHED), (FIRST_VIEW, 6, SOLID)):
         picture(augmented(pool, pool.resize(image), seed), 540, middle, 60, 120, line)
 
@@ -173,7 +179,7 @@ def draw_wires() -> None:
         for start, end in spans:
             wire((start, middle), (end, middle), color=color, line=line)
 
-    # Behind the gathering, a feature joins a loss at each dot.
+    # To the right of the gathering, each dot connects a feature to a loss.
     wire((1116, SECOND_VIEW), (IMAGE_RAIL, SECOND_VIEW), color=BLUE, line=DASHED, head=False)
     wire((1116, FIRST_VIEW), (IMAGE_RAIL, FIRST_VIEW), (IMAGE_RAIL, SECOND_VIEW), color=BLUE, head=False)
     wire((IMAGE_RAIL, FIRST_VIEW), (IMAGE_RAIL, CYCLIC), color=BLUE, line=DASHED, head=False)
@@ -197,22 +203,24 @@ def draw_titles_and_legend() -> None:
     write(634, 796, "added by full TBPS-CLIP: MVS-I, SS-I and C-ITC", 14, ha="left")
 
 
-def main() -> None:
+def main(output: Path = FILE) -> None:
+    """Draws the figure into a PNG file."""
     plt.switch_backend("agg")  # needs no screen
-    plt.rcParams |= {"font.family": "DejaVu Sans", "mathtext.fontset": "dejavuserif"}
-    figure = plt.figure(figsize=(WIDTH / PIXELS_PER_INCH, HEIGHT / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
-    plt.axes((0, 0, 1, 1)).axis("off")
-    person, portraits = imagine_identity(13, images=1, seed=0)
-    draw_image_views(draw_pedestrian(person, portraits[0].shot, 448, 224))
-    draw_text_view(portraits[0].captions[0])
-    draw_encoders_and_features()
-    draw_losses()
-    draw_wires()
-    draw_titles_and_legend()
-    plt.axis((0, WIDTH, HEIGHT, 0))
-    figure.canvas.draw()
+    with plt.rc_context({"font.family": "DejaVu Sans", "mathtext.fontset": "dejavuserif"}):
+        figure = plt.figure(figsize=(WIDTH / PIXELS_PER_INCH, HEIGHT / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
+        plt.axes((0, 0, 1, 1)).axis("off")
+        person, portraits = imagine_identity(13, images=1, seed=0)
+        draw_image_views(draw_pedestrian(person, portraits[0].shot, 448, 224))
+        draw_text_view(portraits[0].captions[0])
+        draw_encoders_and_features()
+        draw_losses()
+        draw_wires()
+        draw_titles_and_legend()
+        plt.axis((0, WIDTH, HEIGHT, 0))
+        figure.canvas.draw()
     pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    pixels.quantize(256).save(Path(__file__).with_name("method.png"), optimize=True)  # a third of the size
+    plt.close(figure)
+    pixels.quantize(256).save(output, optimize=True)  # 256 colours: a third of the size
 
 
 if __name__ == "__main__":

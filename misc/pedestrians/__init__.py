@@ -1,8 +1,8 @@
 """Draws the demo dataset: synthetic pedestrians, on disk in the raw form of CUHK-PEDES.
 
-A `Person` (`people.py`) is what stays the same over all images of an identity, a `Shot` is what changes from image to
-image. `see` says what a shot shows of a person, for the captions (`captions.py`), and `draw_pedestrian` draws it: a
-scene (`scene.py`) and in it a figure (`figure.py`) in a pose (`pose.py`), dressed from the wardrobe (`wardrobe.py`).
+A `Person` (`people.py`) contains what is the same in all images of an identity. A `Shot` contains what differs between
+two images. `see` returns what a shot shows of a person, for the captions (`captions.py`). `draw_pedestrian` draws the
+shot: a scene (`scene.py`) with a figure (`figure.py`) in a pose (`pose.py`), dressed from the wardrobe (`wardrobe.py`).
 Figures are drawn in centimetres: x to the right, y up, (0, 0) on the ground between the feet.
 """
 

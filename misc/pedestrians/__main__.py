@@ -1,4 +1,4 @@
-"""The command line.
+"""The command line of the demo dataset.
 
 python -m misc.pedestrians FOLDER [--train-identities N] [--val-identities N] [--test-identities N]
                                   [--images-per-identity N] [--height N] [--width N] [--seed N] [--workers N]
@@ -13,15 +13,15 @@ from misc.pedestrians.dataset import draw_dataset
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draws the dataset that the arguments ask for; a mistake of the user exits with status 2 and one line."""
+    """Draws the dataset that the arguments describe. A mistake of the user exits with one line and status 2."""
     parser = argparse.ArgumentParser("python -m misc.pedestrians", description="Draw synthetic pedestrians.")
-    parser.add_argument("folder", type=Path, help="is made; must not exist, be empty, or hold the same dataset")
+    parser.add_argument("folder", type=Path, help="a new or empty folder, or one that already contains this dataset")
     for name, default in draw_dataset.__kwdefaults__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N")
     try:
         draw_dataset(**vars(parser.parse_args(arguments)))
     except UserError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

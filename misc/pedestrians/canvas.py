@@ -1,4 +1,4 @@
-"""Painting shapes that are given in centimetres onto an image in pixels."""
+"""Paints shapes, given in centimetres, onto an image in pixels."""
 
 import math
 
@@ -8,20 +8,20 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from misc.pedestrians.colours import Colour
 from misc.pedestrians.shapes import Point, Shape
 
-CHEST = (0, 115)  # where patterns are anchored, so that they move with the figure
+CHEST = (0, 115)  # patterns start here, so that they move with the figure
 
-# How much black to lay over a pixel, by how much of its neighbourhood towards the light belongs to the same shape.
+# Opacity of the black over a pixel, by how much of its neighbourhood towards the light is in the same shape (0 to 255).
 DARKNESS = [round(0.36 * max(0, 255 - level * 1.3)) for level in range(256)]
 
 
 class Canvas:
-    """An image that is painted in the centimetres of a figure.
+    """An image on which a figure is painted in centimetres.
 
     Args:
         image: RGB, painted in place.
         scale: pixels per centimetre.
-        origin: the pixel of (0, 0), which lies between the feet.
-        tilt: radians.
+        origin: the pixel of (0, 0), the point between the feet.
+        tilt: of the figure, in radians.
         mirrored: whether x points to the left.
     """
 
@@ -52,7 +52,7 @@ class Canvas:
 
 
 def _print_pattern(surface: Image.Image, pattern: str, colour: Colour, scale: float, anchor: np.ndarray) -> None:
-    """Prints stripes, checks or dots all over a surface, in the place that the anchor (pixels) fixes."""
+    """Prints stripes, checks or dots over a whole surface, aligned with the anchor (pixels)."""
     draw = ImageDraw.Draw(surface)
     width, height = surface.size
     period = (13 if pattern == "dotted" else 15) * scale

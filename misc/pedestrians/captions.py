@@ -1,7 +1,7 @@
-"""English for the generated pedestrians: what an image shows → a caption and its paraphrase.
+"""Writes the captions of the generated pedestrians: a caption of what an image shows, and its paraphrase.
 
-Everything here speaks of a `Sight` alone, so a caption cannot name what the image hides. The paraphrase stands in for
-the English-French-English back-translation.
+The captions are written from a `Sight` only, so they cannot name what the image hides. The paraphrase replaces the
+English-French-English back-translation.
 """
 
 import re
@@ -11,7 +11,7 @@ from random import Random
 
 from misc.pedestrians.people import Item, Sight
 
-# What a thing may be called. The paraphrase avoids the words of its caption wherever there are others.
+# The names of each thing. The paraphrase avoids the words of its caption if there are others.
 WORDS: dict[str, tuple[str, ...]] = {
     "man": ("man", "guy", "gentleman"),
     "woman": ("woman", "lady"),
@@ -104,8 +104,8 @@ MOTION = {
 }
 
 # {A} and {a}: "A man"; {The} and {the}: "The man"; {He}: pronoun; {worn}: all clothes; {first} and {others}: the first
-# of them and the rest; {having}: hair, beard and hood; {doing}: bag, umbrella, phone, gait and view.
-# A part in [] is left out when a slot in it is empty; a template with another empty slot does not apply.
+# garment and the rest; {having}: hair, beard and hood; {doing}: bag, umbrella, phone, gait and view.
+# A part in [] is left out if one of its slots is empty. A template with an empty slot outside [] is not used.
 TEMPLATES = (
     "{A}[ with {having}] is wearing {worn}.[ {He} is {doing}.]",
     "{A}[ with {having}] wears {worn}[ and is {doing}].",
@@ -128,7 +128,7 @@ TEMPLATES = (
 
 
 class Wording:
-    """Picks one of several ways to say a thing: the same one all through a text, and none of another text's."""
+    """Picks a name for each thing: always the same one within a text, and if possible none that `other` uses."""
 
     def __init__(self, rng: Random, other: "Wording | None" = None) -> None:
         self.rng = rng
@@ -172,18 +172,18 @@ def describe(sight: Sight, rng: Random) -> tuple[str, str]:
 
 
 def _choose_facts(sight: Sight, rng: Random) -> Plan:
-    """Nearly always the two big garments, and two to five of whatever else the image shows."""
+    """Chooses the facts of a caption: nearly always the two main garments, and two to five other visible things."""
     noun = sight.gender if rng.random() < 0.9 else "person"
     extras = {name: getattr(sight, name) for name in NOTICED if name != "motion"}
     extras = {name: Item(name, "") if fact is True else fact for name, fact in extras.items() if fact}
     extras["motion"] = (sight.view, sight.gait)
-    # Weighted sampling without replacement: the largest of u^(1/weight) win (Efraimidis and Spirakis, 2006).
+    # Weighted sampling without replacement: the largest u^(1/weight) are chosen (Efraimidis and Spirakis, 2006).
     ranked = sorted(extras, key=lambda name: rng.random() ** (1 / NOTICED[name]), reverse=True)
     chosen = {name: extras[name] for name in ranked[: rng.choices((2, 3, 4, 5), (2, 4, 4, 2))[0]]}
 
-    worn = [_vaguer(sight.upper, rng)]
+    worn = [_drop_detail(sight.upper, rng)]
     if sight.lower and rng.random() < 0.94:
-        worn.append(_vaguer(sight.lower, rng))
+        worn.append(_drop_detail(sight.lower, rng))
     worn += [chosen[name] for name in ("shoes", "scarf", "hat", "glasses") if name in chosen]
     if rng.random() < 0.2:
         worn.reverse()
@@ -195,8 +195,8 @@ def _choose_facts(sight: Sight, rng: Random) -> Plan:
     return Plan(noun, worn, having, doing)
 
 
-def _vaguer(item: Item, rng: Random) -> Item:
-    """Now and then leaves out the pattern or the colour."""
+def _drop_detail(item: Item, rng: Random) -> Item:
+    """Sometimes leaves out the pattern or the colour."""
     if item.pattern != "plain" and rng.random() < 0.15:
         return Item(item.kind, item.colour)
     if item.pattern == "plain" and rng.random() < 0.04:
@@ -213,18 +213,18 @@ def _write(plan: Plan, wording: Wording) -> str:
         "The": f"The {noun}",
         "the": f"the {noun}",
         "He": {"man": "He", "woman": "She"}.get(plan.noun, f"The {noun}"),
-        "worn": _listed(worn),
+        "worn": _join_phrases(worn),
         "first": worn[0],
-        "others": _listed(worn[1:]),
-        "having": _listed([_head_phrase(item, wording) for item in plan.having]),
-        "doing": _listed([_action_phrase(fact, wording) for fact in plan.doing]),
+        "others": _join_phrases(worn[1:]),
+        "having": _join_phrases([_head_phrase(item, wording) for item in plan.having]),
+        "doing": _join_phrases([_action_phrase(fact, wording) for fact in plan.doing]),
     }
     applicable = tuple(template for template in TEMPLATES if _fill(template, slots))
     return _fill(wording.pick(applicable), slots)
 
 
 def _fill(template: str, slots: dict[str, str]) -> str:
-    """The text of a template, or "" where it needs a slot that is empty."""
+    """Returns the text of a template, or "" if it needs a slot that is empty."""
     empty = [f"{{{name}}}" for name, text in slots.items() if not text]
     template = re.sub(r"\[([^]]*)]", lambda part: "" if any(slot in part[1] for slot in empty) else part[1], template)
     if any(slot in template for slot in empty):
@@ -253,6 +253,6 @@ def _action_phrase(fact: Item | tuple[str, str], wording: Wording) -> str:
     return wording.pick(ACTIONS[fact.kind]).format(item=_noun_phrase(fact, wording))
 
 
-def _listed(phrases: Sequence[str]) -> str:
-    """["a", "b", "c"] → "a, b and c"."""
+def _join_phrases(phrases: Sequence[str]) -> str:
+    """Joins phrases: ["a", "b", "c"] → "a, b and c"."""
     return " and ".join(filter(None, [", ".join(phrases[:-1]), *phrases[-1:]]))

@@ -1,4 +1,4 @@
-"""Colours by their names, and what light and dye make of them."""
+"""Colours by name, and functions that vary and mix them."""
 
 from random import Random
 
@@ -31,23 +31,23 @@ SKIN_COLOURS: tuple[Colour, ...] = ((252, 220, 194), (240, 196, 160), (214, 160,
 
 
 def contrasting(name: str, rng: Random) -> str:
-    """Returns the name of a colour that stands out from the given one."""
-    ours = np.array(COLOURS[name])
-    return rng.choice([other for other, colour in COLOURS.items() if np.abs(ours - colour).sum() > 200])
+    """Returns the name of a colour that clearly differs from the given one."""
+    given = np.array(COLOURS[name])
+    return rng.choice([other for other, colour in COLOURS.items() if np.abs(given - colour).sum() > 200])
 
 
 def tinted(colour: Colour, rng: Random) -> Colour:
-    """Returns a colour that goes by the same name."""
+    """Returns a slightly different colour that still has the same name."""
     return tuple(min(255, max(0, round(channel + rng.uniform(-9, 9)))) for channel in colour)
 
 
 def shaded(colour: Colour, tone: float) -> Colour:
-    """Darker for a tone below 1, nearer to white above; what is nearly black gets lighter instead of darker."""
+    """Returns a darker colour for a tone below 1, a lighter one above 1. Nearly black colours always get lighter."""
     if tone < 1 and sum(colour) < 150:
         tone = 2 - tone
     return mixed(colour, (0, 0, 0) if tone < 1 else (255, 255, 255), abs(1 - tone))
 
 
-def mixed(ours: Colour, other: Colour, share: float) -> Colour:
-    """Our colour with a share of the other one, 0 to 1."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(ours, other, strict=True))
+def mixed(colour: Colour, other: Colour, share: float) -> Colour:
+    """Returns a mixture of two colours; `share`, 0 to 1, is the part of the other one."""
+    return tuple(round(a + (b - a) * share) for a, b in zip(colour, other, strict=True))

@@ -1,4 +1,4 @@
-"""The dataset on disk: images and annotations in the raw form of CUHK-PEDES."""
+"""Writes the dataset: images and annotations in the raw form of CUHK-PEDES."""
 
 import json
 import os
@@ -15,17 +15,18 @@ from random import Random
 from tqdm import tqdm
 
 from misc.errors import UserError
+from misc.files import check_new_path
 from misc.pedestrians.captions import describe
 from misc.pedestrians.people import Person, Shot, imagine_person, see, take_shot
 from misc.pedestrians.scene import CAMERAS, draw_pedestrian
 
-VERSION = 1  # of the drawings: raise it when the same arguments give other files
+VERSION = 1  # of the drawings: increase it if the same arguments produce other files than before
 CAPTIONS_PER_IMAGE = 2
 
 
 @dataclass(frozen=True)
 class Portrait:
-    """One image of the dataset, before it is drawn, with all that is written about it."""
+    """One image of the dataset before it is drawn, and its captions."""
 
     file_path: str
     shot: Shot
@@ -34,7 +35,7 @@ class Portrait:
 
 
 def imagine_identity(identity: int, images: int, seed: int) -> tuple[Person, list[Portrait]]:
-    """Returns a person and their pictures, from a random generator of their own."""
+    """Returns a person and their portraits. Each identity has its own random generator."""
     rng = Random(f"{seed}/{identity}")
     person = imagine_person(rng)
     cameras = rng.sample(list(CAMERAS), len(CAMERAS))
@@ -65,11 +66,10 @@ def draw_dataset(
 ) -> None:
     """Draws a dataset into `folder`: `reid_raw.json`, `back_translation.json` and the JPEG files under `imgs/`.
 
-    The same arguments give the same bytes, whatever the number of `workers` (default: one per core). The folder
-    appears when it is complete; one that already holds this dataset is left as it is.
+    The same arguments produce the same bytes for any number of `workers` (default: one per core). The folder appears
+    when it is complete. A folder that already contains this dataset is not changed.
 
-    Raises:
-        UserError: a size is not positive, or the folder holds something else.
+    Raises UserError if a size is not positive, or the folder contains something else or cannot be created.
     """
     identities = {"train": train_identities, "val": val_identities, "test": test_identities}
     workers = (os.cpu_count() or 1) if workers is None else workers
@@ -77,11 +77,11 @@ def draw_dataset(
     arguments |= {"images_per_identity": images_per_identity, "height": height, "width": width}
     for name, value in {**arguments, "workers": workers}.items():
         if value < 1:
-            raise UserError(f"{name} is {value}, but at least 1 is needed; give a larger number")
+            raise UserError(f"{name} is {value}: give 1 or more")
     drawn_with = json.dumps({**arguments, "seed": seed, "version": VERSION})
     folder = Path(folder).absolute()
     if _is_drawn(folder, drawn_with):
-        print(f"{folder} already holds these pedestrians")
+        print(f"{folder} already contains these pedestrians")
         return
 
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
@@ -99,25 +99,31 @@ def draw_dataset(
 
 
 def _is_drawn(folder: Path, drawn_with: str) -> bool:
-    """True for this dataset, False for nothing. Anything else belongs to the user and is an error."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """Returns True if the folder contains this dataset, False if it is empty or does not exist.
+
+    Raises UserError if it contains anything else, or cannot be created.
+    """
+    if not os.path.lexists(folder):
+        check_new_path(folder, "FOLDER", "give another folder")
         return False
-    memory = folder / "drawn_with.json"
-    if not memory.is_file():
-        raise UserError(f"{folder} holds something other than generated pedestrians; give a new folder, or remove it")
-    if memory.read_text() != drawn_with:
+    if folder.is_dir() and not any(folder.iterdir()):
+        return False
+    record = folder / "drawn_with.json"
+    if not record.is_file():
+        raise UserError(f"{folder} contains something other than these pedestrians: give a new folder, or remove it")
+    if record.read_text() != drawn_with:
         raise UserError(
-            f"{folder} was drawn with {memory.read_text()}, not with {drawn_with}; give a new folder, or remove it"
+            f"{folder} was drawn with {record.read_text()}, not with {drawn_with}: give a new folder, or remove it"
         )
     return True
 
 
 def _draw_identities(draw: Callable[[int], list[Portrait]], count: int, workers: int) -> list[list[Portrait]]:
-    """Draws identities 1 to `count`, in order, and shows the progress."""
+    """Draws identities 1 to `count` in order, and shows the progress."""
     with ExitStack() as stack:
         drawn = map(draw, range(1, count + 1))
         if workers > 1:
-            # Fresh processes: a fork would copy the threads' locks of a parent that has loaded torch.
+            # Not forked: if the parent has loaded torch, a fork could copy a lock that one of its threads has taken.
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
             drawn = pool.map(draw, range(1, count + 1), chunksize=8)
         return list(tqdm(drawn, total=count, desc="drawing pedestrians", unit="person"))
@@ -151,5 +157,5 @@ def _write_annotations(folder: Path, splits: list[str], drawn: list[list[Portrai
 
 
 def _tokens(caption: str) -> list[str]:
-    """The lower-case words of a caption, as CUHK-PEDES lists them."""
+    """Returns the lower-case words of a caption, as CUHK-PEDES lists them."""
     return caption.lower().replace(",", " ").replace(".", " ").split()

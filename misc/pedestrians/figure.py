@@ -1,4 +1,4 @@
-"""Paints one person in one pose: the body and the garments that follow it, and over them the layers of the wardrobe."""
+"""Paints one person in one pose: the body, the garments that follow it, and the layers of the wardrobe over them."""
 
 from collections.abc import Sequence
 
@@ -22,11 +22,11 @@ from misc.pedestrians.shapes import (
 )
 from misc.pedestrians.wardrobe import BEARD, DARK, HAIR, HAIR_BEHIND, SKIN, WARDROBE, Tone, Wardrobe
 
-# The cut of the garments, cm.
+# Height of the lower edge of each garment, cm.
 HEM = {"t-shirt": 88, "tank top": 90, "shirt": 85, "sweater": 86, "hoodie": 84, "jacket": 82, "coat": 52, "dress": 54}
 HEM |= {"skirt": 50, "long skirt": 16}
-FLARE = {"coat": 6, "dress": 9, "jacket": 1.5, "hoodie": 1}
-SLEEVE_END = {"t-shirt": 0.9, "dress": 0.8, "tank top": 0.0}  # share of the upper arm; long where not given
+FLARE = {"coat": 6, "dress": 9, "jacket": 1.5, "hoodie": 1}  # how much wider each side is at the hem, cm
+SLEEVE_END = {"t-shirt": 0.9, "dress": 0.8, "tank top": 0.0}  # share of the upper arm; other garments have long sleeves
 BULKY = ("hoodie", "coat", "sweater", "jacket")
 LEG_RADII = {"trousers": (10.5, 8.5, 8), "jeans": (10, 8, 7), "leggings": (9, 6.5, 5), "shorts": (10.5, 10, 10)}
 
@@ -36,7 +36,7 @@ BROWS_OF_THE_BALD = (84, 62, 48)
 
 
 class Figure:
-    """One person in one pose; `paint` paints all of it."""
+    """One person in one pose; `paint` paints the whole figure."""
 
     def __init__(self, canvas: Canvas, person: Person, pose: Pose) -> None:
         self.canvas, self.person, self.pose = canvas, person, pose
@@ -44,7 +44,7 @@ class Figure:
         self.hair_colour = HAIR_COLOURS.get(person.hair.colour, BROWS_OF_THE_BALD)
 
     def paint(self) -> None:
-        """Paints everything, from the back to the front."""
+        """Paints everything, from back to front."""
         person, pose = self.person, self.pose
         if person.bag and person.bag.kind == "suitcase":
             self._wear(person.bag, flip=pose.flip(pose.bag_arm))
@@ -72,11 +72,11 @@ class Figure:
         return shaded(self.person.skin, tone)
 
     def _limb_tone(self, index: int) -> float:
-        """The limb on the far side is darker."""
+        """Returns the tone of a limb: the one on the far side is darker."""
         return 0.86 if self.pose.side and index == 0 else 1.0
 
     def _wear(self, item: Item | None, at: Point = (0, 0), flip: int = 1) -> None:
-        """Paints the item's layers, if there are any, with their origin at a point, mirrored where flip is -1."""
+        """Paints the layers of an item, if there is one, with their origin at a point, mirrored if flip is -1."""
         if item:
             self._paint_layers(WARDROBE, item.kind, self._colour(item), at, flip)
 
@@ -94,7 +94,7 @@ class Figure:
 
     def _paint_legs(self) -> None:
         lower, legs = self.person.lower, self.pose.legs
-        # The far leg first; seen from the front, the foot that is further up in the image.
+        # The far leg first: from the front and the back, the leg whose foot is higher in the image.
         order = (0, 1) if self.pose.side else sorted((0, 1), key=lambda index: -legs[index][2][1])
         trousers = lower is not None and lower.kind in LEG_RADII
         for index in order:
@@ -110,7 +110,7 @@ class Figure:
             self._paint_skirt()
 
     def _paint_trousers(self, order: Sequence[int]) -> None:
-        """The seat in one piece with the legs, but for the far leg."""
+        """Paints the seat and the legs in one piece, without the far leg of a side view."""
         half = 9.5 if self.pose.side else self.pose.hip
         whole = rounded(symmetric([(half - 1, 100), (half + 1, 90), (half, 80), (3, 74)]))
         for index in (1,) if self.pose.side else order:
@@ -127,7 +127,7 @@ class Figure:
         return limb([hip, knee, between(knee, ankle, 0.93)], radii)
 
     def _paint_cuff_and_boot(self, index: int) -> None:
-        """What the lower leg wears over the trousers."""
+        """Paints the cuff of jeans and the shaft of boots, which go over the trousers."""
         lower, shoes, tone = self.person.lower, self.person.shoes, self._limb_tone(index)
         _, knee, ankle = self.pose.legs[index]
         if lower and lower.kind == "jeans":
@@ -146,7 +146,7 @@ class Figure:
             self.canvas.paint(line(fold, 1.1), self._colour(skirt, 0.78))
 
     def _skirt_edges(self, half: float, flare: float, hem: float) -> tuple[Outline, Outline]:
-        """The left and the right edge, from the hip down, of cloth that flares and is wide enough for the stride."""
+        """Returns the left and right edges, from the hip down, of cloth that flares and is wide enough to walk in."""
         left, right = [(-half - 1, 86.0)], [(half + 1, 86.0)]
         for y in (50, hem) if hem < 50 else (hem,):
             legs = [between(knee, ankle, min(1, max(0, (knee[1] - y) / 40)))[0] for _, knee, ankle in self.pose.legs]
@@ -183,7 +183,7 @@ class Figure:
     # --- torso and arms ---
 
     def _paint_upper(self, shape: Shape, tone: float = 1.0) -> None:
-        """Paints cloth of the upper garment."""
+        """Paints a shape in the cloth of the upper garment."""
         upper = self.person.upper
         second = self.person.tints.get(upper.second_colour, (0, 0, 0))
         self.canvas.paint(shape, self._colour(upper, tone), upper.pattern, shaded(second, tone))
@@ -210,7 +210,7 @@ class Figure:
             self._wear(Item("logo", upper.second_colour))
 
     def _torso(self) -> Shape:
-        """The upper garment without sleeves, from the neck to its hem."""
+        """Returns the upper garment without sleeves, from the neck to the hem."""
         kind, pose = self.person.upper.kind, self.pose
         hem, flare = HEM[kind], FLARE.get(kind, 0)
         waist = pose.waist + (2 if kind in BULKY else 0)
@@ -224,7 +224,7 @@ class Figure:
         left, right = [(-width - flare, hem)], [(width + flare, hem)]
         if hem < 60:
             left, right = self._skirt_edges(width, flare, hem)
-        # The corners of the hem stand twice, so that they are rounded less.
+        # The corners of the hem appear twice, so that they are rounded less.
         return rounded([*half, *right, right[-1], left[-1], *reversed(left), *[(-x, y) for x, y in reversed(half)]])
 
     def _paint_arm(self, index: int) -> None:

@@ -1,4 +1,4 @@
-"""Who is seen, and how: a person, a shot, and what the shot shows of the person."""
+"""People, shots of people, and what a shot shows of a person."""
 
 import math
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class Item(NamedTuple):
 
     kind: str
     colour: str
-    pattern: str = "plain"  # plain, striped, checked, dotted, logo, or open over a shirt
+    pattern: str = "plain"  # plain, striped, checked, dotted, logo, open (over a shirt)
     second_colour: str = ""  # of the stripes, checks, dots, logo or shirt
 
 
 @dataclass(frozen=True)
 class Person:
-    """What an identity looks like, whichever image shows it."""
+    """The appearance of an identity, the same in all its images."""
 
     gender: str  # man, woman
     height: float  # cm
@@ -44,7 +44,7 @@ class Person:
     hair: Item
     hat: Item | None
     bag: Item | None
-    bag_side: str  # left or right; the other hand is the free one
+    bag_side: str  # left or right; the other hand is free
     scarf: Item | None
     umbrella: Item | None
     glasses: bool
@@ -54,15 +54,15 @@ class Person:
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture of a person: where the camera stands and what the person does."""
+    """One picture of a person: the camera, its direction, and what the person does."""
 
     camera: str
-    view: str  # front, back, left, right: what of the person turns to the camera
+    view: str  # side of the person that faces the camera: front, back, left, right
     gait: str  # standing, walking
-    phase: float  # of the stride, radians
+    phase: float  # of the stride, in radians
     arms: str  # hanging, pockets (hands in them), phone (at the ear)
-    size: float  # of the figure, share of the frame
-    shift: tuple[float, float]  # of the figure, share of the frame
+    size: float  # of the figure, as a share of the frame
+    shift: tuple[float, float]  # of the figure, as a share of the frame
     tilt: float  # radians
     light: float
     contrast: float
@@ -73,7 +73,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Sight:
-    """What one image shows of a person; None or False where it is absent or hidden in this view."""
+    """The visible attributes of a person in one image; None or False if absent or hidden in this view."""
 
     gender: str
     view: str  # front, back, side
@@ -92,7 +92,10 @@ class Sight:
 
 
 def imagine_person(rng: Random) -> Person:
-    """Draws the attributes of one identity. Colours are near uniform, so that few people share a description."""
+    """Chooses the attributes of one identity at random.
+
+    Colours are nearly uniform, so that few people share a description.
+    """
     woman = rng.random() < 0.5
     upper = _imagine_upper(woman, rng)
     lower = _imagine_lower(woman, upper, rng)
@@ -154,14 +157,14 @@ def _imagine_hat(upper: Item, rng: Random) -> Item | None:
 
 def _imagine_hair(woman: bool, hat: Item | None, rng: Random) -> Item:
     styles = HAIR_OF_WOMEN if woman else HAIR
-    if not hat:  # which would hide these
+    if not hat:  # a hat would hide these styles
         styles += ("bun", "bun", "curly") if woman else ("bald", "curly")
     style = rng.choice(styles)
     return Item(style, "" if style == "bald" else rng.choice(list(HAIR_COLOURS)))
 
 
 def take_shot(rng: Random, camera: str) -> Shot:
-    """Draws all that differs between two images of one identity."""
+    """Chooses at random everything that differs between two images of one identity."""
     return Shot(
         camera=camera,
         view=rng.choices(("front", "back", "left", "right"), (4, 3, 2, 2))[0],
@@ -180,7 +183,7 @@ def take_shot(rng: Random, camera: str) -> Shot:
 
 
 def see(person: Person, shot: Shot) -> Sight:
-    """Returns what this shot shows of this person."""
+    """Returns the attributes of the person that this shot shows."""
     back = shot.view == "back"
     return Sight(
         gender=person.gender,
@@ -196,7 +199,7 @@ def see(person: Person, shot: Shot) -> Sight:
         umbrella=person.umbrella,
         glasses=person.glasses and not back,
         beard=person.beard and not back,
-        # The free hand holds it; from behind and on the far side the head hides it.
+        # The free hand holds the phone. The head hides it from behind and on the far side.
         phone=shot.arms == "phone" and not person.umbrella and shot.view not in ("back", person.bag_side),
     )
 
@@ -225,8 +228,8 @@ def _visible_bag(person: Person, shot: Shot) -> Item | None:
     if bag is None:
         return None
     if bag.kind == "backpack":
-        # From the front nothing shows but the straps, which have to stand out.
+        # From the front only the straps are visible, and only if their colour differs from the garment under them.
         return None if shot.view == "front" and bag.colour == person.upper.colour else bag
-    # The body hides what the far side carries, save a suitcase.
+    # The body hides a bag on the far side, except a suitcase.
     far = shot.view in ("left", "right") and shot.view != person.bag_side
     return None if far and bag.kind != "suitcase" else bag

@@ -1,4 +1,4 @@
-"""How a person holds the limbs in one shot, in centimetres. In the side view the person looks to the right."""
+"""The position of the limbs in one shot, in centimetres. In the side view the person looks to the right."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from misc.pedestrians.people import Person, Shot
 from misc.pedestrians.shapes import Point, turned
 
-# Elbow and wrist of an arm that does something; in the front view on the right of the image.
+# Elbow and wrist of a busy arm. In the front view, it is the arm on the right of the image.
 BUSY_ARMS = {
     "umbrella": {"side": [(13, 116), (23, 134)], "front": [(27, 116), (23, 134)]},
     "phone": {"side": [(15, 126), (9, 153)], "front": [(29, 124), (16, 154)]},
@@ -19,14 +19,14 @@ BUSY_ARMS = {
 
 @dataclass(frozen=True)
 class Pose:
-    """A body in one shot. Of two limbs, 0 is the far one, or the one on the left of the image; 1 is the other."""
+    """The pose of a body in one shot. Limb 0 is the far one or on the left of the image; limb 1 is the other."""
 
     view: str  # front, back, side
     shoulder: float  # half the width of the shoulders, cm
     waist: float
     hip: float
-    legs: list[list[Point]]  # hip, knee and ankle of each
-    arms: list[list[Point]]  # shoulder, elbow and wrist of each
+    legs: list[list[Point]]  # hip, knee and ankle of each leg
+    arms: list[list[Point]]  # shoulder, elbow and wrist of each arm
     actions: dict[int, str]  # what each busy arm does
     bag_arm: int  # which arm carries a bag
 
@@ -35,7 +35,7 @@ class Pose:
         return self.view == "side"
 
     def flip(self, arm: int) -> int:
-        """-1 where what hangs on this arm has to be mirrored, as all is designed for arm 1."""
+        """Returns -1 if a thing on this arm must be mirrored, otherwise 1: all things are designed for arm 1."""
         return -1 if arm == 0 and not self.side else 1
 
 
@@ -52,7 +52,7 @@ def take_pose(person: Person, shot: Shot) -> Pose:
 
 
 def _actions(person: Person, shot: Shot, bag_arm: int) -> dict[int, str]:
-    """What each busy arm does; what the person carries comes before what the person would like to do."""
+    """Returns what each busy arm does. Carrying a thing comes before `shot.arms`."""
     free = 1 - bag_arm
     actions = {}
     if shot.arms == "pockets":
@@ -88,12 +88,15 @@ def _front_legs(shot: Shot) -> list[list[Point]]:
 
 
 def _ahead(shot: Shot, sign: int) -> float:
-    """Where the limb on the left (-1) or right (1) swings: 1 is nearest to the camera, -1 is farthest from it."""
+    """Returns where the limb on the left (-1) or right (1) swings: 1 is nearest to the camera, -1 farthest from it."""
     return sign * math.sin(shot.phase) if shot.gait == "walking" else 0.0
 
 
 def _grounded(legs: list[list[Point]]) -> list[list[Point]]:
-    """A stride lowers the body; here the legs are drawn longer instead, so that the rest can stay where it is."""
+    """Changes the length of the legs so that the lower foot is on the ground.
+
+    A real stride lowers the body. Here the body stays in place, and the legs become longer.
+    """
     sink = min(ankle[1] for _, _, ankle in legs) - 7
     return [[hip, (knee[0], knee[1] - sink / 2), (ankle[0], ankle[1] - sink)] for hip, knee, ankle in legs]
 
@@ -101,7 +104,7 @@ def _grounded(legs: list[list[Point]]) -> list[list[Point]]:
 def _side_arms(legs: list[list[Point]], actions: dict[int, str]) -> list[list[Point]]:
     arms = []
     for arm, (_, knee, _) in enumerate(legs):
-        forward = -0.9 * math.atan2(knee[0], 42)  # each arm swings against its leg
+        forward = -0.9 * math.atan2(knee[0], 42)  # each arm swings in the opposite direction to its leg
         elbow = turned((-1, 137), forward, 27)
         swinging = [elbow, turned(elbow, forward + math.radians(18), 24)]
         arms.append([(-1, 137), *(BUSY_ARMS[actions[arm]]["side"] if arm in actions else swinging)])

@@ -1,4 +1,4 @@
-"""A scene, a figure in it, and the camera that takes the picture."""
+"""Draws a scene with a figure in it, as one of the cameras renders it."""
 
 from collections.abc import Callable
 from random import Random
@@ -16,7 +16,7 @@ from misc.pedestrians.shapes import Point, arc
 
 
 class Backdrop:
-    """Draws a scene in shares of the frame: x from 0 at the left, y from 0 at the top, each to 1."""
+    """Draws a scene. Coordinates are shares of the frame: x from 0 (left) to 1, y from 0 (top) to 1."""
 
     def __init__(self, image: Image.Image) -> None:
         self.draw, self.size = ImageDraw.Draw(image), np.array(image.size)
@@ -28,14 +28,14 @@ class Backdrop:
         self.fill(colour, (left, top), (right, top), (right, bottom), (left, bottom))
 
     def disc(self, colour: Colour, x: float, y: float, radius: float) -> None:
-        """A disc with a radius in shares of the frame's width."""
+        """Draws a disc; its radius is a share of the frame's width."""
         centre = np.array((x, y)) * self.size
         reach = radius * self.size[0]
         self.draw.ellipse([*(centre - reach), *(centre + reach)], colour)
 
 
 def _street(backdrop: Backdrop, ground: float, rng: Random) -> None:
-    """A pavement in front of a house."""
+    """Draws a pavement in front of a house."""
     backdrop.box(rng.choice(((178, 170, 160), (158, 162, 168), (190, 180, 162))), 0, 0, 1, ground)
     start = rng.uniform(-0.55, 0)
     for left, top in [(start + 0.55 * column, row * ground) for column in range(4) for row in (0.08, 0.46)]:
@@ -49,7 +49,7 @@ def _street(backdrop: Backdrop, ground: float, rng: Random) -> None:
 
 
 def _park(backdrop: Backdrop, ground: float, rng: Random) -> None:
-    """A lawn with trees and a path."""
+    """Draws a lawn with trees and a path."""
     backdrop.box((200, 214, 224), 0, 0, 1, ground)
     for _ in range(5):
         x, y, radius = rng.random(), ground * rng.uniform(0.2, 0.75), rng.uniform(0.16, 0.3)
@@ -63,7 +63,7 @@ def _park(backdrop: Backdrop, ground: float, rng: Random) -> None:
 
 
 def _corridor(backdrop: Backdrop, ground: float, rng: Random) -> None:
-    """A corridor with doors."""
+    """Draws a corridor with doors."""
     centre = rng.uniform(0.35, 0.65)
     left, right, top = centre - 0.22, centre + 0.22, ground * 0.25
     backdrop.box((188, 186, 180), 0, 0, 1, 1)
@@ -78,7 +78,7 @@ def _corridor(backdrop: Backdrop, ground: float, rng: Random) -> None:
 
 
 def _brick_wall(backdrop: Backdrop, ground: float, rng: Random) -> None:
-    """A brick wall behind paving stones."""
+    """Draws a brick wall behind paving stones."""
     brick = rng.choice(((170, 134, 120), (162, 142, 130), (178, 154, 134)))
     backdrop.box(shaded(brick, 1.2), 0, 0, 1, ground)
     for row, column in [(row, column) for row in range(14) for column in range(-1, 7)]:
@@ -91,7 +91,7 @@ def _brick_wall(backdrop: Backdrop, ground: float, rng: Random) -> None:
 
 
 def _crossing(backdrop: Backdrop, ground: float, rng: Random) -> None:
-    """A zebra crossing, with houses far away."""
+    """Draws a zebra crossing, with houses far away."""
     backdrop.box((206, 214, 220), 0, 0, 1, ground)
     left = rng.uniform(-0.2, 0)
     while left < 1:
@@ -118,11 +118,11 @@ class Camera(NamedTuple):
     """A place, and how its camera renders it."""
 
     scene: Callable[[Backdrop, float, Random], None]
-    cast: tuple[float, float, float]  # factor of red, green, blue
-    blur: float  # pixels of a frame 128 pixels high
+    cast: tuple[float, float, float]  # factors of red, green, blue
+    blur: float  # in pixels of a frame that is 128 pixels high
 
 
-# By the folders of CUHK-PEDES.
+# By the names of the image folders of CUHK-PEDES.
 CAMERAS = {
     "cam_a": Camera(_street, (1.0, 1.0, 1.0), 0.0),
     "cam_b": Camera(_park, (1.03, 1.01, 0.96), 0.15),
@@ -131,11 +131,11 @@ CAMERAS = {
     "Market": Camera(_crossing, (0.98, 1.02, 1.0), 0.3),
 }
 SUPERSAMPLING = 3
-TOP = {"beanie": 193, "hat": 191, "hood": 188, "cap": 186}  # cm, of what is worn on the head
+HAT_TOPS = {"beanie": 193, "hat": 191, "hood": 188, "cap": 186}  # height of the upper end, cm
 
 
 def draw_pedestrian(person: Person, shot: Shot, height: int = 128, width: int = 64) -> Image.Image:
-    """Returns the RGB image, `height` × `width` pixels, of one shot."""
+    """Returns the RGB image of one shot, `height` × `width` pixels."""
     rng = Random(shot.seed)
     image = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     backdrop = Backdrop(image)
@@ -145,24 +145,24 @@ def draw_pedestrian(person: Person, shot: Shot, height: int = 128, width: int = 
         backdrop.fill((grey, grey, grey + 3), *arc(x, y, reach, reach / 12))
     image = image.filter(ImageFilter.BoxBlur(image.height / 192))
 
-    scale = image.height * shot.size / _top(person) * min(1.0, person.height / 182)
+    scale = image.height * shot.size / _height_to_fit(person) * min(1.0, person.height / 182)
     canvas = Canvas(image, scale, (x * image.width, y * image.height), shot.tilt, mirrored=shot.view == "left")
     Figure(canvas, person, take_pose(person, shot)).paint()
     return _expose(image.resize((width, height), Image.Resampling.BOX), shot)
 
 
-def _top(person: Person) -> float:
-    """The height in centimetres that has to fit into the frame."""
+def _height_to_fit(person: Person) -> float:
+    """Returns the height in centimetres that must fit into the frame."""
     if person.umbrella:
         return 222
     if person.bag and person.bag.kind == "suitcase":
-        return 205  # a small figure, for the sake of the width
-    hat = TOP.get(person.hat.kind, 0) if person.hat else 0
-    return max(hat, 191 if person.hair.kind in ("bun", "curly") else 182)
+        return 205  # a smaller figure, so that the suitcase fits into the width
+    hat_top = HAT_TOPS.get(person.hat.kind, 0) if person.hat else 0
+    return max(hat_top, 191 if person.hair.kind in ("bun", "curly") else 182)
 
 
 def _expose(image: Image.Image, shot: Shot) -> Image.Image:
-    """Light, contrast, colour cast, blur and noise of the camera."""
+    """Applies the light, contrast, colour cast, blur and noise of the shot and its camera."""
     camera = CAMERAS[shot.camera]
     blurred = image.filter(ImageFilter.GaussianBlur((shot.blur + camera.blur) * image.height / 128))
     pixels = (np.asarray(blurred, dtype=np.float32) * camera.cast * shot.light - 128) * shot.contrast + 128

@@ -1,26 +1,26 @@
-"""Geometry of the figure, in centimetres: x to the right, y up."""
+"""The geometry of the figure, in centimetres: x to the right, y up."""
 
 import math
 from collections.abc import Sequence
 
 Point = tuple[float, float]
 Outline = list[Point]
-Shape = list[Outline]  # all that lies inside any of the outlines, so that + unites two shapes
+Shape = list[Outline]  # everything inside any of the outlines, so + unites two shapes
 
 
 def arc(x: float, y: float, radius_x: float, radius_y: float, start: float = 0, end: float = 360) -> Outline:
-    """An ellipse's outline from one angle to another (degrees, counter-clockwise from the right)."""
+    """Returns the outline of an ellipse from one angle to another (degrees, counter-clockwise from the right)."""
     angles = [math.radians(start + (end - start) * step / 24) for step in range(25)]
     return [(x + radius_x * math.cos(angle), y + radius_y * math.sin(angle)) for angle in angles]
 
 
 def ellipse(x: float, y: float, radius_x: float, radius_y: float) -> Shape:
-    """A whole ellipse."""
+    """Returns a whole ellipse."""
     return [arc(x, y, radius_x, radius_y)]
 
 
 def limb(joints: Sequence[Point], radii: Sequence[float]) -> Shape:
-    """A chain of joints with flesh around it: a disc at each joint, a quadrilateral between each two."""
+    """Returns a chain of joints with flesh around it: a disc at each joint, a quadrilateral between neighbours."""
     shape = [arc(x, y, radius, radius) for (x, y), radius in zip(joints, radii, strict=True)]
     for first in range(len(joints) - 1):
         (x, y), (end_x, end_y) = joints[first : first + 2]
@@ -39,12 +39,12 @@ def limb(joints: Sequence[Point], radii: Sequence[float]) -> Shape:
 
 
 def line(points: Sequence[Point], width: float) -> Shape:
-    """A line through all points, with round ends."""
+    """Returns a line through all points, with round ends."""
     return limb(points, [width / 2] * len(points))
 
 
 def rounded(outline: Outline) -> Shape:
-    """What the outline encloses, its corners cut twice (Chaikin, 1974)."""
+    """Returns the shape inside the outline, its corners cut twice (Chaikin, 1974)."""
     for _ in range(2):
         edges = list(zip(outline, outline[1:] + outline[:1], strict=True))
         outline = [between(start, end, share) for start, end in edges for share in (0.25, 0.75)]
@@ -52,25 +52,25 @@ def rounded(outline: Outline) -> Shape:
 
 
 def box(left: float, right: float, bottom: float, top: float) -> Shape:
-    """A rectangle with rounded corners."""
+    """Returns a rectangle with rounded corners."""
     return rounded([(left, bottom), (right, bottom), (right, top), (left, top)])
 
 
 def symmetric(half: Outline) -> Outline:
-    """An outline from its right half, listed from top to bottom."""
+    """Returns a symmetric outline, given its right half from top to bottom."""
     return half + [(-x, y) for x, y in reversed(half)]
 
 
 def moved(shape: Shape, to: Point = (0, 0), flip: int = 1) -> Shape:
-    """The shape with its origin at a point, mirrored there where flip is -1."""
+    """Returns the shape with its origin moved to a point, mirrored there if flip is -1."""
     return [[(flip * x + to[0], y + to[1]) for x, y in outline] for outline in shape]
 
 
 def between(start: Point, end: Point, share: float) -> Point:
-    """The point at a share of the way; the share may lie outside 0 to 1."""
+    """Returns the point at a share of the way from start to end; the share may be below 0 or above 1."""
     return start[0] + (end[0] - start[0]) * share, start[1] + (end[1] - start[1]) * share
 
 
 def turned(start: Point, angle: float, length: float) -> Point:
-    """The point `length` away, at `angle` radians from straight down, forward (right) where positive."""
+    """Returns the point at a distance from start, `angle` radians from straight down, positive to the right."""
     return start[0] + length * math.sin(angle), start[1] - length * math.cos(angle)

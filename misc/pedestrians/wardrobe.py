@@ -1,7 +1,7 @@
-"""What people wear, carry and have on their heads, as layers that are painted over the body.
+"""Clothes, hats, hair and things to carry, as layers that are painted over the body.
 
-All is designed for a body of average breadth that looks to the right in the side view; in the other views, what hangs
-on one side of the body hangs on the right of the image.
+Everything is designed for a body of average breadth that looks to the right in the side view. In the other views,
+things on one side of the body are on the right of the image.
 """
 
 import math
@@ -15,7 +15,7 @@ SKIN = "skin"
 METAL, DARK, GOLD = (72, 72, 78), (34, 30, 32), (235, 205, 90)
 Tone = float | Colour | str  # a shade of the thing's colour (1.0 is the colour itself), another colour, or SKIN
 Layer = tuple[Shape, Tone]
-Wardrobe = dict[str, dict[str, list[Layer]]]  # kind → view, or "any", whose layers come first → layers
+Wardrobe = dict[str, dict[str, list[Layer]]]  # kind → view → layers; those of view "any" come first
 
 
 def _mirrored(*layers: Layer) -> list[Layer]:
@@ -23,7 +23,7 @@ def _mirrored(*layers: Layer) -> list[Layer]:
 
 
 def _pair(*layers: Layer) -> list[Layer]:
-    """Layers for the right half of the figure, and the same for the left half."""
+    """Returns layers for the right half of the figure, and the same for the left half."""
     return [side for layer in layers for side in (layer, *_mirrored(layer))]
 
 
@@ -31,7 +31,7 @@ def _belt(half: float) -> Layer:
     return line([(-half, 104), (half, 104)], 4), 0.7
 
 
-# --- what lies on the cloth of a garment ---
+# --- details on the cloth of a garment ---
 
 STAR: Shape = [
     [
@@ -85,7 +85,7 @@ DETAILS: Wardrobe = {
     },
 }
 
-# --- what is put on, or carried ---
+# --- hats, scarves, and things to carry ---
 
 HATS: Wardrobe = {
     "cap": {
@@ -146,7 +146,7 @@ CARRIED: Wardrobe = {
             (limb([(-7, 143), (4, 138), (5, 125), (-6, 108)], (2.4, 2.6, 2.6, 2.4)), 0.85),
         ],
     },
-    "shoulder bag": {  # its strap; the bag itself is the satchel
+    "shoulder bag": {  # only its strap; the bag itself is the satchel
         "front": [STRAP],
         "back": [STRAP],
         "side": [(limb([(-2, 146), (-3, 96)], (2.3, 2.3)), 0.85)],
@@ -180,7 +180,7 @@ CARRIED: Wardrobe = {
 }
 WARDROBE: Wardrobe = DETAILS | HATS | SCARF | CARRIED
 
-# --- hair: what is in front of the body, and what is behind it ---
+# --- hair, in front of the body (HAIR) and behind it (HAIR_BEHIND) ---
 
 FRINGE: Layer = ([[*arc(0, 165.5, 13.7, 15.8, 8, 172), (-11, 170), (-5, 174.5), (3, 175), (11, 171)]], 1.0)
 BACK_OF_HEAD: Layer = (ellipse(0, 165.5, 13.5, 15.5), 1.0)

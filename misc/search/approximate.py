@@ -7,7 +7,7 @@ Q queries, N pictures, D width of the shared space.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import faiss
 import numpy as np
@@ -40,7 +40,7 @@ def build(gallery: Gallery) -> tuple[dict[str, Any], list[str]]:
         return {"name": "faiss"}, []
     lists = faiss.serialize_index(build_lists(gallery.features))  # faiss's own writer does not explain a full disk
     with atomic_file(_file(gallery)) as file:
-        file.write(lists)
+        file.write(lists.data)
     del lists
     recall = measured_recall(gallery.features, Approximate(gallery))
     note = f"recall@{CHECKED_RESULTS} against exact search, with {CHECKED_QUERIES} pictures as queries: {recall:.3f}"
@@ -77,7 +77,7 @@ class Approximate:
     def __init__(self, gallery: Gallery):
         self.features = gallery.features
         try:
-            self._index = faiss.read_index(str(_file(gallery)))
+            self._index = cast(faiss.IndexIVF, faiss.read_index(str(_file(gallery))))
         except RuntimeError as error:
             raise UserError(f"{_file(gallery)} is missing or damaged: remove it and index the folder again") from error
         self._index.nprobe = max(MIN_PROBED, round(PROBED_SHARE * self._index.nlist))

@@ -97,5 +97,6 @@ def _fingerprint(tensors: dict[str, Tensor], settings: str) -> str:
     digest = hashlib.sha256(settings.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        content = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)  # type: ignore[arg-type]  # numpy's stub declares the buffer for Python 3.12 and later
     return digest.hexdigest()

@@ -260,10 +260,12 @@ def write_generation(
         if number == generation:  # left by a crash, and perhaps with other pictures
             path.unlink()
     row_new = {picture: row for row, picture in enumerate(encoded.pictures)}
-    row_old = {} if previous is None else {picture: row for row, picture in enumerate(previous.pictures())}
-    old_rows = np.array([row_old.get(each, -1) if each not in row_new else -1 for each in pictures], dtype=np.int64)
     new_rows = np.array([row_new.get(each, -1) for each in pictures], dtype=np.int64)
-    sources = [(old_rows, None if previous is None else previous.features.numpy()), (new_rows, encoded.features())]
+    sources = [(new_rows, encoded.features())]
+    if previous is not None:
+        row_old = {picture: row for row, picture in enumerate(previous.pictures())}
+        old_rows = np.array([row_old.get(each, -1) if each not in row_new else -1 for each in pictures], dtype=np.int64)
+        sources.append((old_rows, previous.features.numpy()))
     with atomic_file(features_file(index, generation)) as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(pictures), info.width)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -302,7 +304,7 @@ def _pictures_file(index: Path, generation: int) -> Path:
     return index / f"pictures_{generation}.jsonl"
 
 
-class _Lines(Sequence):
+class _Lines:
     """The pictures of a file, each parsed only on access: a million objects would take 250 MB and several seconds."""
 
     def __init__(self, path: Path):

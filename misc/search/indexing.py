@@ -82,15 +82,20 @@ def update_index(
     if not found:
         raise UserError(f"{folder} contains no JPEG, PNG or WebP files: give the folder that contains the pictures")
     info = read_info(index)
-    if checkpoint is None and info is None:
+    if checkpoint is not None:
+        source, settings = checkpoint, list(overrides)
+    elif info is not None:
+        source, settings = info.checkpoint, info.overrides
+    else:
         raise UserError(f"{index} does not exist yet: give the weights to build it with, --checkpoint CHECKPOINT")
-    chosen = (checkpoint, list(overrides)) if checkpoint is not None else (info.checkpoint, info.overrides)
-    if engine is not None or info is not None:
-        engines.check(engine or EngineChoice.of(info.engine))
-    encoder = load(*chosen)
+    if engine is not None:
+        engines.check(engine)
+    elif info is not None:
+        engines.check(EngineChoice.of(info.engine))
+    encoder = load(source, settings)
     try:
         with held_index(index):
-            info, previous = _begin(index, Info(*chosen, encoder.fingerprint, encoder.width), overwrite)
+            info, previous = _begin(index, Info(source, settings, encoder.fingerprint, encoder.width), overwrite)
             with closing(Encoded(index, info.fingerprint, info.width)) as encoded:
                 known = set(encoded.pictures).union(previous.pictures() if previous is not None else ())
                 missing = [picture for picture in found if picture not in known]
@@ -160,7 +165,7 @@ def _encode(
     undecodable: list[Unreadable] = []
     with tqdm(total=total, initial=done, desc="indexing", unit="picture", dynamic_ncols=True) as bar:
         for batch in batches:
-            if batch.pictures:
+            if batch.pixels is not None:
                 encoded.add(batch.pictures, encoder.encode_pictures(batch.pixels))
             undecodable += batch.unreadable
             bar.update(len(batch.pictures) + len(batch.unreadable))

@@ -78,14 +78,19 @@ def find_pictures(folder: Path, index: Path | None = None) -> tuple[list[Picture
                     except UnicodeEncodeError:  # the page and Qdrant cannot represent such a name
                         unreadable.append(Unreadable(entry_path, "its name is not valid UTF-8: rename it"))
                     except OSError as error:  # a broken link, or a link in a circle
-                        unreadable.append(Unreadable(entry_path, error.strerror))
+                        unreadable.append(Unreadable(entry_path, _reason(error)))
         except OSError as error:
             if not path:
                 raise UserError(
                     f"{folder} cannot be read ({error.strerror}): check the folder and its permissions"
                 ) from error
-            unreadable.append(Unreadable(path, error.strerror))
+            unreadable.append(Unreadable(path, _reason(error)))
     return sorted(pictures), sorted(unreadable)
+
+
+def _reason(error: OSError) -> str:
+    """Returns what the system says about an error."""
+    return error.strerror or str(error)
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -109,8 +114,9 @@ class PictureSet(Dataset):
             return picture, self.view(read_image(self.folder / picture.path, upright=True))
         except UserError as error:
             cause = error.__cause__
-            unavailable = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.ENOENT)
-            return Unreadable(picture.path, cause.strerror if unavailable else "it cannot be decoded")
+            if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.ENOENT):
+                return Unreadable(picture.path, _reason(cause))
+            return Unreadable(picture.path, "it cannot be decoded")
 
 
 class PictureBatch(NamedTuple):

@@ -54,9 +54,10 @@ def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[
 
     Raises UserError if the server cannot be reached or refuses, or this index has not created the collection.
     """
-    collection = choice.collection or gallery.index.name
-    settings = {"name": "qdrant", "address": choice.address, "collection": collection}
-    with _connected(choice.address) as client:
+    address, collection = choice.address, choice.collection or gallery.index.name
+    assert address is not None  # see `check`
+    settings = {"name": "qdrant", "address": address, "collection": collection}
+    with _connected(address) as client:
         _claim(client, gallery, settings)
         versions = _versions(client, collection)
         sent = 0
@@ -71,10 +72,10 @@ def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[
                 client.upsert(collection, points)
                 sent += len(points)
                 points = []
-        gone = list(versions)
+        gone: list[models.ExtendedPointId] = list(versions)
         for start in range(0, len(gone), IDS_AT_ONCE):
             client.delete(collection, models.PointIdsList(points=gone[start : start + IDS_AT_ONCE]))
-    return settings, [f"{choice.address}, collection {collection}: {sent:,} pictures sent, {len(gone):,} deleted"]
+    return settings, [f"{address}, collection {collection}: {sent:,} pictures sent, {len(gone):,} deleted"]
 
 
 class Qdrant:
@@ -84,21 +85,22 @@ class Qdrant:
     """
 
     def __init__(self, gallery: Gallery, choice: EngineChoice):
-        self.gallery, self.choice = gallery, choice
-        self.client = _connect(choice.address)
-        with _client_errors(choice.address):
-            if not self.client.collection_exists(choice.collection):
-                raise UserError(f"{choice.address} has no collection {choice.collection}: index the folder again")
+        assert choice.address is not None and choice.collection is not None  # `build` records both
+        self.gallery, self.address, self.collection = gallery, choice.address, choice.collection
+        self.client = _connect(self.address)
+        with _client_errors(self.address):
+            if not self.client.collection_exists(self.collection):
+                raise UserError(f"{self.address} has no collection {self.collection}: index the folder again")
 
     def search(self, queries: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
         """See `Engine.search`. Pictures that only a newer generation contains are left out."""
         requests = [models.QueryRequest(query=query.tolist(), limit=count, with_payload=["path"]) for query in queries]
-        with _client_errors(self.choice.address):
-            answers = self.client.query_batch_points(self.choice.collection, requests)
+        with _client_errors(self.address):
+            answers = self.client.query_batch_points(self.collection, requests)
         return [self._found(answer.points) for answer in answers]
 
     def _found(self, points: list[models.ScoredPoint]) -> tuple[Tensor, Tensor]:
-        pairs = [(point.score, self.gallery.row_of(point.payload["path"])) for point in points]
+        pairs = [(point.score, self.gallery.row_of(_payload(point)["path"])) for point in points]
         known = [(score, row) for score, row in pairs if row is not None]
         scores = torch.tensor([score for score, _ in known], dtype=torch.float32)
         return scores, torch.tensor([row for _, row in known], dtype=torch.int64)
@@ -122,12 +124,19 @@ def _claim(client: QdrantClient, gallery: Gallery, settings: dict[str, Any]) -> 
         )
     with atomic_file(file) as written:
         written.write(json.dumps(settings).encode())
-    if exists and client.get_collection(collection).config.params.vectors.size != gallery.info.width:
+    if exists and _width(client, collection) != gallery.info.width:
         client.delete_collection(collection)  # its features are from a checkpoint that --overwrite has replaced
         exists = False
     if not exists:
         parameters = models.VectorParams(size=gallery.info.width, distance=models.Distance.COSINE)
         client.create_collection(collection, vectors_config=parameters)
+
+
+def _width(client: QdrantClient, collection: str) -> int:
+    """Returns the width of the features in a collection that this index has created."""
+    vectors = client.get_collection(collection).config.params.vectors
+    assert isinstance(vectors, models.VectorParams)
+    return vectors.size
 
 
 def _versions(client: QdrantClient, collection: str) -> dict[str, str]:
@@ -136,9 +145,15 @@ def _versions(client: QdrantClient, collection: str) -> dict[str, str]:
     offset = None
     while True:
         points, offset = client.scroll(collection, limit=IDS_AT_ONCE, offset=offset, with_payload=["version"])
-        versions |= {str(point.id): point.payload["version"] for point in points}
+        versions |= {str(point.id): _payload(point)["version"] for point in points}
         if offset is None:
             return versions
+
+
+def _payload(point: models.ScoredPoint | models.Record) -> dict[str, Any]:
+    """Returns the payload of a point that was requested with it."""
+    assert point.payload is not None
+    return point.payload
 
 
 def _point_id(picture: Picture) -> str:

@@ -130,11 +130,11 @@ class Searcher:
         """
         self.refresh()
         features = self._features(queries)
-        answerable = [number for number, feature in enumerate(features) if isinstance(feature, Tensor)]
-        answers: list[list[Result] | UserError] = list(features)
+        answerable = {number: feature for number, feature in enumerate(features) if isinstance(feature, Tensor)}
+        answers: list[list[Result] | UserError] = [[] if isinstance(each, Tensor) else each for each in features]
         if answerable:
             most = min(max(queries[number].count for number in answerable), len(self.gallery))
-            found = self.engine.search(torch.stack([features[number] for number in answerable]), most)
+            found = self.engine.search(torch.stack(list(answerable.values())), most)
             for number, (scores, rows) in zip(answerable, found, strict=True):
                 answers[number] = self._results(queries[number], scores, rows)
         return answers
@@ -146,9 +146,10 @@ class Searcher:
         return [self._picture_feature(query) if query.description is None else next(encoded) for query in queries]
 
     def _picture_feature(self, query: Query) -> Tensor | UserError:
-        if query.file is None:
+        if query.like is not None:
             row = self.gallery.row_of(query.like)
             return UserError(f"{query.like} is not in the index") if row is None else self.gallery.features[row]
+        assert query.file is not None
         try:
             pixels = self.encoder.view(read_image(query.file, upright=True))
         except UserError as error:

@@ -53,12 +53,12 @@ class QueryBatcher:
 
     def __init__(self, answer: Callable[[Sequence[Query]], list[Answer]]):
         self._answer = answer
-        self._waiting: list[tuple[Query, asyncio.Future]] = []
-        self._running: asyncio.Task | None = None
+        self._waiting: list[tuple[Query, asyncio.Future[Answer]]] = []
+        self._running: asyncio.Task[None] | None = None
 
     async def __call__(self, query: Query) -> Answer:
         """Waits for the answer to a query."""
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((query, future))
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
@@ -67,6 +67,7 @@ class QueryBatcher:
     async def _run(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting[:QUERIES_AT_ONCE], self._waiting[QUERIES_AT_ONCE:]
+            answers: Sequence[Answer | Exception]
             try:
                 answers = await asyncio.to_thread(self._answer, [query for query, _ in batch])
             except Exception as error:  # raised again for each query of the batch

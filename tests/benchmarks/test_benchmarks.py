@@ -1,4 +1,4 @@
-"""The baseline of the benchmarks computes what we compute, and what is measured is measured."""
+"""The baseline computes the same as this code, and the benchmarks measure both."""
 
 import dataclasses
 import json
@@ -33,19 +33,20 @@ SETUP = benchmarks.Setup(torch.device("cpu"), Precision("fp32", "cpu"), 4, 1, OV
 
 @pytest.mark.parametrize("recipe", benchmarks.RECIPES)
 def test_the_baseline_computes_the_same_losses_and_gradients(recipe):
-    published, ours, model, other = benchmarks.steps(SETUP, recipe, 6)
+    published, ours, model, published_model = benchmarks.build_steps(SETUP, recipe, 6)
     expected, found = published(), ours()
     for name, loss in expected.items():
         assert found[name].item() == pytest.approx(loss.item(), rel=1e-5), name
-    own = baseline.from_ours({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert own.keys() == {name for name, p in other.named_parameters() if p.grad is not None and "simclr" not in name}
-    for name, parameter in other.named_parameters():
-        if name in own and not name.endswith("in_proj_bias"):  # its key part has no gradient but rounding
+    grads = baseline.from_ours({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    parameters = dict(published_model.named_parameters())
+    assert grads.keys() == {name for name, p in parameters.items() if p.grad is not None and "simclr" not in name}
+    for name, parameter in parameters.items():
+        if name in grads and not name.endswith("in_proj_bias"):  # the gradient of its key part is rounding error
             scale = parameter.grad.abs().max()
-            assert (own[name] - parameter.grad).abs().max() < 1e-4 * scale, name
+            assert (grads[name] - parameter.grad).abs().max() < 1e-4 * scale, name
 
 
-def test_another_step_is_noticed(monkeypatch):
+def test_a_different_step_is_found(monkeypatch):
     monkeypatch.setattr(baseline.losses, "cyclic_contrastive", lambda *_: torch.tensor(1.0))
     contrast = benchmarks.Objectives.contrast
     monkeypatch.setattr(
@@ -55,7 +56,7 @@ def test_another_step_is_noticed(monkeypatch):
         benchmarks.check_steps(SETUP, "full")
 
 
-def test_the_baseline_s_optimizer_makes_the_same_step():
+def test_the_optimizer_of_the_baseline_makes_the_same_step():
     models = [tiny_model(), tiny_model()]
     settings = {"betas": (0.9, 0.98), "eps": 1e-8}
     groups = parameter_groups(models[0], weight_decay=0.02, head_ratio=5.0)
@@ -70,18 +71,18 @@ def test_the_baseline_s_optimizer_makes_the_same_step():
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_the_baseline_s_ranking_gives_the_same_numbers():
-    data = benchmarks.retrieval(50, 40)
+def test_the_ranking_of_the_baseline_returns_the_same_numbers():
+    data = benchmarks.random_retrieval(50, 40)
     expected, found = baseline.rank_metrics(*data), metrics.summarise(metrics.rank_queries(*data))
     assert {name: pytest.approx(value, abs=1e-4) for name, value in expected.items()} == {
         name: found[name] for name in expected
     }
 
 
-def test_counted_work_is_less():
+def test_this_code_needs_fewer_flops():
     rows = list(benchmarks.bench_flops(SETUP))
     assert [row.unit for row in rows] == ["GFLOP", "GFLOP"]
-    assert rows[0].ratio > 1.2 and rows[1].ratio > 1.4  # of ViT-B/16: 1.29 and 1.58
+    assert rows[0].ratio > 1.2 and rows[1].ratio > 1.4  # ViT-B/16: 1.29 and 1.58
 
 
 def test_both_run_in_turn_and_the_first_round_does_not_count():
@@ -96,9 +97,9 @@ def test_both_run_in_turn_and_the_first_round_does_not_count():
 def test_the_command_starts():
     arguments = ["--only", "memory", "--batch", "2", "--rounds", "1", *OVERRIDES]
     small = "import benchmarks.suite as s; s.RETRIEVALS = (); s.RECIPES = {'full': False}"
-    own = f"{small}; import runpy; runpy.run_module('benchmarks')"
+    code = f"{small}; import runpy; runpy.run_module('benchmarks')"
     finished = subprocess.run(
-        [sys.executable, "-c", own, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert finished.returncode == 0 and "memory of a step, full, batch 2" in finished.stdout, finished.stderr
 
@@ -107,8 +108,8 @@ def test_the_command_starts():
 @pytest.mark.parametrize("name", sorted(set(benchmarks.BENCHMARKS) - {"flops", "memory"}))
 def test_each_benchmark_runs_and_is_written_down(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "RETRIEVALS", ((60, 40),))
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of the process that tests
-    monkeypatch.setattr(torch, "compile", lambda module: module)  # takes a minute, and is torch's own
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # it would stay for the next tests
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # takes a minute, and is not our code
     arguments = [
         "--only",
         name,

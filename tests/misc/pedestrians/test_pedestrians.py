@@ -1,4 +1,4 @@
-"""The generated dataset: its files, and that its captions say what its images show."""
+"""The generated dataset: its files, and that its captions describe what its images show."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from misc.pedestrians.colours import COLOURS, HAIR_COLOURS
 SMALL = {"train_identities": 3, "val_identities": 1, "test_identities": 2, "images_per_identity": 3, "workers": 1}
 COLOUR_SYNONYMS = {"gray": "grey", "violet": "purple", "sky blue": "light blue", "pale blue": "light blue"}
 COLOUR_SYNONYMS |= {"blonde": "blond", "fair": "blond"}
-# A word that gives a thing away → the kinds of which one must be in sight.
+# A word that names a thing → the kinds of which one must be in sight.
 TELLTALES = {
     "glasses|spectacles": {"glasses"},
     "beard|facial": {"beard"},
@@ -104,7 +104,7 @@ def test_splits_share_no_identity(dataset: Path) -> None:
     assert len(set.union(*identities.values())) == 6
 
 
-def test_back_translation_differs_from_every_caption_it_stands_beside(dataset: Path) -> None:
+def test_back_translation_differs_from_its_caption(dataset: Path) -> None:
     captions = {entry["file_path"]: entry["captions"] for entry in read(dataset, "reid_raw.json")}
     translated = {entry["file_path"]: entry["captions_bt"] for entry in read(dataset, "back_translation.json")}
     assert translated.keys() == captions.keys()
@@ -126,7 +126,7 @@ def test_seed_changes_the_people(dataset: Path, tmp_path: Path) -> None:
 def test_complete_dataset_is_left_as_it_is(dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("misc.pedestrians.dataset.draw_pedestrian", None)  # drawing anything would fail
     draw_dataset(dataset, **SMALL)
-    assert f"{dataset} already holds these pedestrians" in capsys.readouterr().out
+    assert f"{dataset} already contains these pedestrians" in capsys.readouterr().out
 
 
 def test_other_arguments_are_refused(dataset: Path) -> None:
@@ -138,7 +138,7 @@ def test_other_arguments_are_refused(dataset: Path) -> None:
 
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds something other"):
+    with pytest.raises(UserError, match="contains something other"):
         draw_dataset(tmp_path, **SMALL)
     assert files_of(tmp_path) == {"thesis.txt": b"years of work"}
 
@@ -180,7 +180,7 @@ def test_command_line(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().err.endswith("give a new folder, or remove it\n")
 
 
-def test_images_of_one_person_differ_and_tell_of_the_same_clothes() -> None:
+def test_images_of_one_person_differ_and_show_the_same_clothes() -> None:
     for identity in range(20):
         person, portraits = imagine_identity(identity, images=4, seed=0)
         assert len({portrait.shot.camera for portrait in portraits}) == 4
@@ -190,10 +190,10 @@ def test_images_of_one_person_differ_and_tell_of_the_same_clothes() -> None:
         assert len({(s.gender, s.upper[:2], s.lower, s.shoes, s.hat, s.scarf, s.umbrella) for s in sights}) == 1
 
 
-def test_most_people_can_be_told_apart_by_the_colours_of_two_garments_hair_and_shoes() -> None:
+def test_most_people_differ_in_the_colours_of_two_garments_hair_and_shoes() -> None:
     people = [imagine_person(Random(seed)) for seed in range(1000)]
-    write_queries = {(p.upper[:2], p.lower, p.shoes.colour, p.hair.colour) for p in people}
-    assert len(write_queries) > 950
+    looks = {(p.upper[:2], p.lower, p.shoes.colour, p.hair.colour) for p in people}
+    assert len(looks) > 950
 
 
 def pixels(person: Person, shot: Shot) -> np.ndarray:
@@ -211,7 +211,7 @@ def recoloured(item: Item, colours: dict) -> Item:
 
 
 def test_everything_in_sight_can_be_seen() -> None:
-    """What a caption may name leaves the image different when it has another colour, or is gone."""
+    """The image changes if a thing that a caption may name gets another colour, or is removed."""
     for person, shot in encounters(40):
         sight, image = see(person, shot), pixels(person, shot)
         for name in ("upper", "lower", "shoes", "hat", "bag", "scarf", "umbrella", "hair"):
@@ -239,8 +239,8 @@ def test_what_the_view_hides_is_not_in_sight() -> None:
         assert not sight.glasses
         assert not sight.beard
         assert sight.upper.pattern == "plain"
-        to_plain = Item("t-shirt", "red")
-        without = replace(person, glasses=False, beard=False, upper=to_plain)
+        plain = Item("t-shirt", "red")
+        without = replace(person, glasses=False, beard=False, upper=plain)
         assert (pixels(person, behind) == pixels(without, behind)).all()
 
 
@@ -293,7 +293,7 @@ def test_captions_name_only_what_is_in_sight(captions: list[tuple[Sight, str]]) 
     assert spoken == TELLTALES.keys()
 
 
-def test_captions_name_most_of_what_tells_people_apart(captions: list[tuple[Sight, str]]) -> None:
+def test_captions_name_most_of_what_distinguishes_people(captions: list[tuple[Sight, str]]) -> None:
     for name in ("upper", "lower"):
         garments = [(getattr(sight, name), text) for sight, text in captions if getattr(sight, name)]
         named = [item.colour in colours_named(text) for item, text in garments]
