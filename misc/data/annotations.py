@@ -306,9 +306,9 @@ def _field_error(entry: dict, entry_name: str, field: str, expected: str) -> Use
 def _join_back_translations(entries: list[_Entry], path: Path) -> list[_Entry]:
     """Returns the entries with their back-translations from the file `path`. Entries without any stay unchanged."""
     available: dict[str, list[list[str | None]]] = defaultdict(list)
-    for entry_name, entry in _read_json_list(path):
-        if texts := _back_translations(entry, entry_name):
-            available[_image_path(entry, entry_name)].append(texts)
+    for entry_name, translated in _read_json_list(path):
+        if texts := _back_translations(translated, entry_name):
+            available[_image_path(translated, entry_name)].append(texts)
     if not any(entry.image_path in available for entry in entries):
         raise UserError(
             f"{path} has no back-translation of any annotated image, such as {entries[0].image_path!r}: "

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from misc.data.workers import outlive_signals
 from misc.errors import UserError
 from model.tbps_clip import Views
 from text_utils.masking import IGNORED_LABEL
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -46,9 +48,9 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(value)
     if isinstance(value, tuple):
         return tuple(_map_tensors(item, function) for item in value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return type(value)(**{name: _map_tensors(item, function) for name, item in fields.items()})
+        return dataclasses.replace(value, **{name: _map_tensors(item, function) for name, item in fields.items()})
     return value
 
 
@@ -57,13 +59,27 @@ def collate(samples: "list[Sample | UserError]") -> "Batch | UserError":
 
     If an image could not be decoded, its UserError is returned instead (`batches` raises it).
     """
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
+    decoded = _all_or_error(samples)
+    return decoded if isinstance(decoded, UserError) else _stack_samples(decoded)
+
+
+def _all_or_error(items: "list[Item | UserError]") -> "list[Item] | UserError":
+    """Returns the items, or the first error among them."""
+    good: list[Item] = []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        good.append(item)
+    return good
+
+
+def _stack_samples(samples: list[Sample]) -> Batch:
     names = samples[0].images.keys()
     images = {name: torch.stack([sample.images[name] for sample in samples]) for name in names}
-    masked = samples[0].masked_ids is not None
     rows = [sample.captions[name] for name in samples[0].captions for sample in samples]
+    # Either all samples are masked, or none.
+    masked_ids = [sample.masked_ids for sample in samples if sample.masked_ids is not None]
+    masked_labels = [sample.masked_labels for sample in samples if sample.masked_labels is not None]
     captions = dict(zip(samples[0].captions, pad_tokens(rows).split(len(samples)), strict=True))
     views = Views(
         image=images["image"],
@@ -72,8 +88,8 @@ def collate(samples: "list[Sample | UserError]") -> "Batch | UserError":
         simclr_images=(images["first_simclr"], images["second_simclr"]) if "first_simclr" in images else None,
         second_token_ids=captions.get("second_caption"),
         simclr_token_ids=(captions["first_simclr"], captions["second_simclr"]) if "first_simclr" in captions else None,
-        masked_token_ids=pad_tokens([sample.masked_ids for sample in samples]) if masked else None,
-        masked_labels=pad_tokens([sample.masked_labels for sample in samples], IGNORED_LABEL) if masked else None,
+        masked_token_ids=pad_tokens(masked_ids) if masked_ids else None,
+        masked_labels=pad_tokens(masked_labels, IGNORED_LABEL) if masked_labels else None,
     )
     identities = torch.tensor([sample.identity for sample in samples])
     return Batch(views, identities, [sample.path for sample in samples])
@@ -110,8 +126,8 @@ def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, 
 
 
 def _stack_images(images: "list[Tensor | UserError]") -> "Tensor | UserError":
-    errors = [image for image in images if isinstance(image, UserError)]
-    return errors[0] if errors else torch.stack(images)
+    decoded = _all_or_error(images)
+    return decoded if isinstance(decoded, UserError) else torch.stack(decoded)
 
 
 def batches(loader: Iterable) -> Iterator:

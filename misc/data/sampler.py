@@ -1,8 +1,8 @@
 """The order of the training samples in an epoch, and their distribution over ranks."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -10,7 +10,8 @@ from torch.utils.data import Sampler
 from misc.system.randomness import derive_seed
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     """A request of the sampler to the training set: epoch, sample, and the partner that MixGen mixes it with."""
 
     epoch: int

@@ -104,7 +104,9 @@ class TrainingSet(Dataset):
         captions = self._captions(draw.epoch, draw.index)
         if draw.partner is not None:
             partners = self._pool_views(draw.epoch, draw.partner, self._decode(draw.partner))
-            images = {name: mix_images(view, partners[name], self.augmentation.mixgen) for name, view in images.items()}
+            kind = self.augmentation.mixgen
+            assert kind is not None  # without MixGen, no sample has a partner
+            images = {name: mix_images(view, partners[name], kind) for name, view in images.items()}
             others = self._captions(draw.epoch, draw.partner)
             captions = {name: mix_captions(caption, others[name]) for name, caption in captions.items()}
         if self.augmentation.simclr_views:
@@ -117,7 +119,9 @@ class TrainingSet(Dataset):
         }
         masked_ids = masked_labels = None
         if self.augmentation.masked_captions:
-            masked_ids, masked_labels = mask_tokens(ids["caption"], Random(derive_seed(self.seed, *draw[:2], "mask")))
+            masked_ids, masked_labels = mask_tokens(
+                ids["caption"], Random(derive_seed(self.seed, draw.epoch, draw.index, "mask"))
+            )
         image = self.split.caption_images[draw.index]
         return Sample(
             images=images,

@@ -20,7 +20,9 @@ def outlive_signals(worker: int) -> None:
 
 
 def _exit_on_parent_signal() -> None:
-    training = multiprocessing.parent_process().pid  # os.getppid() may be a server that forks the workers
+    parent = multiprocessing.parent_process()  # os.getppid() may be a server that forks the workers
+    assert parent is not None
+    training = parent.pid
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
         pass
     os._exit(0)

@@ -16,7 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Draws the dataset that the arguments describe. A mistake of the user exits with one line and status 2."""
     parser = argparse.ArgumentParser("python -m misc.pedestrians", description="Draw synthetic pedestrians.")
     parser.add_argument("folder", type=Path, help="a new or empty folder, or one that already contains this dataset")
-    for name, default in draw_dataset.__kwdefaults__.items():
+    defaults = draw_dataset.__kwdefaults__
+    assert defaults is not None
+    for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N")
     try:
         draw_dataset(**vars(parser.parse_args(arguments)))

@@ -156,7 +156,7 @@ class Plan:
 
 
 # How often an annotator notices a thing, relative to the others.
-NOTICED = {"bag": 5, "hat": 5, "umbrella": 6, "scarf": 4, "shoes": 4, "hair": 4}
+NOTICED: dict[str, float] = {"bag": 5, "hat": 5, "umbrella": 6, "scarf": 4, "shoes": 4, "hair": 4}
 NOTICED |= {"glasses": 1.5, "beard": 1.5, "phone": 2, "motion": 1.5}
 
 
@@ -166,8 +166,7 @@ def describe(sight: Sight, rng: Random) -> tuple[str, str]:
     wording = Wording(rng)
     caption = paraphrase = _write(plan, wording)
     while paraphrase == caption:
-        shuffled = Plan(plan.noun, *(rng.sample(facts, len(facts)) for facts in (plan.worn, plan.having, plan.doing)))
-        paraphrase = _write(shuffled, Wording(rng, other=wording))
+        paraphrase = _write(_shuffle(plan, rng), Wording(rng, other=wording))
     return caption, paraphrase
 
 
@@ -193,6 +192,13 @@ def _choose_facts(sight: Sight, rng: Random) -> Plan:
         having.append(sight.hat)
     doing = [chosen[name] for name in ("bag", "umbrella", "phone", "motion") if name in chosen]
     return Plan(noun, worn, having, doing)
+
+
+def _shuffle(plan: Plan, rng: Random) -> Plan:
+    worn = rng.sample(plan.worn, len(plan.worn))
+    having = rng.sample(plan.having, len(plan.having))
+    doing = rng.sample(plan.doing, len(plan.doing))
+    return Plan(plan.noun, worn, having, doing)
 
 
 def _drop_detail(item: Item, rng: Random) -> Item:

@@ -38,7 +38,8 @@ def contrasting(name: str, rng: Random) -> str:
 
 def tinted(colour: Colour, rng: Random) -> Colour:
     """Returns a slightly different colour that still has the same name."""
-    return tuple(min(255, max(0, round(channel + rng.uniform(-9, 9)))) for channel in colour)
+    red, green, blue = (min(255, max(0, round(channel + rng.uniform(-9, 9)))) for channel in colour)
+    return red, green, blue
 
 
 def shaded(colour: Colour, tone: float) -> Colour:
@@ -50,4 +51,5 @@ def shaded(colour: Colour, tone: float) -> Colour:
 
 def mixed(colour: Colour, other: Colour, share: float) -> Colour:
     """Returns a mixture of two colours; `share`, 0 to 1, is the part of the other one."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(colour, other, strict=True))
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(colour, other, strict=True))
+    return red, green, blue

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ def _is_drawn(folder: Path, drawn_with: str) -> bool:
 def _draw_identities(draw: Callable[[int], list[Portrait]], count: int, workers: int) -> list[list[Portrait]]:
     """Draws identities 1 to `count` in order, and shows the progress."""
     with ExitStack() as stack:
-        drawn = map(draw, range(1, count + 1))
+        drawn: Iterator[list[Portrait]] = map(draw, range(1, count + 1))
         if workers > 1:
             # Not forked: if the parent has loaded torch, a fork could copy a lock that one of its threads has taken.
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))

@@ -96,33 +96,33 @@ class Figure:
         lower, legs = self.person.lower, self.pose.legs
         # The far leg first: from the front and the back, the leg whose foot is higher in the image.
         order = (0, 1) if self.pose.side else sorted((0, 1), key=lambda index: -legs[index][2][1])
-        trousers = lower is not None and lower.kind in LEG_RADII
+        trousers = lower if lower and lower.kind in LEG_RADII else None
         for index in order:
             self.canvas.paint(limb(legs[index], (8.5, 6.3, 4.5)), self._skin(self._limb_tone(index)))
             self._paint_shoe(index)
             if trousers and self.pose.side and index == 0:
-                self.canvas.paint(self._trouser_leg(index), self._colour(lower, self._limb_tone(index)))
+                self.canvas.paint(self._trouser_leg(trousers, index), self._colour(trousers, self._limb_tone(index)))
         if trousers:
-            self._paint_trousers(order)
+            self._paint_trousers(trousers, order)
         for index in order:
             self._paint_cuff_and_boot(index)
         if lower and lower.kind in ("skirt", "long skirt"):
-            self._paint_skirt()
+            self._paint_skirt(lower)
 
-    def _paint_trousers(self, order: Sequence[int]) -> None:
+    def _paint_trousers(self, trousers: Item, order: Sequence[int]) -> None:
         """Paints the seat and the legs in one piece, without the far leg of a side view."""
         half = 9.5 if self.pose.side else self.pose.hip
         whole = rounded(symmetric([(half - 1, 100), (half + 1, 90), (half, 80), (3, 74)]))
         for index in (1,) if self.pose.side else order:
-            whole += self._trouser_leg(index)
-        self.canvas.paint(whole, self._colour(self.person.lower))
+            whole += self._trouser_leg(trousers, index)
+        self.canvas.paint(whole, self._colour(trousers))
         if not self.pose.side:
-            self.canvas.paint(line([(0, 90), (0, 73)], 1), self._colour(self.person.lower, 0.7))
+            self.canvas.paint(line([(0, 90), (0, 73)], 1), self._colour(trousers, 0.7))
 
-    def _trouser_leg(self, index: int) -> Shape:
+    def _trouser_leg(self, trousers: Item, index: int) -> Shape:
         hip, knee, ankle = self.pose.legs[index]
-        radii = LEG_RADII[self.person.lower.kind]
-        if self.person.lower.kind == "shorts":
+        radii = LEG_RADII[trousers.kind]
+        if trousers.kind == "shorts":
             return limb([hip, between(hip, knee, 0.5), between(hip, knee, 0.95)], radii)
         return limb([hip, knee, between(knee, ankle, 0.93)], radii)
 
@@ -136,8 +136,7 @@ class Figure:
         if shoes.kind == "boots":
             self.canvas.paint(limb([between(knee, ankle, 0.45), ankle], (8.8, 7)), self._colour(shoes, tone))
 
-    def _paint_skirt(self) -> None:
-        skirt = self.person.lower
+    def _paint_skirt(self, skirt: Item) -> None:
         half = 10 if self.pose.side else self.pose.hip
         left, right = self._skirt_edges(half, 6, HEM[skirt.kind])
         self.canvas.paint([[(-half + 1, 100), (half - 1, 100), *right, *reversed(left)]], self._colour(skirt))
@@ -162,7 +161,7 @@ class Figure:
         x, y = ankle[0], ankle[1] - 7
         if self.pose.side:
             heel, toe, lift = x - 7, x + 15, 4 if kind == "heels" else 0
-            outline = [(-7, lift), (-7, 10), (3, 11), (8, 7), (17, 5), (18, -1)]
+            outline: Outline = [(-7, lift), (-7, 10), (3, 11), (8, 7), (17, 5), (18, -1)]
         else:
             heel, toe = x - 6.5, x + 6.5
             outline = symmetric([(5.5, 11), (9, 2), (7, -2.5)])
@@ -215,15 +214,16 @@ class Figure:
         hem, flare = HEM[kind], FLARE.get(kind, 0)
         waist = pose.waist + (2 if kind in BULKY else 0)
         if pose.side:
-            half = [(5, 148), (9, 141), (11.5, 127), (waist * 0.68, 105), (10.5, 90)]
+            half: Outline = [(5, 148), (9, 141), (11.5, 127), (waist * 0.68, 105), (10.5, 90)]
         else:
             half = [(6, 149), (pose.shoulder - 5, 144.5), (pose.shoulder, 138), (pose.shoulder - 2, 126)]
             half += [(waist, 106), (pose.hip + (3 if hem < 60 else 1), 90)]
         half = [point for point in half if point[1] > hem + 1]
         width = half[-1][0]
-        left, right = [(-width - flare, hem)], [(width + flare, hem)]
         if hem < 60:
             left, right = self._skirt_edges(width, flare, hem)
+        else:
+            left, right = [(-width - flare, hem)], [(width + flare, hem)]
         # The corners of the hem appear twice, so that they are rounded less.
         return rounded([*half, *right, right[-1], left[-1], *reversed(left), *[(-x, y) for x, y in reversed(half)]])
 

@@ -156,7 +156,7 @@ def _imagine_hat(upper: Item, rng: Random) -> Item | None:
 
 
 def _imagine_hair(woman: bool, hat: Item | None, rng: Random) -> Item:
-    styles = HAIR_OF_WOMEN if woman else HAIR
+    styles: tuple[str, ...] = HAIR_OF_WOMEN if woman else HAIR
     if not hat:  # a hat would hide these styles
         styles += ("bun", "bun", "curly") if woman else ("bald", "curly")
     style = rng.choice(styles)

@@ -78,7 +78,7 @@ def _side_legs(shot: Shot) -> list[list[Point]]:
 
 
 def _front_legs(shot: Shot) -> list[list[Point]]:
-    legs = []
+    legs: list[list[Point]] = []
     for sign in (-1, 1):
         ahead = _ahead(shot, sign)
         lift = 9 * max(0.0, -ahead) - 2 * max(0.0, ahead)

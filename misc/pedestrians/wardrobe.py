@@ -5,15 +5,17 @@ things on one side of the body are on the right of the image.
 """
 
 import math
+from typing import Final, Literal
 
 import numpy as np
 
 from misc.pedestrians.colours import Colour
 from misc.pedestrians.shapes import Shape, arc, box, ellipse, limb, line, moved, rounded, symmetric
 
-SKIN = "skin"
+SKIN: Final = "skin"
 METAL, DARK, GOLD = (72, 72, 78), (34, 30, 32), (235, 205, 90)
-Tone = float | Colour | str  # a shade of the thing's colour (1.0 is the colour itself), another colour, or SKIN
+# A shade of the thing's colour (1.0 is the colour itself), another colour, or SKIN.
+Tone = float | Colour | Literal["skin"]
 Layer = tuple[Shape, Tone]
 Wardrobe = dict[str, dict[str, list[Layer]]]  # kind → view → layers; those of view "any" come first
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -55,16 +56,17 @@ class RunLog:
                 raise UserError(f"log.{name}: the package {name} is not installed: pip install {name}, or turn it off")
         self.is_main = is_main
         self.folder = folder if is_main else None
-        self.text = self.writer = self.wandb_run = None
+        self.text: TextIO | None = None
+        self.writer = self.wandb_run = None
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.text = held or open_locked_log(self.folder)
         if resume is None:
             check_run_folder(self.folder, overwrite=overwrite)  # again, because the lock was not held before
-            self._clear()
+            _clear(self.folder, self.text)
         else:
-            self._keep_epochs(resume.epoch)
+            _keep_epochs(self.folder / METRICS, resume.epoch)
         for name in RUN_FILES:
             partial_path(self.folder / name).unlink(missing_ok=True)
         if tensorboard:
@@ -78,23 +80,10 @@ class RunLog:
                 project=wandb_project, dir=str(self.folder), config=config, id=run_id, resume="allow"
             )
 
-    def _clear(self) -> None:
-        for replaced in (*map(self.folder.joinpath, RUN_FILES), *self.folder.glob("events.out.tfevents.*")):
-            if replaced.name != LOG:
-                replaced.unlink(missing_ok=True)
-        self.text.truncate(0)
-
-    def _keep_epochs(self, count: int) -> None:
-        """Removes the lines of metrics.jsonl that are newer than the checkpoint, and a cut-off line."""
-        path = self.folder / METRICS
-        kept = [json.dumps(record) + "\n" for record in read_records(path) if record["epoch"] <= count]
-        with atomic_file(path) as file:
-            file.write("".join(kept).encode())
-
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.text:
             self.text.close()
         if self.writer:
@@ -112,7 +101,7 @@ class RunLog:
             self.text.write(text + "\n")
 
     @contextmanager
-    def progress(self, total: int, done: int, title: str):
+    def progress(self, total: int, done: int, title: str) -> Iterator[tqdm]:
         """Shows a progress bar with speed and remaining time, if stderr is a terminal."""
         hidden = None if self.is_main else True  # None: tqdm checks whether stderr is a terminal
         with tqdm(total=total, initial=done, desc=title, disable=hidden, leave=False, dynamic_ncols=True) as bar:
@@ -139,6 +128,21 @@ class RunLog:
         """Draws the epochs in metrics.jsonl as curve.png."""
         if self.folder:
             draw_curve(self.folder / CURVE, read_records(self.folder / METRICS))
+
+
+def _clear(folder: Path, log: TextIO) -> None:
+    """Removes the files of the run in a folder, and empties its open log."""
+    for replaced in (*map(folder.joinpath, RUN_FILES), *folder.glob("events.out.tfevents.*")):
+        if replaced.name != LOG:
+            replaced.unlink(missing_ok=True)
+    log.truncate(0)
+
+
+def _keep_epochs(metrics: Path, count: int) -> None:
+    """Removes the lines of metrics.jsonl that are newer than the checkpoint, and a cut-off line."""
+    kept = [json.dumps(record) + "\n" for record in read_records(metrics) if record["epoch"] <= count]
+    with atomic_file(metrics) as file:
+        file.write("".join(kept).encode())
 
 
 def wandb_project(wanted: bool) -> str | None:

@@ -7,11 +7,11 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class Ranks:
             return function()
         results = [function() if self.is_main else None]
         dist.broadcast_object_list(results, group=self.control)
-        return results[0]
+        return cast(Value, results[0])  # on every rank now the result of rank 0
 
     def local_main_first(self, function: Callable[[], Value]) -> Value:
         """Calls `function` on the first rank of each machine, then on its other ranks.
@@ -66,9 +66,12 @@ class Ranks:
         """
         if self.world_size == 1:
             return function()
-        value = function() if local_rank() == 0 else None
+        if local_rank() == 0:
+            value = function()
+            self.all_reduce_max(0)
+            return value
         self.all_reduce_max(0)
-        return value if local_rank() == 0 else function()
+        return function()
 
     def all_reduce_max(self, number: int) -> int:
         """Returns the largest of all ranks' numbers."""
@@ -82,7 +85,7 @@ class Ranks:
         """Concatenates the lists of all ranks, in rank order."""
         if self.world_size == 1:
             return items
-        lists: list[list[str] | None] = [None] * self.world_size
+        lists: list[list[str]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(lists, items, group=self.control)
         return [item for part in lists for item in part]
 
@@ -120,7 +123,7 @@ def local_rank() -> int:
 
 
 @contextmanager
-def join_ranks(device: str | int, backend: str, url: str):
+def join_ranks(device: str | int, backend: str, url: str) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started, and leaves them at the end. Without torchrun there is one rank.
 
     Args:
@@ -173,7 +176,8 @@ def _join(device: torch.device, backend: str, url: str) -> Ranks:
         device_id=device if with_nccl else None,
     )
     control = dist.new_group(backend="gloo") if with_nccl else dist.group.WORLD
-    return Ranks(rank, world_size, device, note, control)
+    # Every rank is in both groups.
+    return Ranks(rank, world_size, device, note, cast(dist.ProcessGroup, control))
 
 
 def _select(device: torch.device) -> None:

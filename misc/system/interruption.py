@@ -4,12 +4,16 @@ A run saves its progress before it evaluates, so outside the training steps ther
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from misc.system.distributed import Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+"""A previous handler, as `signal.signal` returns it. None means that it was not set from Python."""
 
 
 class Interrupted(BaseException):
@@ -32,20 +36,20 @@ class Interruption:
         number: number of the received signal, or 0.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number = 0
         self._deferred = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "Interruption":
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that was not set from Python
+            signal.signal(number, handler or signal.SIG_DFL)
 
-    def _receive(self, number: int, frame) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self._stop_handling()
         self.number = number
         if not self._deferred:
