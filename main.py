@@ -111,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
         help="with --evaluate: compare query by query with this checkpoint",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example schedule.epoch=10")
-    return parser.parse_intermixed_args()  # options may stand between overrides
+    return parser.parse_intermixed_args()  # allows options between overrides
 
 
 def configure(arguments: argparse.Namespace) -> EasyDict:
@@ -130,7 +130,7 @@ def configure(arguments: argparse.Namespace) -> EasyDict:
 
 def train(config: EasyDict, ranks: Ranks, interruption: Interruption, *, overwrite: bool, resume: bool) -> None:
     """Trains epoch by epoch, evaluates each epoch, and keeps the last and the best checkpoint."""
-    run = prepare_run(config, ranks, overwrite=overwrite, resume=resume)  # finds everything that can be wrong
+    run = prepare_run(config, ranks, overwrite=overwrite, resume=resume)  # checks everything before anything is written
     config, progress = run.config, run.progress
     with run.open_log(overwrite=overwrite) as log, traced_steps(run.trace_folder) as after_step:
         run.checkpoints.save_last()  # now torchrun can restart the run; a full disk is found before the training
@@ -160,7 +160,7 @@ def train(config: EasyDict, ranks: Ranks, interruption: Interruption, *, overwri
 
 
 def end_epoch(run: Run, log: RunLog) -> None:
-    """Evaluates the epoch and keeps the result. A run that is stopped before the last line does all of this again."""
+    """Evaluates the epoch and keeps the result. A run that is stopped before the last line here repeats all of it."""
     config, progress, model = run.config, run.progress, run.trainer.bare_model
     record = {
         "epoch": progress.epoch + 1,

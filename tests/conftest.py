@@ -15,19 +15,19 @@ from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
 
 @pytest.fixture
 def tiny_dataset(tmp_path) -> TinyDataset:
-    """12 persons to train, 4 to validate and 5 to test on, two images each, in a folder that the test may change."""
+    """A dataset that the test may change: 12 training, 4 validation and 5 test identities, two images each."""
     return write_tiny_dataset(tmp_path / "dataset")
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> TinyDataset:
-    """The same, for tests that leave it as it is."""
+    """The same dataset for all tests that do not change it."""
     return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def unstopped(data, tmp_path_factory) -> Run:
-    """A run with everything on that nobody disturbed, for those that go on to be compared with."""
+    """A run with all features on that was never stopped, to compare resumed runs with."""
     folder = tmp_path_factory.mktemp("unstopped") / "run"
     outcome = start(*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
     assert outcome.status == 0, outcome.err
@@ -36,10 +36,10 @@ def unstopped(data, tmp_path_factory) -> Run:
 
 @pytest.fixture
 def run(monkeypatch, capfd) -> Iterator[Callable[..., Outcome]]:
-    """`main.py` in this process: importing torch again would take most of the time."""
+    """Runs `main.py` in this process, because importing torch again would take most of the time."""
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
 
-    import main  # not for tests of a part alone
+    import main  # only for tests of whole runs
 
     def call(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
@@ -47,14 +47,14 @@ def run(monkeypatch, capfd) -> Iterator[Callable[..., Outcome]]:
         return Outcome(main.main(), *capfd.readouterr())
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several would only wait for each other on so little work
+    torch.set_num_threads(1)  # with so little work, several threads only wait for each other
     yield call
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[int], None]]:
-    """A function: from now on, a file of this process may hold so many bytes."""
+    """A function that limits the size of every file that this process writes, in bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -62,20 +62,20 @@ def full_disk() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory) -> Path:
-    """Weights of a tiny CLIP, for pictures of 32 × 32."""
+    """Weights of a tiny CLIP, for images of 32 × 32 pixels."""
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.pt")
 
 
 @pytest.fixture
 def people(tmp_path) -> Path:
-    """A folder of seven pictures."""
+    """A folder of seven images."""
     return write_people(tmp_path / "people")
 
 
 @pytest.fixture
 def call_search(capfd) -> Callable[..., Outcome]:
-    """`search.py` in this process."""
-    import search  # not for tests of a part alone
+    """Runs `search.py` in this process."""
+    import search  # only for tests of the whole search
 
     def call(*arguments) -> Outcome:
         capfd.readouterr()
@@ -86,7 +86,7 @@ def call_search(capfd) -> Callable[..., Outcome]:
 
 @pytest.fixture
 def make_index(call_search, clip) -> Callable[..., Outcome]:
-    """`search.py index`, with the tiny CLIP unless another is given."""
+    """Runs `search.py index`, with the tiny CLIP unless other weights are given."""
 
     def index(folder: Path, *arguments) -> Outcome:
         weights = () if "--checkpoint" in arguments else ("--checkpoint", clip, "--set", GELU)

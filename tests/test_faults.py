@@ -1,6 +1,6 @@
-"""What happens to a training in real life: killed processes, full disks, signals, two runs in one folder.
+"""Faults during a training: killed processes, full disks, signals, two runs in one folder, NaN.
 
-`make soak` runs the killing for much longer than CI does: SOAK_KILLS says how often.
+`make soak` kills processes much more often than CI: SOAK_KILLS times.
 """
 
 import contextlib
@@ -48,13 +48,13 @@ ON_TWO_RANKS = ("data.batch_size=2", "log.checkpoint_period=2", "log.print_perio
 
 
 class Training:
-    """`main.py` in processes of its own, under torchrun where there are several ranks.
+    """Runs `main.py` in its own processes, under torchrun if there are several ranks.
 
     Args:
-        arguments: of main.py.
-        ranks: processes that train.
-        restarts: how often torchrun starts them anew.
-        output: what they write to the screen is added to this file.
+        arguments: the arguments of main.py.
+        ranks: number of training processes.
+        restarts: how often torchrun restarts them.
+        output: a file; their output is appended to it.
     """
 
     def __init__(self, arguments: tuple[str, ...], *, ranks: int = 1, restarts: int = 0, output: Path):
@@ -64,7 +64,7 @@ class Training:
             self.process = subprocess.Popen(**whole, stdout=file, stderr=file, start_new_session=True)
 
     def rank_processes(self) -> list[int]:
-        """Those that train and are alive, in the order in which they were started."""
+        """Returns the living training processes, in the order in which they were started."""
         return [self.process.pid] if self.ranks == 1 else children(self.process.pid, "main.py")
 
     def kill_all(self) -> None:
@@ -77,7 +77,7 @@ class Training:
 
 
 def children(parent: int, name: str) -> list[int]:
-    """Processes that `parent` started and whose command line holds `name`."""
+    """Returns the processes that `parent` started and whose command line contains `name`."""
     found = []
     for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         try:
@@ -107,7 +107,7 @@ def lines_about_steps(folder: Path) -> int:
 
 @pytest.fixture
 def training(data, tmp_path) -> Iterator[Callable[..., Training]]:
-    """Starts a training into `tmp_path / "run"`; what still lives when the test ends is ended."""
+    """Starts trainings in `tmp_path / "run"`, and kills those that still run when the test ends."""
     started = []
 
     def begin(*arguments: str, **options) -> Training:
@@ -123,7 +123,7 @@ def training(data, tmp_path) -> Iterator[Callable[..., Training]]:
 
 @pytest.fixture(scope="module")
 def unstopped_on_two_ranks(data, tmp_path_factory) -> Callable[..., Run]:
-    """A function: arguments → the run of two ranks with them."""
+    """A function that returns a run of two ranks with the given arguments, which was never stopped."""
     runs = {}
 
     def run(*arguments: str) -> Run:
@@ -141,8 +141,8 @@ def unstopped_on_two_ranks(data, tmp_path_factory) -> Callable[..., Run]:
 # ---- killed processes -----------------------------------------------------------------------------------------------
 
 
-def test_a_training_that_is_killed_again_and_again_ends_as_if_it_never_was(training, unstopped_on_two_ranks, tmp_path):
-    """SIGKILL of one rank, after which torchrun starts both anew, or of all and torchrun, at random moments."""
+def test_a_training_that_is_killed_repeatedly_has_the_same_result(training, unstopped_on_two_ranks, tmp_path):
+    """SIGKILL at random moments: of one rank, and torchrun restarts both; or of torchrun and both ranks."""
     folder = tmp_path / "run"
     arguments = (*ON_TWO_RANKS, f"schedule.epoch={2 + KILLS // 2}")
     random = Random(KILLS)
@@ -177,22 +177,22 @@ def test_a_training_that_is_killed_again_and_again_ends_as_if_it_never_was(train
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_torchrun_is_stopped_and_the_run_goes_on(training, unstopped_on_two_ranks, tmp_path, number):
-    """torchrun hands the signal to the process groups of its ranks, loader workers included."""
+def test_torchrun_is_stopped_and_the_run_is_resumed(training, unstopped_on_two_ranks, tmp_path, number):
+    """torchrun sends the signal to the process groups of its ranks, including loader workers."""
     arguments = (*ON_TWO_RANKS, "data.num_workers=1", "log.checkpoint_period=0")
     first = training(*arguments, ranks=2)
     wait_until(lambda: lines_about_steps(tmp_path / "run") >= 5, "5 steps")
     first.process.send_signal(number)
     assert first.wait() != 0
     progress = read_checkpoint(tmp_path / "run" / LAST_CHECKPOINT)["progress"]
-    assert progress["step"] >= 5  # nothing but the signal has saved this
+    assert progress["step"] >= 5  # only the signal caused this checkpoint
     output = (tmp_path / "output.txt").read_text()
-    assert f"stopped at step {progress['step']} of epoch 1" in output and "Error" not in output
+    assert f"stopped in epoch 1, after step {progress['step']}" in output and "Error" not in output
     assert training(*arguments, "--resume", ranks=2).wait() == 0
     assert_same_run(tmp_path / "run", unstopped_on_two_ranks(*ON_TWO_RANKS))
 
 
-def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_the_run_goes_on(training, unstopped, tmp_path):
+def test_ctrl_c_at_a_terminal_also_reaches_the_workers_and_the_run_is_resumed(training, unstopped, tmp_path):
     first = training("data.num_workers=2", "log.print_period=1", "log.checkpoint_period=0")
     wait_until(lambda: lines_about_steps(tmp_path / "run") >= 3, "3 steps")
     os.killpg(first.process.pid, signal.SIGINT)
@@ -202,22 +202,22 @@ def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_the_run_goes_on(traini
     assert_same_run(tmp_path / "run", unstopped)
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_goes_on(
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_restarts_them(
     training, unstopped_on_two_ranks, tmp_path
 ):
-    """As when a machine of several is to be emptied: all ranks save and stop, and torchrun starts them anew."""
+    """As if one of several machines must be shut down: all ranks save and stop, and torchrun restarts them."""
     arguments = (*ON_TWO_RANKS, "log.checkpoint_period=0")
     both = training(*arguments, ranks=2, restarts=3)
     wait_until(lambda: lines_about_steps(tmp_path / "run") >= 4, "4 steps")
     os.kill(both.rank_processes()[1], signal.SIGTERM)
     assert both.wait() == 0
     log = (tmp_path / "run" / "train.log").read_text()
-    assert log.count("go on with --resume") == log.count("resumed after epoch") == 1
+    assert log.count("continue with --resume") == log.count("resumed in epoch") == 1
     assert_same_run(tmp_path / "run", unstopped_on_two_ranks(*ON_TWO_RANKS))
 
 
-def test_a_collective_that_fails_while_stopping_is_no_news():
-    """The launcher ends a rank whose partner has died; only an error of its own is told."""
+def test_a_collective_that_fails_while_stopping_is_not_reported():
+    """The launcher ends a rank whose partner has died. A rank only reports its own errors."""
     two, alone = (Ranks(0, count, torch.device("cpu")) for count in (2, 1))
     with pytest.raises(Interrupted, match="SIGTERM"), Interruption() as interruption, interruption.deferred(two):
         signal.raise_signal(signal.SIGTERM)
@@ -230,22 +230,22 @@ def test_a_collective_that_fails_while_stopping_is_no_news():
 
 
 def test_a_signal_that_comes_while_ranks_agree_is_kept_for_the_next_step():
-    """Python takes a signal when the collective has returned, and then the old number is what the ranks agree on."""
+    """Python handles a signal after the collective has returned, but the ranks have agreed on the old number."""
 
-    class Ranks:
-        def largest(self, number: int) -> int:
+    class SignalledRanks:
+        def all_reduce_max(self, number: int) -> int:
             signal.raise_signal(signal.SIGTERM)
             return number
 
     with Interruption() as interruption:
         with pytest.raises(Interrupted), interruption.deferred(Ranks(0, 1, torch.device("cpu"))):
-            assert not interruption.agreed(Ranks())
+            assert not interruption.agreed(SignalledRanks())
             assert interruption.agreed(Ranks(0, 1, torch.device("cpu")))
         assert interruption.number == signal.SIGTERM
 
 
-def test_a_scheduler_that_signals_every_process_of_a_job_is_obeyed_after_saving(training, unstopped, tmp_path):
-    """Loader workers too, before or after the process that trains."""
+def test_a_signal_to_every_process_of_a_job_stops_the_run_after_saving(training, unstopped, tmp_path):
+    """As schedulers do. Loader workers get the signal too, before or after the training process."""
     first = training("data.num_workers=2", "log.print_period=1", "log.checkpoint_period=0")
     wait_until(lambda: lines_about_steps(tmp_path / "run") >= 3, "3 steps")
     workers = children(first.process.pid, "main.py")
@@ -260,14 +260,14 @@ def test_a_scheduler_that_signals_every_process_of_a_job_is_obeyed_after_saving(
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_a_loader_worker_ends_when_its_own_process_says_so(method):
-    """However Python starts it: with the server that is its default from 3.14 on, the parent is another process."""
+def test_a_loader_worker_only_ends_when_its_training_process_signals_it(method):
+    """With every start method: with forkserver, Python's default from 3.14 on, the parent is another process."""
     loader = DataLoader([1, 2, 3], num_workers=1, worker_init_fn=outlive_signals, multiprocessing_context=method)
     iterator = iter(loader)
     assert next(iterator) == 1
     (worker,) = iterator._workers
     if method == "fork":
-        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # somebody else
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # sent by another process
         worker.join(1)
         assert worker.is_alive()
     os.kill(worker.pid, signal.SIGTERM)
@@ -278,49 +278,49 @@ def test_a_loader_worker_ends_when_its_own_process_says_so(method):
 # ---- two runs in one folder -----------------------------------------------------------------------------------------
 
 
-def test_of_two_runs_started_into_one_folder_one_is_refused(training, tmp_path):
+def test_one_of_two_runs_started_in_one_folder_is_refused(training, tmp_path):
     both = [training("schedule.epoch=1"), training("schedule.epoch=1")]
     assert sorted(each.wait() for each in both) == [0, 2]
     output = (tmp_path / "output.txt").read_text()
     assert output.count("error: ") == 1
-    assert "another run is writing into" in output or "already holds a run" in output
+    assert "another run is writing to" in output or "already contains a run" in output
     assert Run(tmp_path / "run", Outcome(0, "", "")).records[0]["epoch"] == 1
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
-def test_a_folder_in_which_a_run_is_writing_is_refused(run, data, training, tmp_path, flag):
+def test_a_folder_that_a_run_is_writing_to_is_refused(run, data, training, tmp_path, flag):
     folder = tmp_path / "run"
     first = training("log.print_period=1", "schedule.epoch=50")
     wait_until(lambda: lines_about_steps(folder) >= 3, "3 steps")
     own = (*EVERYTHING, "schedule.epoch=50", *of_dataset(data), f"model.saved_path={folder}")
     message = only_error(run(*own, flag))
-    assert "another run is writing into" in message and str(folder) in message
+    assert "another run is writing to" in message and str(folder) in message
     assert first.process.poll() is None
     first.kill_all()
 
 
-def test_a_run_is_held_before_its_checkpoint_is_read(run, data, monkeypatch, tmp_path):
-    """Else it could still go on and save, and what was read would be written over that."""
-    import main
+def test_a_run_is_locked_before_its_checkpoint_is_read(run, data, monkeypatch, tmp_path):
+    """Otherwise the other run could still save, and the resumed run would overwrite that checkpoint."""
+    from misc.build import run as run_builder
 
     own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", "schedule.epoch=1")
     assert run(*own).status == 0
     found = []
-    find_start = main.find_start
+    find_start = run_builder.find_start
 
-    def look_from_outside(*arguments, **options):
+    def try_second_run(*arguments, **options):
         found.append(other_run(tmp_path / "run"))
         return find_start(*arguments, **options)
 
-    monkeypatch.setattr(main, "find_start", look_from_outside)
+    monkeypatch.setattr(run_builder, "find_start", try_second_run)
     assert run(*own, "--resume").status == 0
-    assert len(found) == 1 and "another run is writing into" in found[0]
+    assert len(found) == 1 and "another run is writing to" in found[0]
 
 
 # ---- full disks -----------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_gets_full_stops_the_run_and_loses_nothing(run, data, unstopped, monkeypatch, tmp_path, full_disk):
+def test_a_full_disk_stops_the_run_and_loses_nothing(run, data, unstopped, monkeypatch, tmp_path, full_disk):
     folder = tmp_path / "run"
     own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
     with monkeypatch.context() as patched:
@@ -334,36 +334,35 @@ def test_a_disk_that_gets_full_stops_the_run_and_loses_nothing(run, data, unstop
     assert_same_run(folder, unstopped)
 
 
-def test_a_log_that_cannot_be_written_stops_the_run_too(run, data, unstopped, monkeypatch, tmp_path, full_disk):
+def test_a_log_that_cannot_be_written_also_stops_the_run(run, data, unstopped, monkeypatch, tmp_path, full_disk):
     folder = tmp_path / "run"
     own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
     with monkeypatch.context() as patched:
         at_step(patched, 8, lambda: full_disk((folder / "train.log").stat().st_size + 20))
-        assert f"{folder}: File too large: free some space, then go on with --resume" in only_error(run(*own))
+        assert f"{folder}: File too large: free some space, then continue with --resume" in only_error(run(*own))
     full_disk(resource.RLIM_INFINITY)
     assert run(*own, "--resume").status == 0
     assert_same_run(folder, unstopped)
 
 
 def test_a_disk_without_room_is_found_before_anything_is_trained(run, data, monkeypatch, tmp_path):
-    """A checkpoint of this model takes about 80 MB with the optimizer's state, and two exist while one is written."""
+    """A checkpoint of this model with the optimizer state has about 80 MB, and two exist while one is written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 90_000_000))
     own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}")
     message = only_error(run(*own))
     assert "0.1 GB free" in message and "model.saved_path" in message
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / f"{LAST_CHECKPOINT}.part").write_bytes(
-        bytes(120_000_000)
-    )  # of a run that was killed; it will be deleted
+    # Left by a run that was killed; it will be deleted.
+    (tmp_path / "run" / f"{LAST_CHECKPOINT}.part").write_bytes(bytes(120_000_000))
     assert run(*own, "schedule.epoch=1").status == 0
 
 
-# ---- numbers that are none ------------------------------------------------------------------------------------------
+# ---- NaN and infinity -----------------------------------------------------------------------------------------------
 
 
 def break_a_weight(trainer_class, monkeypatch, step: int) -> None:
-    """Before this step, one weight becomes NaN."""
+    """Sets one weight to NaN before this step."""
     original, count = trainer_class.step, 0
 
     def broken(trainer, *arguments):
@@ -378,14 +377,14 @@ def break_a_weight(trainer_class, monkeypatch, step: int) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_step_its_losses_and_its_files(run, data, monkeypatch, tmp_path):
-    """Losses are looked at on log lines and before saving, and the step is told exactly all the same."""
+    """Losses are only read for log lines and before saving, but the reported step is exact."""
     break_a_weight(Trainer, monkeypatch, step=8)
     folder = tmp_path / "run"
     own = (*EVERYTHING, "log.print_period=50", *of_dataset(data), f"model.saved_path={folder}")
     message = only_error(run(*own))
     assert "not finite at epoch 1, step 8 (" in message and "nitc nan" in message and "mlm nan" in message
     draws = list(GlobalBatchSampler(48, 4, seed=1))[7]
-    images = [draw.index // 2 for draw in draws]  # two captions an image
+    images = [draw.index // 2 for draw in draws]  # two captions per image
     files = [f"tiny/{image // 2 + 1:04}_{image % 2}.jpg" for image in images]
     assert all(file in message for file in files)
     assert f"images of the batch: {', '.join(files)}\n" in (folder / "train.log").read_text()
@@ -393,8 +392,8 @@ def test_a_loss_that_is_not_finite_names_its_step_its_losses_and_its_files(run, 
     assert saved["progress"]["step"] == 5 and all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
-def test_on_ranks_the_files_of_all_are_named(data, tmp_path):
-    """A learning rate beyond all measure breaks the weights in the first step."""
+def test_the_files_of_all_ranks_are_named(data, tmp_path):
+    """A huge learning rate breaks the weights in the first step."""
     own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", "data.batch_size=3")
     outcome = start(*own, "schedule.lr=1e38", "schedule.lr_start=1e38", "log.print_period=1", ranks=2)
     assert outcome.status == 1  # torchrun's own
@@ -405,7 +404,7 @@ def test_on_ranks_the_files_of_all_are_named(data, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    """As after a step whose loss was finite and whose gradient was not."""
+    """For example after a step whose loss is finite but whose gradient is not."""
 
     class StubTrainer:
         def state(self) -> dict:

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny dataset: what they leave, what they print, and one line for each mistake of the user."""
+"""Whole runs on a tiny dataset: their files, their output, and one error line for each mistake of the user."""
 
 import json
 import re
@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-import main as program
+from misc.commands import evaluate as evaluate_command
 from misc.run.checkpoint import read_checkpoint
 from misc.run.folder import RUN_FILES
 from tests.helpers.runs import (
@@ -52,7 +52,7 @@ STATISTICS = {"train": ["12", "24", "48"], "val": ["4", "8", "16"], "test": ["5"
 
 @pytest.fixture
 def train(run, data, tmp_path) -> Callable[..., Run]:
-    """One epoch on the tiny dataset, in this process."""
+    """Trains one epoch on the tiny dataset, in this process."""
 
     def call(*arguments: str) -> Run:
         folder = tmp_path / "run"
@@ -66,14 +66,14 @@ def train(run, data, tmp_path) -> Callable[..., Run]:
 
 @pytest.fixture(scope="module")
 def full(data, tmp_path_factory) -> Run:
-    """Two epochs of the full recipe by `python main.py`, with loading in a worker process."""
+    """Two epochs of the full recipe with `python main.py` and one loader worker."""
     folder = tmp_path_factory.mktemp("runs") / "full"
     own = (f"model.saved_path={folder}", "schedule.epoch=2", "data.num_workers=1", "log.sheet=3", "log.print_period=5")
     return Run(folder, start(*ARCHITECTURE, *QUICK, *of_dataset(data), *own))
 
 
 def printed_metrics(out: str) -> list[list[float]]:
-    """The numbers below each line `R@1 R@5 R@10 mAP mINP`."""
+    """Returns the numbers below each line `R@1 R@5 R@10 mAP mINP`."""
     rows = re.findall(r"R@1 +R@5 +R@10 +mAP +mINP\n(.+)", out)
     return [[float(number) for number in row.split()] for row in rows]
 
@@ -89,7 +89,7 @@ def printed_statistics(out: str) -> dict[str, list[str]]:
 # ---- a run of the full recipe -------------------------------------------------------------------------------------
 
 
-def test_a_run_ends_well_and_writes_its_files(full):
+def test_a_run_succeeds_and_writes_its_files(full):
     assert full.outcome.status == 0, full.outcome.err
     assert sorted(path.name for path in full.folder.iterdir()) == sorted(set(RUN_FILES) - {"trace.json"})
     assert full.log == full.outcome.out
@@ -99,7 +99,7 @@ def test_a_run_shows_the_statistics_of_its_data(full):
     assert printed_statistics(full.outcome.out) == STATISTICS
 
 
-def test_metrics_jsonl_holds_each_epoch(full):
+def test_metrics_jsonl_contains_each_epoch(full):
     assert [record["epoch"] for record in full.records] == [1, 2]
     for record in full.records:
         assert record.keys() >= KEYS
@@ -113,11 +113,11 @@ def test_metrics_jsonl_holds_each_epoch(full):
     assert full.records[1]["loss"] < full.records[0]["loss"]
 
 
-def test_the_printed_table_is_that_of_metrics_jsonl(full):
+def test_the_printed_table_equals_metrics_jsonl(full):
     assert printed_metrics(full.outcome.out) == [rounded(record) for record in full.records]
 
 
-def test_the_pictures_of_a_run_open(full):
+def test_the_images_of_a_run_open(full):
     for name in ("curve.png", "retrieval.png"):
         with Image.open(full.folder / name) as image:
             image.load()
@@ -130,7 +130,7 @@ def test_the_saved_configuration_is_the_merged_one(full):
     assert (saved["model"]["saved_path"], saved["schedule"]["epoch"]) == (str(full.folder), 2)
 
 
-def test_the_checkpoints_are_of_the_last_and_of_the_best_epoch(full):
+def test_the_checkpoints_contain_the_last_and_the_best_epoch(full):
     last = read_checkpoint(full.folder / "checkpoint_last.pth")
     best = read_checkpoint(full.folder / "checkpoint_best.pth")
     first_best = max(full.records, key=lambda record: record["r1"])
@@ -141,10 +141,15 @@ def test_the_checkpoints_are_of_the_last_and_of_the_best_epoch(full):
 
 
 def test_evaluation_of_the_last_checkpoint_repeats_its_metrics(full, data, run, monkeypatch, tmp_path):
-    """The architecture is the checkpoint's: the configuration here is that of ViT-B/16."""
+    """The architecture comes from the checkpoint: the configuration specifies ViT-B/16."""
     seen = []
-    report = program.report
-    monkeypatch.setattr(program, "report", lambda *arguments: (seen.append(arguments[2].metrics), report(*arguments)))
+    result_lines = evaluate_command.result_lines
+
+    def record_metrics(title, retrieval):
+        seen.append(retrieval.metrics)
+        return result_lines(title, retrieval)
+
+    monkeypatch.setattr(evaluate_command, "result_lines", record_metrics)
     monkeypatch.chdir(tmp_path)
     outcome = run("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data))
     assert outcome.status == 0
@@ -154,7 +159,7 @@ def test_evaluation_of_the_last_checkpoint_repeats_its_metrics(full, data, run, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_ranks_evaluate_a_checkpoint_as_one_does(full, data):
+def test_two_ranks_evaluate_a_checkpoint_like_one_rank(full, data):
     outcome = start("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data), ranks=2)
     assert outcome.status == 0, outcome.err
     assert "2 process(es)" in outcome.out
@@ -172,8 +177,8 @@ def test_two_ranks_train_without_gathering(data, tmp_path):
     assert record["samples_per_second"] == pytest.approx(48 / record["seconds"], rel=0.01)  # of both ranks: 6 · 2 · 4
 
 
-def test_two_machines_train_as_one_does(data, tmp_path):
-    """Two torchruns with one process each, as on two machines, and one with two: the same to the bit."""
+def test_two_machines_train_like_one_machine(data, tmp_path):
+    """Two torchruns with one process each, like two machines, and one torchrun with two: bit-identical."""
     folders = {nodes: tmp_path / str(nodes) for nodes in (1, 2)}
     for nodes, folder in folders.items():
         with socket.socket() as probe:
@@ -200,7 +205,7 @@ def test_two_machines_train_as_one_does(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory) -> dict[int, list[dict]]:
-    """Epochs by number of ranks, with the same global batch; dropout is off, as it differs between ranks."""
+    """Epoch records for each number of ranks, with the same global batch; dropout differs by rank, so it is off."""
     people = {"train": 40, "test": 30}
     dataset = write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny", identities=people)
     own = ("experiment.dropout=0", "schedule.epoch=4", "schedule.lr=3e-3", "model.lock_bottom=false", "log.sheet=0")
@@ -215,11 +220,11 @@ def on_ranks(tmp_path_factory) -> dict[int, list[dict]]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_training_ends_the_same_on_any_number_of_ranks(on_ranks, ranks):
-    assert on_ranks[1][-1]["mAP"] > on_ranks[1][0]["mAP"] + 3, "it has learnt nothing that could differ"
+def test_a_training_has_the_same_result_on_any_number_of_ranks(on_ranks, ranks):
+    assert on_ranks[1][-1]["mAP"] > on_ranks[1][0]["mAP"] + 3, "it did not learn, so the results cannot differ"
     for record, alone in zip(on_ranks[ranks], on_ranks[1], strict=True):
         assert record["loss"] == pytest.approx(alone["loss"], rel=1e-4)
-        # One of 120 queries may go either way where its first two images are all but equal.
+        # One of 120 queries may change its rank if its first two images are almost equal.
         assert record["r1"] == pytest.approx(alone["r1"], abs=100 / 120 + 1e-6)
         assert record["mAP"] == pytest.approx(alone["mAP"], abs=0.1)
 
@@ -266,7 +271,7 @@ def test_bf16_trains_on_a_cpu(train):
     assert "encoders in bf16" in train("misc.precision=bf16").log
 
 
-def test_clip_weights_are_the_start(train, tmp_path):
+def test_training_starts_from_clip_weights(train, tmp_path):
     sizes = {"embed": 32, "resolution": (32, 16), "patch": 16, "vision_width": 64, "vision_layers": 1, "vocab": 49408}
     sizes |= {"context": 77, "text_width": 32, "text_layers": 1}
     weights = {name: torch.as_tensor(value) for name, value in clip_weights(**sizes).items()}
@@ -280,10 +285,10 @@ def test_clip_weights_are_the_start(train, tmp_path):
     assert "activation: gelu (given as model.activation)" in trained.log
 
 
-def test_a_saved_checkpoint_is_the_start_and_its_run_goes_beside_it(train, full, tmp_path):
+def test_training_starts_from_a_saved_checkpoint_and_writes_beside_it(train, full, tmp_path):
     start_file = tmp_path / "start.pth"
     shutil.copy(full.folder / "checkpoint_best.pth", start_file)
-    frozen = ("schedule.lr=1e-30", "schedule.lr_start=0", "schedule.lr_end=0")  # so the run must end where it started
+    frozen = ("schedule.lr=1e-30", "schedule.lr_start=0", "schedule.lr_end=0")  # keeps the weights
     train("model.ckpt_type=saved", f"model.saved_path={start_file}", *frozen)
     own = Run(tmp_path / "start", Outcome(0, "", ""))
     assert start_file.read_bytes() == (full.folder / "checkpoint_best.pth").read_bytes()
@@ -296,20 +301,20 @@ def test_a_saved_checkpoint_is_the_start_and_its_run_goes_beside_it(train, full,
 
 
 def test_a_gpu_that_is_not_there_is_replaced_with_a_warning(full, data, run, monkeypatch):
-    """Published configurations say `device: 5`."""
+    """Published configurations contain `device: 5`."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     outcome = run("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data), "device=5")
     assert outcome.status == 0 and re.search(r"^warning: device: 5 .* cpu", outcome.out, re.MULTILINE)
 
 
-def test_counts_that_are_not_the_published_ones_are_warned_of(full, data, run):
+def test_counts_that_differ_from_the_published_ones_cause_a_warning(full, data, run):
     own = ("data.dataset=CUHK-PEDES", "data.evaluate_on=test")
     outcome = run("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data), *own)
     assert outcome.status == 0
     assert "warning: CUHK-PEDES train: 12 identities here, 11,003 published" in outcome.out
 
 
-def test_a_folder_that_holds_a_run_is_kept_until_overwrite_is_given(train, run, data, tmp_path):
+def test_a_folder_that_contains_a_run_is_only_replaced_with_overwrite(train, run, data, tmp_path):
     old = train()
     before = {path.name: path.read_bytes() for path in old.folder.iterdir()}
     again = (*ARCHITECTURE, *QUICK, *of_dataset(data), f"model.saved_path={old.folder}", "schedule.epoch=1")
@@ -325,7 +330,7 @@ def test_a_folder_that_holds_a_run_is_kept_until_overwrite_is_given(train, run, 
 
 
 class Mistake(NamedTuple):
-    """Arguments with something wrong, and words that its message must hold."""
+    """Wrong arguments, and words that the message must contain."""
 
     arguments: list[str]
     words: list[str]
@@ -488,7 +493,7 @@ MISTAKES = [
 
 @pytest.fixture
 def without_loggers(monkeypatch):
-    """TensorBoard and wandb are not installed, wherever the tests run."""
+    """Hides TensorBoard and wandb if they are installed."""
     from importlib import util
 
     find_spec = util.find_spec
@@ -504,14 +509,14 @@ def test_a_mistake_ends_with_one_line_before_anything_is_written(run, tiny_datas
     assert not (tmp_path / "run").exists()
 
 
-def test_of_missing_images_the_first_five_are_named(run, tiny_dataset, tmp_path):
+def test_the_first_five_missing_images_are_named(run, tiny_dataset, tmp_path):
     sixth = annotation(tiny_dataset)[5]["file_path"]
     missing_images(tiny_dataset, tmp_path)
     assert sixth not in only_error(run(*QUICK, *of_dataset(tiny_dataset), f"model.saved_path={tmp_path / 'run'}"))
 
 
 @pytest.mark.parametrize("mistake", [unknown_key, missing_images], ids=lambda function: function.__name__)
-def test_a_process_tells_a_mistake_in_one_line(tiny_dataset, tmp_path, mistake):
+def test_a_process_reports_a_mistake_in_one_line(tiny_dataset, tmp_path, mistake):
     arguments, words = mistake(tiny_dataset, tmp_path)
     saved_path = f"model.saved_path={tmp_path / 'run'}"
     message = only_error(start(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), saved_path, *arguments))
@@ -533,34 +538,34 @@ def test_an_image_that_cannot_be_decoded_is_named(run, tiny_dataset, tmp_path, w
 
 
 def only_error_of_ranks(outcome: Outcome) -> str:
-    """The one line, among what torchrun itself reports; every rank ended by it or was ended by torchrun."""
+    """Finds the one error line in the output of torchrun. Every rank ended with it, or was ended by torchrun."""
     assert outcome.status == 1  # torchrun's own
     output = outcome.out + outcome.err
     (line,) = [line for line in output.splitlines() if "error: " in line and not line.lstrip().startswith("error_file")]
     statuses = {int(status) for status in re.findall(r"exitcode *: (-?\d+)", output)}
-    assert 2 in statuses and statuses <= {2, -15, 143}, output  # 143: it heard SIGTERM and said so
-    assert "[rank" not in output, f"a rank told its traceback: {output}"
+    assert 2 in statuses and statuses <= {2, -15, 143}, output  # 143: it received SIGTERM
+    assert "[rank" not in output, f"a rank printed its traceback: {output}"
     assert line.startswith("error: ")
     return line
 
 
-def test_ranks_tell_the_same_mistake_once(data, tmp_path):
+def test_ranks_report_the_same_mistake_once(data, tmp_path):
     own = ("data.batch_size=25", f"model.saved_path={tmp_path / 'run'}")
     line = only_error_of_ranks(start(*ARCHITECTURE, *QUICK, *of_dataset(data), *own, ranks=2))
     assert all(word in line for word in ("25 on 2 processes", "48", "24"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_that_one_rank_meets_is_told_once(tiny_dataset, tmp_path):
-    """The other rank loses its partner in the middle of a step; that is no news of its own."""
-    path = annotation(tiny_dataset)[0]["file_path"]  # seed 1 deals both its samples to rank 1
+def test_a_mistake_on_one_rank_is_reported_once(tiny_dataset, tmp_path):
+    """The other rank loses its partner in the middle of a step, but must not report that."""
+    path = annotation(tiny_dataset)[0]["file_path"]  # with seed 1, rank 1 has both its samples
     (tiny_dataset.image_dir / path).write_bytes(b"not an image")
     own = (f"model.saved_path={tmp_path / 'run'}", "schedule.epoch=1")
     outcome = start(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), *own, ranks=2)
     assert path in only_error_of_ranks(outcome)
 
 
-def test_ranks_beyond_the_first_wait_for_the_launcher(run, monkeypatch):
+def test_other_ranks_than_the_first_wait_for_the_launcher(run, monkeypatch):
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
     assert only_error(run("nonsense=1")) and waited == []

@@ -1,4 +1,4 @@
-"""The architecture of a model: from the configuration and the weights to one record."""
+"""The architecture of a model: combines the configuration and the weights into one record."""
 
 from typing import Any
 
@@ -26,7 +26,8 @@ def resolve_architecture(config: EasyDict, weights: Weights | None, resumed: dic
 
     Args:
         config: as loaded; it stays as it is.
-        weights: the weights that the run starts from; their architecture is used. None: ViT-B/16's.
+        weights: the weights that the run starts from; their architecture is used. None: random weights, and ViT-B/16
+            for every `auto`.
         resumed: the configuration of the run that is resumed; its architecture is used.
 
     Raises UserError if the configuration contradicts the weights, or itself.
@@ -44,8 +45,9 @@ def resolve_architecture(config: EasyDict, weights: Weights | None, resumed: dic
 
 
 def config_of_weights(config: EasyDict, weights: Weights) -> EasyDict:
-    """Returns a copy of the configuration with the architecture, resolution and text length of the weights: the one to
-    evaluate and export them with.
+    """Returns a copy of the configuration with the architecture, resolution and text length of the weights.
+
+    These are the settings to evaluate and export the weights with.
 
     Raises UserError if neither the weights nor the configuration specify their activation or resolution.
     """
@@ -65,8 +67,9 @@ def config_of_weights(config: EasyDict, weights: Weights) -> EasyDict:
 
 
 def _towers_of(config: EasyDict, weights: Weights) -> dict[str, int | str]:
-    """Reads `TOWER_KEYS` from the weights. What no tensor shows comes from the configuration, if that is for weights of
-    this width.
+    """Reads `TOWER_KEYS` from the weights.
+
+    Heads that the weights do not record come from the configuration, if its width is this one or `auto`.
 
     Raises UserError if the activation is not specified anywhere, or heads do not divide a width.
     """
@@ -86,7 +89,7 @@ def _towers_of(config: EasyDict, weights: Weights) -> dict[str, int | str]:
 
 
 def _fill_in(config: EasyDict, towers: dict[str, Any], source: str | None = None) -> EasyDict:
-    """Puts `towers`, a value for each of `TOWER_KEYS`, in place of every `auto`.
+    """Replaces every `auto` by its value in `towers`, which has all `TOWER_KEYS`.
 
     Args:
         source: the name of the weights that have this architecture; None if it is only a default.

@@ -21,7 +21,10 @@ from text_utils.wordnet import WordNet
 
 
 def read_dataset(config):
-    """The splits, and lines for the log: their statistics and how they differ from the published ones."""
+    """Reads and checks the dataset.
+
+    Returns: the splits, and lines for the log: their statistics and how they differ from the published ones.
+    """
     splits = read_annotations(
         config.anno_dir, config.image_dir, back_translation_file=config.data.back_translation_file
     )
@@ -47,7 +50,7 @@ def read_dataset(config):
 def build_loader(
     config: EasyDict, split: Split, objectives: Objectives, tokenizer: Tokenizer, ranks: Ranks
 ) -> DataLoader:
-    """The training batches of this rank; the `epoch` of its batch sampler is to be set before each epoch."""
+    """Builds the loader of this rank's training batches. Set the `epoch` of its batch sampler before each epoch."""
     experiment = config.experiment
     sampler = GlobalBatchSampler(
         len(split),
@@ -60,7 +63,7 @@ def build_loader(
     )
     if len(sampler) == 0:
         most, share = len(split) // ranks.world_size, config.data.train_share
-        remedy = f"set data.batch_size to at most {most}" if most else "give it more samples"
+        remedy = f"set data.batch_size to at most {most}" if most else "use a larger training set"
         raise UserError(
             f"data.batch_size: {config.data.batch_size} on {ranks.world_size} processes is more than the training "
             f"set's {len(split)} samples: {remedy}" + (f", or raise data.train_share: {share}" if share < 1 else "")
@@ -91,7 +94,10 @@ def build_loader(
 def build_evaluator(
     config: EasyDict, splits: dict[str, Split], tokenizer: Tokenizer, precision: Precision, ranks: Ranks
 ) -> Evaluator:
-    """Evaluation of the split that `data.evaluate_on` names. Raises UserError where the dataset has no such split."""
+    """Builds the evaluator of the split that `data.evaluate_on` names.
+
+    Raises UserError if the dataset has no such split.
+    """
     name = config.data.evaluate_on
     if name not in splits:
         raise UserError(f"data.evaluate_on: the dataset in {config.anno_dir} has no {name} split: set it to test")
@@ -109,5 +115,5 @@ def build_evaluator(
 
 
 def sheet_options(config: EasyDict) -> dict[str, Any]:
-    """Returns which queries are drawn, as `write_retrieval` takes it."""
+    """Returns the options of `write_retrieval`, which choose the queries that are drawn."""
     return {"count": config.log.sheet, "choice": config.log.sheet_choice, "seed": config.misc.seed}

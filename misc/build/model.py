@@ -1,4 +1,4 @@
-"""The model with its weights: for training, from a checkpoint, and as a run started."""
+"""The model with its weights: for training, from a checkpoint, and as it was when a run started."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def read_any_weights(source: str, ranks: Ranks) -> Weights:
 
 
 def build_towers(config: EasyDict, **heads: Any) -> TBPSCLIP:
-    """Builds TBPSCLIP as configured, with random weights; `heads` as its constructor takes them."""
+    """Builds TBPSCLIP as configured, with random weights; `heads` are further arguments of its constructor."""
     return TBPSCLIP(
         architecture_of(config),
         dropout=config.experiment.dropout,
@@ -96,7 +96,7 @@ def build_model(
 
 
 def _context_tokens(config: EasyDict) -> list[int]:
-    """Token ids that CoOp's context starts as; empty without CoOp."""
+    """Returns the token ids that CoOp's context starts from; empty without CoOp."""
     if config.model.adaptation != "coop":
         return []
     ids = Tokenizer().encode(config.model.context, 1024)[1:-1]
@@ -134,7 +134,7 @@ def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, Eas
 
 
 def weight_notes(config: EasyDict, weights: Weights) -> list[str]:
-    """Lines for the log: where the weights come from, and the architecture that they give the model."""
+    """Returns lines for the log: the source of the weights, and the architecture of the model."""
     model = config.model
     source = "given as model.activation" if weights.settings.activation is None else "recorded with the weights"
     return [

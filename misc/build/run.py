@@ -31,15 +31,15 @@ class Run:
 
     Attributes:
         config: merged, without any `auto`.
-        ranks: this process among all.
-        folder: everything that the run writes goes here.
+        ranks: the rank of this process, and how many there are.
+        folder: the run writes all its files here.
         resumed: whether it continues a run that the folder contains.
         held: the locked log of that run; None on other ranks than 0 and if there is no such run.
-        run_id: by which wandb knows a run that is resumed.
+        run_id: identifies the run, so that wandb continues it when it is resumed.
         progress: how far the run has come.
         loader: the training batches of this rank.
-        trainer, evaluator: what happens in an epoch, and after it.
-        checkpoints: writes them.
+        trainer: trains an epoch; evaluator: evaluates the model after it.
+        checkpoints: writes the checkpoints.
         notes: lines for the start of the log.
     """
 
@@ -72,13 +72,16 @@ class Run:
 
     @property
     def trace_folder(self) -> Path | None:
-        """Where a profiler trace goes, if this process writes one."""
+        """The folder for a profiler trace; None if this process writes none."""
         return self.folder if self.config.log.profile and self.ranks.is_main else None
 
 
 def run_folder(config: EasyDict) -> Path:
-    """Returns the folder that a run writes into: `model.saved_path`. With `ckpt_type: saved`, as in the published code,
-    that is the file to start from, and the run goes into a folder beside it with the same name without suffix."""
+    """Returns the folder that a run writes into: `model.saved_path`.
+
+    With `ckpt_type: saved`, as in the published code, `model.saved_path` is the file to start from. The run then goes
+    into a folder beside it, named like the file without its suffix.
+    """
     path = Path(config.model.saved_path)
     return path.with_suffix("") if config.model.ckpt_type == "saved" else path
 
@@ -86,7 +89,7 @@ def run_folder(config: EasyDict) -> Path:
 def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool) -> Run:
     """Builds and checks all parts of a run. Nothing is written.
 
-    Raises UserError for everything that can be wrong with the configuration, the data, the weights and the folder.
+    Raises UserError if anything is wrong with the configuration, the data, the weights or the folder.
     """
     folder, launch = run_folder(config), Launch.current()
     held = hold_run(folder) if ranks.is_main else None
@@ -125,6 +128,6 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
 
 
 def rank_notes(ranks: Ranks, precision: Precision) -> list[str]:
-    """Lines for the log: processes, device and number format."""
+    """Returns lines for the log: processes, device and number format."""
     notes = [f"{ranks.world_size} process(es), this one on {ranks.device}, encoders in {precision.name}"]
     return [*notes, f"warning: {ranks.note}"] if ranks.note else notes

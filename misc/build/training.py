@@ -15,8 +15,10 @@ from model.tbps_clip import TBPSCLIP
 
 
 def build_objectives(config: EasyDict, ranks: Ranks) -> Objectives:
-    """Builds the losses; their settings are the keys of `experiment` that are named as fields of `Objectives`. Without
-    `use_gather`, a rank only contrasts its own samples."""
+    """Builds the losses. Their settings are the keys of `experiment` that have the name of a field of `Objectives`.
+
+    Without `use_gather`, a rank only contrasts its own samples.
+    """
     settings = {
         field.name: config.experiment[field.name] for field in fields(Objectives) if field.name in config.experiment
     }
@@ -29,7 +31,8 @@ def build_objectives(config: EasyDict, ranks: Ranks) -> Objectives:
 def build_trainer(
     config: EasyDict, model: TBPSCLIP, objectives: Objectives, steps: int, precision: Precision, ranks: Ranks
 ) -> Trainer:
-    """The model on its device (in DistributedDataParallel where there are several processes), with its optimizer."""
+    """Builds the trainer: the model on its device (in DistributedDataParallel if there are several ranks), with its
+    optimizer and learning rates."""
     model = model.to(ranks.device)
     schedule = config.schedule
     groups = parameter_groups(model, weight_decay=schedule.weight_decay, head_ratio=schedule.ratio_factor)

@@ -1,4 +1,4 @@
-"""The modes of `main.py` besides training, one file each.
+"""The modes of `main.py` other than training, one file each.
 
-They stand above all rooms but `main.py`. Begin with `evaluate.py`.
+Only `main.py` imports this room; it may import every other. Begin with `evaluate.py`.
 """

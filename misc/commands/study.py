@@ -37,7 +37,7 @@ def configure_row(name: str, path: str | Path, overrides: Sequence[str], *, resu
     """Returns the configuration that trains a row.
 
     Args:
-        name: of the row.
+        name: the row's name.
         path: the configuration file that the row is applied to.
         overrides: `key=value` arguments; `model.saved_path` is the root of the study's runs.
         resume: whether the row's run is continued.

@@ -1,4 +1,4 @@
-"""Loads a configuration: a YAML file, its base, and `key.sub=value` arguments become one checked EasyDict.
+"""Loads a configuration: merges a YAML file, its base and `key.sub=value` arguments into one checked EasyDict.
 
 `config/config.yaml` has a value for every key that exists; another file only needs the keys that differ. A file written
 for the published code loads unchanged. All problems are reported in one `UserError`.
@@ -24,17 +24,17 @@ BASE = "base"
 def load_config(
     path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, row: Any = None, overrides: tuple[str, ...] = ()
 ):
-    """Reads a configuration file with what it is based on, and checks it.
+    """Reads a configuration file and its base, applies the arguments, and checks the result.
 
     Args:
-        path: a YAML file; a relative `base:` in it is looked for beside it.
-        simplified: takes the losses of `config/s.config.yaml`, and its other values where the file keeps the default.
-        row: of the paper's study (`misc.study.Row`), whose settings count more than the file's.
-        overrides: `key=value` or `section.key=value`, the value in YAML; they count last.
+        path: a YAML file; a relative `base:` in it is relative to the folder of the file.
+        simplified: use the losses of `config/s.config.yaml`, and its other values if the file keeps the default.
+        row: a row of the paper's study (`misc.study.rows.Row`); `Row.settings_over` decides what it overrides.
+        overrides: `key=value` or `section.key=value`, the value in YAML; they override everything else.
 
     Returns: an EasyDict with every key of `RULES`.
 
-    Raises UserError, naming every unknown or misspelt key, wrong type and value out of range.
+    Raises UserError if a key is unknown, or a value has the wrong type or is out of range; it lists all of them.
     """
     layers = [("config/config.yaml", _flatten(read_yaml(DEFAULT_CONFIG), DEFAULT_CONFIG))]
     layers += _read_with_base(Path(path), seen=())
@@ -73,25 +73,25 @@ def save_config(config: EasyDict, path: Path) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """EasyDicts and tuples as the plain dicts and lists that YAML and checkpoints hold."""
+    """Converts EasyDicts and tuples to plain dicts and lists, which YAML and checkpoints can contain."""
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """{"section": {"key": value}} → {"section.key": value}."""
+    """Converts {"section": {"key": value}} to {"section.key": value}."""
     flat = {}
     for key, value in config.items():
         flat |= {f"{key}.{sub}": item for sub, item in value.items()} if isinstance(value, dict) else {key: value}
     return flat
 
 
-class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # written in C where there is a library for it
-    """PyYAML keeps the last of two equal keys silently; this one refuses them."""
+class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the one in C, if it is available
+    """Loads YAML, but refuses a key that appears twice; PyYAML itself silently keeps the last one."""
 
     def construct_mapping(self, node, deep=False):
-        written = list(node.value)  # the call below takes what a merge key `<<` refers to into the node
+        written = list(node.value)  # the call below adds the keys of a merge key `<<` to the node
         mapping = super().construct_mapping(node, deep)
         seen: dict[Any, int] = {}
         for key_node, _ in written:
@@ -101,14 +101,17 @@ class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # writte
             line = key_node.start_mark.line + 1
             if key in seen:
                 raise UserError(
-                    f"{node.start_mark.name}: key {key!r} stands twice, in lines {seen[key]} and {line}: delete one"
+                    f"{node.start_mark.name}: key {key!r} appears twice, in lines {seen[key]} and {line}: delete one"
                 )
             seen[key] = line
         return mapping
 
 
 def read_yaml(path: Path) -> dict:
-    """Keys and values of a YAML file. Raises UserError where it does not exist, is none, or has a key twice."""
+    """Reads the keys and values of a YAML file.
+
+    Raises UserError if it does not exist, is not valid YAML, or contains a key twice.
+    """
     if not path.is_file():
         raise UserError(f"configuration file {path} does not exist: give an existing YAML file to --config")
     try:
@@ -121,14 +124,14 @@ def read_yaml(path: Path) -> dict:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} should hold keys and values, not {_as_yaml(content)}")
+        raise UserError(f"{path} should contain keys and values, not {_as_yaml(content)}")
     return content
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """The file's layers, its base's first."""
+    """Reads a file and its bases. Returns: (name, values) of each, the base before the file."""
     if path.resolve() in seen:
-        raise UserError(f"{path}: its base leads back to itself: remove one `base:`")
+        raise UserError(f"{path}: following `base:` leads back to the file itself: remove one `base:`")
     content = read_yaml(path)
     base = content.get(BASE)
     layers = []
@@ -136,13 +139,13 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[
         if not isinstance(base, str):
             raise UserError(f"{path}: base: {_as_yaml(base)} should be the name of a YAML file")
         if not (path.parent / base).is_file():
-            raise UserError(f"{path}: base: {base} does not exist beside it: correct the name")
+            raise UserError(f"{path}: base: {base} does not exist: give a file relative to {path.parent}")
         layers = _read_with_base(path.parent / base, (*seen, path.resolve()))
     return [*layers, (str(path), _flatten(content, path))]
 
 
 def _simplified(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The simplified recipe's losses; its seed and folder only where the user's file has none of its own."""
+    """Returns the losses of the simplified recipe, and its seed and folder if the user's file does not set them."""
     default, file = layers[0][1], {key: value for _, values in layers for key, value in values.items()}
     simplified = _flatten(read_yaml(SIMPLIFIED_CONFIG), SIMPLIFIED_CONFIG)
     return {
@@ -153,13 +156,13 @@ def _simplified(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _flatten(content: dict, path: Path) -> dict[str, Any]:
-    """`flatten` of a file's content, without `base` and sections that hold nothing."""
+    """Flattens the content of a file, without `base` and empty sections."""
     sections = {key.split(".")[0] for key in RULES if "." in key}
     for key in content.keys() & sections:
         if not isinstance(content[key], dict | None):
             raise UserError(f"{path}: {key}: {_as_yaml(content[key])} should be a section with keys below it")
-    held = {key: value for key, value in content.items() if key != BASE and not (key in sections and value is None)}
-    return {str(key): value for key, value in flatten(held).items()}
+    kept = {key: value for key, value in content.items() if key != BASE and not (key in sections and value is None)}
+    return {str(key): value for key, value in flatten(kept).items()}
 
 
 def _nest(flat: dict[str, Any]) -> EasyDict:
@@ -173,7 +176,9 @@ def _nest(flat: dict[str, Any]) -> EasyDict:
 def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"argument {override!r} should be key=value, as in data.batch_size=40, or an option of --help")
+        raise UserError(
+            f"argument {override!r} should be key=value, for example data.batch_size=40, or an option (see --help)"
+        )
     try:
         return key, yaml.load(text, _UniqueKeyLoader)
     except UserError:
@@ -183,7 +188,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _read_numbers(value: Any) -> Any:
-    """YAML reads 1e-4 as a text (only 1.0e-4 is a number to it); people mean the number."""
+    """Converts texts such as 1e-4 to numbers: YAML only reads 1.0e-4 as a number."""
     if isinstance(value, list):
         return [_read_numbers(item) for item in value]
     if isinstance(value, dict):
@@ -197,10 +202,10 @@ def _read_numbers(value: Any) -> Any:
 
 
 def _nearest(key: str) -> str:
-    """ ", did you mean …?" for a misspelt key; a right key in the wrong section counts as near."""
+    """Returns ", did you mean …?" for a misspelt key. A key in the wrong section counts as near."""
     same_name = [known for known in RULES if known.rpartition(".")[2] == key.rpartition(".")[2]]
     near = same_name or difflib.get_close_matches(key, RULES, n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else f" (keys: see {DEFAULT_CONFIG.name})"
+    return f", did you mean {near[0]!r}?" if near else f" (config/{DEFAULT_CONFIG.name} lists all keys)"
 
 
 def _as_yaml(value: Any) -> str:

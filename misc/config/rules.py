@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from misc.data.annotations import PUBLISHED_COUNTS
 from misc.data.image_operations import wrong_operations
 from model.architecture import Architecture
 from model.heads import attention_heads
@@ -23,7 +24,7 @@ class Values:
         description: the accepted values in words, for messages.
         accepts: whether a value is one of them.
         number: whether a text such as 1e-4 is read as a number first.
-        problems: lists what is wrong with a value, where the description is not enough.
+        problems: lists what is wrong with a value, if the description is not enough.
         convert: turns an accepted value into the one form that the program uses.
     """
 
@@ -36,10 +37,10 @@ class Values:
 
 @dataclass(frozen=True)
 class Rule:
-    """All that is known of one configuration key.
+    """Everything that is known about one configuration key.
 
     Attributes:
-        values: what the key may hold.
+        values: the values that the key accepts.
         may_change: a resumed run may have another value, because it does not decide what is trained. The data is
             compared by content instead, the batch size by its product with the number of ranks, the precision by the
             number format that is used.
@@ -211,7 +212,7 @@ RULES: dict[str, Rule] = {
     "log.sheet": Rule(_integer(0), may_change=True),
     "log.sheet_choice": Rule(_choice("random", "hardest"), may_change=True),
     "log.profile": Rule(SWITCH, may_change=True),
-    "data.dataset": Rule(_choice("CUHK-PEDES", "ICFG-PEDES", "RSTPReid", None), may_change=True, file_wins=True),
+    "data.dataset": Rule(_choice(*PUBLISHED_COUNTS, None), may_change=True, file_wins=True),
     "data.train_share": Rule(SHARE),
     "data.back_translation_file": Rule(TEXT_OR_NULL, may_change=True),
     "data.evaluate_on": Rule(_choice("test", "val")),
@@ -255,7 +256,7 @@ def contradictions(values: dict[str, Any]) -> Iterator[str]:
         yield f"model.embed_dim: {width} should be a multiple of 64 for experiment.mlm, whose heads have 64 channels"
     off = [not values[f"experiment.{loss}"] or values[f"experiment.{loss}_ratio"] == 0 for loss in ("ritc", "sdm")]
     if values["experiment.nitc_ratio"] == 0 and all(off):
-        yield "experiment.nitc_ratio: 0 without experiment.ritc or sdm leaves no loss that ranks: turn one on"
+        yield "experiment.nitc_ratio: 0 also needs experiment.ritc or experiment.sdm: turn one of them on"
     layers, dropped = values["model.text_layers"], values["model.dropped_text_layers"]
     for key in ("frozen", "dropped"):
         beyond = [] if layers == AUTO else [n for n in values[f"model.{key}_text_layers"] if n > layers]
@@ -269,5 +270,5 @@ def contradictions(values: dict[str, Any]) -> Iterator[str]:
     if values["model.adaptation"] is not None and heads:
         yield (
             f"experiment.{heads[0]}: its head cannot train with model.adaptation: {values['model.adaptation']}, which "
-            f"freezes all else: set experiment.{heads[0]}=false"
+            f"freezes everything else: set experiment.{heads[0]}=false"
         )

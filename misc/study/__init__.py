@@ -1,4 +1,4 @@
-"""The paper's study: every published row as data, the report, and what each module contributes.
+"""The paper's study: every published row as data, the report, and the contribution of each module.
 
 Imports `misc/retrieval/`, `misc/config/`, `misc/run/` and below. Begin with `rows.py`.
 """

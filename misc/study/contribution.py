@@ -1,7 +1,7 @@
-"""What each module of the towers contributes: what is lost without it, and how much of its training is needed.
+"""Measures how much each module of the encoders contributes: the loss without it, and how much training it needs.
 
-A module is a layer's self-attention with its norm, its feed-forward with its norm, or the whole layer. While one is
-changed, all others are as they were trained.
+A module is a layer's self-attention with its norm, its feed-forward block with its norm, or the whole layer. While one
+module is changed, all others keep their trained weights.
 """
 
 import json
@@ -25,17 +25,17 @@ from misc.system.distributed import gather_strided
 from model.tbps_clip import TBPSCLIP
 
 ALPHAS = tuple(step / 10 for step in range(11))
-"""Shares of the trained weights that C2 tries, from the initial weights alone to the trained ones alone."""
+"""The α that C2 tries, from 0 (only the initial weights) to 1 (only the trained weights)."""
 POINTS = 3
-"""Of R@1; C2 allows a loss of less."""
+"""C2 accepts an α with which R@1 drops by less than this many percentage points."""
 
 
 class ModuleKind(NamedTuple):
-    """A kind of module: beginnings of names within a residual block.
+    """A kind of module, as prefixes of parameter names within a residual block.
 
     Attributes:
-        parameters: all that it has.
-        outputs: where its branches end. With zeros there, it adds nothing to its input.
+        parameters: prefixes of all its parameters.
+        outputs: prefixes of the last linear layer of each branch. If these are zero, it adds nothing to its input.
     """
 
     parameters: tuple[str, ...]
@@ -50,7 +50,7 @@ MODULE_KINDS = {
 
 
 class Module(NamedTuple):
-    """One of a tower: the number of its layer, from 0, and a key of `KINDS`."""
+    """A module of an encoder: the number of its layer, from 0, and a key of `MODULE_KINDS`."""
 
     layer: int
     kind: str
@@ -58,7 +58,7 @@ class Module(NamedTuple):
 
 @dataclass(frozen=True)
 class ModuleContribution:
-    """Of one module: R@1 in percent without it, and the two measures that `measure_contribution` explains."""
+    """The contribution of one module: R@1 in percent without it, and C1 and C2 of `measure_contribution`."""
 
     r1_removed: float
     c1: float
@@ -67,12 +67,12 @@ class ModuleContribution:
 
 @dataclass(frozen=True)
 class Contribution:
-    """Of all modules, the same on every rank.
+    """The contributions of all modules, the same on every rank.
 
     Attributes:
-        r1: of the whole model, in percent.
-        seconds: that all this took.
-        image, text: for each layer of the tower, by kind of module.
+        r1: R@1 of the whole model, in percent.
+        seconds: duration of the measurement.
+        image, text: for each layer of the encoder, the contributions by kind of module.
     """
 
     r1: float
@@ -85,22 +85,23 @@ class Contribution:
 def measure_contribution(
     evaluator: Evaluator, model: TBPSCLIP, initial: dict[str, Tensor], log: RunLog
 ) -> Contribution:
-    """Measures each module by R@1. Call it on all ranks; the model is left as it is.
+    """Measures each module by R@1. Call it on all ranks. The model is unchanged afterwards.
 
-    C1: how many points are lost when the module is removed, so that its input is its output, over the largest such loss
-    of all modules of both towers. Negative where the model is better without it; 0 for all where none loses anything.
+    C1: remove the module, so that its output is its input. C1 is the drop of R@1, divided by the largest such drop of
+    all modules of both encoders. It is negative if the model is better without the module. If no R@1 drops, every C1
+    is 0.
 
-    C2: the smallest α of `ALPHAS` with which (1 - α) · initial + α · trained in place of the module's weights loses
-    less than `POINTS` points.
+    C2: replace the module's weights by (1 - α) · initial + α · trained. C2 is the smallest α of `ALPHAS` with which R@1
+    drops by less than `POINTS` percentage points.
 
-    Memory grows with the modules of a tower: for each, the features of all images or captions are held at once.
+    Memory grows with the number of modules: it contains the features of all images, or all captions, for each module.
 
     Args:
-        evaluator: of the split to measure on.
-        model: trained, on the device of the evaluator.
-        initial: state dict from before the training, on the same device; other names than those of the towers' residual
-            blocks have no part.
-        log: for the progress.
+        evaluator: evaluates the split to measure on.
+        model: the trained model, on the device of the evaluator.
+        initial: state dict from before the training, on the same device; only the residual blocks of the encoders are
+            used.
+        log: shows the progress.
     """
     started = time.perf_counter()
     was_training = model.training
@@ -153,15 +154,15 @@ def measure_contribution(
 
 @dataclass(frozen=True)
 class _Tower:
-    """A tower whose modules can be changed, while the features of the other stay.
+    """An encoder whose modules can be changed, while the features of the other encoder stay the same.
 
     Attributes:
-        title: for the log.
-        tower: as trained.
-        encode: with the tower, and what belongs to no layer of it.
-        initial: its state dict from before.
+        title: its name in the log.
+        tower: the trained encoder.
+        encode: encodes with the encoder, and with an adapter or a learned context if the model has one.
+        initial: its state dict from before the training.
         items: number of images or captions that a rank encodes.
-        hits: for each encoder in place of the tower, how many queries find their person first.
+        hits: returns for each given replacement of `encode` how many queries have the right person at rank 1.
     """
 
     title: str
@@ -180,7 +181,7 @@ class _Tower:
         return [Module(layer, kind) for layer in range(self.layers) for kind in MODULE_KINDS]
 
     def without(self, module: Module) -> EncodeFunction:
-        """Encodes without the module."""
+        """Returns a function that encodes without the module."""
         outputs = self._parameters(module.layer, MODULE_KINDS[module.kind].outputs)
 
         def encode(inputs: Tensor) -> Tensor:
@@ -190,10 +191,10 @@ class _Tower:
         return encode
 
     def blended(self, module: Module, alpha: float) -> EncodeFunction:
-        """Encodes with the share `alpha` of the module's training."""
+        """Returns a function that encodes with (1 - alpha) · initial + alpha · trained weights of the module."""
         parameters = self._parameters(module.layer, MODULE_KINDS[module.kind].parameters)
 
-        def encode(inputs: Tensor) -> Tensor:  # the values are made each time: of all modules, they are two towers
+        def encode(inputs: Tensor) -> Tensor:  # computed each time: the values of all modules need two encoders' memory
             values = {name: (1 - alpha) * self.initial[name] + alpha * trained for name, trained in parameters.items()}
             with _changed(parameters, values):
                 return self.encode(inputs)
@@ -201,26 +202,26 @@ class _Tower:
         return encode
 
     def count(self, encoders: list[EncodeFunction], title: str, log: RunLog) -> list[int]:
-        """`hits`, under a progress bar."""
+        """Calls `hits` with a progress bar."""
         with log.progress(len(encoders) * self.items, 0, f"{self.title}, {title}") as bar:
 
-            def shown(encoder: EncodeFunction) -> EncodeFunction:
+            def with_progress(encoder: EncodeFunction) -> EncodeFunction:
                 def encode(inputs: Tensor) -> Tensor:
                     bar.update(len(inputs))
                     return encoder(inputs)
 
                 return encode
 
-            return self.hits([shown(encoder) for encoder in encoders])
+            return self.hits([with_progress(encoder) for encoder in encoders])
 
-    def _parameters(self, layer: int, beginnings: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    def _parameters(self, layer: int, prefixes: tuple[str, ...]) -> dict[str, nn.Parameter]:
         block = f"transformer.resblocks.{layer}."
-        return _starting_with(dict(self.tower.named_parameters()), tuple(block + name for name in beginnings))
+        return _starting_with(dict(self.tower.named_parameters()), tuple(block + name for name in prefixes))
 
 
 @contextmanager
 def _changed(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
-    """Other values in place of parameters, whose own come back in the end: they are put aside, not computed again."""
+    """Replaces the values of parameters within the context, and restores exactly the same values at its end."""
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
@@ -232,7 +233,7 @@ def _changed(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> 
 
 
 def _without_each(tower: _Tower, log: RunLog) -> dict[Module, int]:
-    """Hits without each module."""
+    """Returns the hits without each module."""
     modules = tower.modules
     hits = tower.count([tower.without(module) for module in modules], "each module removed", log)
     log.line(f"{tower.title}: each of {len(modules)} modules was removed once")
@@ -240,12 +241,12 @@ def _without_each(tower: _Tower, log: RunLog) -> dict[Module, int]:
 
 
 def _needed_of_each(tower: _Tower, whole: int, queries: int, log: RunLog) -> dict[Module, float]:
-    """C2 of each module: all are tried with one α, and those that lose too much with the next."""
-    needed = dict.fromkeys(tower.modules, ALPHAS[-1])  # with which nothing is changed, so nothing is lost
+    """Returns C2 of each module: tries all modules with one α, then those that lose too much with the next α."""
+    needed = dict.fromkeys(tower.modules, ALPHAS[-1])  # α = 1 changes nothing, so it is always enough
     pending = tower.modules
     for alpha in ALPHAS[:-1]:
         hits = tower.count([tower.blended(module, alpha) for module in pending], f"α {alpha}", log)
-        # In whole numbers: as differences of percentages, a loss of exactly 3 points may come out as less.
+        # Integers, because in a difference of percentages a drop of exactly 3 points may be rounded to less.
         enough = {m for m, found in zip(pending, hits, strict=True) if 100 * (whole - found) < POINTS * queries}
         needed |= dict.fromkeys(enough, alpha)
         pending = [module for module in pending if module not in enough]
@@ -256,7 +257,7 @@ def _needed_of_each(tower: _Tower, whole: int, queries: int, log: RunLog) -> dic
 
 
 def _hits(results: QueryResults) -> int:
-    """How many queries find their person first."""
+    """Returns how many queries have the right person at rank 1."""
     return int((results.first_match == 1).sum())
 
 
@@ -264,12 +265,12 @@ def _within(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in _starting_with(state, (prefix,)).items()}
 
 
-def _starting_with(state: dict[str, Tensor], beginnings: tuple[str, ...]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if name.startswith(beginnings)}
+def _starting_with(state: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name.startswith(prefixes)}
 
 
 def contribution_table(contribution: Contribution) -> str:
-    """Both measures of each layer, in lines."""
+    """Returns both measures as a table with a line for each layer."""
     lines = ["                    C1                            C2"]
     lines.append("          attention feed-fwd    layer   attention feed-fwd    layer")
     for name in ("image", "text"):
@@ -281,27 +282,27 @@ def contribution_table(contribution: Contribution) -> str:
 
 
 def contribution_folder(checkpoint: Path) -> Path:
-    """Where the contributions to a checkpoint are written: a new folder beside it.
+    """Returns the new folder beside a checkpoint that its contributions are written to.
 
-    Raises UserError where there is something of that name, or it cannot be made.
+    Raises UserError if the path exists or cannot be created.
     """
     folder = checkpoint.with_name(f"{checkpoint.stem}_contribution")
     return check_new_path(folder, "--contribution", "copy the checkpoint to another folder")
 
 
 def write_contribution(folder: Path, contribution: Contribution) -> None:
-    """Writes `contribution.json` and `contribution.png` into a new folder, whole or not at all.
+    """Writes `contribution.json` and `contribution.png` into a new folder: both files or none.
 
-    Raises UserError where that cannot be done.
+    Raises UserError if they cannot be written.
     """
     measured = asdict(contribution)
     towers = {name: measured.pop(name) for name in ("image", "text")}
     content = {**measured, "alphas": ALPHAS, "points": POINTS, **towers}
     try:
-        with atomic_folder(folder) as unfinished:
-            (unfinished / "contribution.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            draw_contribution_chart(unfinished / "contribution.png", **towers)
+        with atomic_folder(folder) as part:
+            (part / "contribution.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            draw_contribution_chart(part / "contribution.png", **towers)
     except OSError as error:
         raise UserError(
-            f"--contribution: {folder} cannot be written ({error.strerror}): the table above is all that is left"
+            f"--contribution: {folder} cannot be written ({error.strerror}): copy the results from the table above"
         ) from error

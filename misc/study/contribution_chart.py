@@ -3,9 +3,9 @@
 from pathlib import Path
 
 ROWS = {"self_attention": "self-attention", "feed_forward": "feed-forward", "layer": "layer"}
-"""By kind of module: how its row is called."""
+"""The label of the row for each kind of module."""
 MEASURES = {"c1": "{:.2f}", "c2": "{:.1f}"}
-"""By measure: how a value is written into its cell."""
+"""The number format of the cells for each measure."""
 COLOURS = "viridis"
 
 
@@ -15,9 +15,10 @@ def draw_contribution_chart(
     """Draws four heat maps as a PNG, C1 above and C2 below, the image encoder left and the text encoder right.
 
     Args:
-        image, text: for each layer of the tower, by kind of module, `c1` and `c2`. A negative C1 has the colour of 0.
+        image, text: for each layer of the encoder and each kind of module, `c1` and `c2`. A negative C1 has the colour
+            of 0.
     """
-    from matplotlib.figure import Figure  # takes half a second, and rank 0 alone draws
+    from matplotlib.figure import Figure  # the import takes half a second, and only rank 0 draws
 
     figure = Figure(figsize=(5 + 0.5 * (len(image) + len(text)), 5), layout="constrained")
     grid = figure.subplots(2, 2, squeeze=False, gridspec_kw={"width_ratios": [2 + len(image), 2 + len(text)]})
@@ -28,7 +29,7 @@ def draw_contribution_chart(
             figure.colorbar(picture, ax=axes)
             for y, line in enumerate(values):
                 for x, value in enumerate(line):
-                    colour = "black" if value > 0.6 else "white"  # the higher, the lighter its cell
+                    colour = "black" if value > 0.6 else "white"  # the higher the value, the lighter its cell
                     axes.text(x, y, form.format(value), ha="center", va="center", fontsize=8, color=colour)
             axes.set_title(f"{measure.upper()}, {tower} encoder")
             axes.set_xlabel("layer")

@@ -1,4 +1,4 @@
-"""Published beside measured: reads the run folders of the paper's rows and compares."""
+"""The report: compares the runs of the paper's rows with the published results."""
 
 import statistics
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Measured:
     """The runs of a row.
 
     Attributes:
-        figures: by column, one for each seed whose run is finished and tells it.
-        unfinished: seeds whose run has not reached its last epoch, which count for nothing.
+        figures: for each column, one figure per seed whose run is finished and recorded it.
+        unfinished: folders of the seeds whose run has not reached its last epoch; they are ignored.
     """
 
     figures: dict[str, list[float]]
@@ -29,7 +29,8 @@ class Measured:
 
 
 def measured(root: Path, row: Row) -> Measured | None:
-    """What the runs of a row came to; None where there is none. Retrieval is that of the epoch with the best R@1."""
+    """Reads the results of a row's runs; None if it has no run. The retrieval metrics are those of the epoch with the
+    best R@1."""
     figures: dict[str, list[float]] = {column: [] for column in row.columns}
     unfinished = []
     for folder in sorted((root / row.run).glob("seed_*")):
@@ -41,32 +42,34 @@ def measured(root: Path, row: Row) -> Measured | None:
             unfinished.append(folder.name)
             continue
         best = max(records, key=lambda record: record["r1"])
-        of_run = best | {
+        results = best | {
             "epochs": len(records),
             "train_seconds": sum(record["seconds"] for record in records),
             "test_seconds": last["evaluation_seconds"],
         }
-        if "parameters" in last:  # older runs do not tell
-            of_run["parameters"] = last["parameters"] / 1e6
+        if "parameters" in last:  # older runs did not record them
+            results["parameters"] = last["parameters"] / 1e6
         for column in row.columns:
-            if column in of_run:
-                figures[column].append(of_run[column])
+            if column in results:
+                figures[column].append(results[column])
     return Measured(figures, tuple(unfinished)) if unfinished or any(figures.values()) else None
 
 
 def write_report(rows: dict[str, Row], root: Path) -> str:
-    """Compares table by table, as Markdown, and writes that as `report.md` and the first column's bars as `report.png`.
+    """Compares all tables that have a run. Writes `report.md`, and a bar chart of the first columns as `report.png`.
 
-    Raises UserError where no row has a run, and where the folder cannot be written to.
+    Returns: the text of `report.md`.
+
+    Raises UserError if no row has a run, or the folder cannot be written to.
     """
     found = {name: runs for name, row in rows.items() if (runs := measured(root, row)) is not None}
     if not found:
-        raise UserError(f"--study report: {root} holds no run of a row: run one first, as in --study losses/ss_i")
+        raise UserError(f"--study report: {root} contains no runs: run one first, for example --study losses/ss_i")
     tables = {row.table: None for name, row in rows.items() if name in found}
     parts = []
     for table in tables:
-        of_table = [row for row in rows.values() if row.table == table]
-        parts.append(f"### {table}\n\n{_table(of_table, found)}")
+        table_rows = [row for row in rows.values() if row.table == table]
+        parts.append(f"### {table}\n\n{_table(table_rows, found)}")
     text = "\n\n".join(parts)
     drawn = [row for row in rows.values() if row.name in found and found[row.name].figures[row.columns[0]]]
     try:
@@ -75,7 +78,9 @@ def write_report(rows: dict[str, Row], root: Path) -> str:
         if drawn:
             _draw(drawn, found, root / "report.png")
     except OSError as error:
-        raise UserError(f"--study report: {root} cannot be written to ({error.strerror}): free or copy it") from error
+        raise UserError(
+            f"--study report: {root} cannot be written to ({error.strerror}): set model.saved_path to a copy of it"
+        ) from error
     return text
 
 
@@ -111,22 +116,22 @@ def _table(rows: list[Row], found: dict[str, Measured]) -> str:
 
 
 def _draw(rows: list[Row], found: dict[str, Measured], path: Path) -> None:
-    """A bar chart for each table: the first column, published and measured, with the spread over the seeds."""
-    from matplotlib.figure import Figure  # takes half a second
+    """Draws a bar chart for each table: the first column, published and measured, with the spread over the seeds."""
+    from matplotlib.figure import Figure  # the import takes half a second
 
     tables = {row.table: [other for other in rows if other.table == row.table] for row in rows}
-    heights = [0.9 + 0.45 * len(of_table) for of_table in tables.values()]
+    heights = [0.9 + 0.45 * len(table_rows) for table_rows in tables.values()]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     grid = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)
-    for axes, (title, of_table) in zip(grid[:, 0], tables.items(), strict=True):
-        places, column = range(len(of_table)), of_table[0].columns[0]
-        values = [found[row.name].figures[column] for row in of_table]
+    for axes, (title, table_rows) in zip(grid[:, 0], tables.items(), strict=True):
+        places, column = range(len(table_rows)), table_rows[0].columns[0]
+        values = [found[row.name].figures[column] for row in table_rows]
         means = [statistics.mean(value) for value in values]
         spread = [statistics.stdev(value) if len(value) > 1 else 0 for value in values]
-        published = [row.published[0] if row.published else 0 for row in of_table]
+        published = [row.published[0] if row.published else 0 for row in table_rows]
         axes.barh([place - 0.2 for place in places], published, 0.38, color=PUBLISHED, label="published")
         axes.barh([place + 0.2 for place in places], means, 0.38, xerr=spread, color=MEASURED, label="measured")
-        axes.set_yticks(places, [row.name.partition("/")[2] or row.name for row in of_table])
+        axes.set_yticks(places, [row.name.partition("/")[2] or row.name for row in table_rows])
         axes.invert_yaxis()
         axes.set_xlabel(COLUMNS[column].title)
         axes.set_title(title, loc="left")

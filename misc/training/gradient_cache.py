@@ -1,11 +1,11 @@
-"""A batch larger than the memory: the gradients of the whole batch, encoded chunk by chunk.
+"""Gradients of a batch that is too large for the GPU memory: the batch is encoded chunk by chunk.
 
-Gradient caching (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"): the
-contrastive losses need the features of all B rows of this rank at once, but not what the encoders kept to compute them.
+Gradient caching (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). The
+contrastive losses need the features of all B rows of this rank at the same time, but not the encoders' activations.
 
-1. Encode each chunk without gradient and keep its features.
-2. Losses of all features, and their gradient with respect to the features.
-3. Encode each chunk again with the same dropout, and send the gradient of its features back through the encoders.
+1. Encode each chunk without gradients and keep its features.
+2. Compute the losses of all features, and their gradients with respect to the features.
+3. Encode each chunk again with the same dropout, and backpropagate the gradients of its features.
    Losses that compare no samples (MLM, ID) are computed here, so that their logits never exist for the whole batch.
 """
 
@@ -32,17 +32,18 @@ def backward_in_chunks(
     scale_loss: Callable[[Tensor], Tensor],
     without_reduction: Callable[[], AbstractContextManager],
 ) -> dict[str, Tensor]:
-    """Adds the gradients of the whole batch to the parameters, as one pass over it would.
+    """Adds the gradients of the whole batch to those of the parameters, like a single pass over the batch.
 
     Args:
         batch: B samples of this rank, on any device.
-        chunk_size: rows that are on the device, and encoded, at once.
-        device: of the encoders.
-        encode: views and number of a chunk → features; the same dropout for the same number.
+        chunk_size: number of rows that are on the device, and encoded, at the same time.
+        device: the device of the encoders.
+        encode: views and number of a chunk → features; the same number must give the same dropout.
         objectives: the losses.
         soft_label_ratio: α of N-ITC.
-        scale_loss: of the gradient scaler.
-        without_reduction: a context in which ranks do not average their gradients; they do so once, for the last chunk.
+        scale_loss: scales a loss like the gradient scaler.
+        without_reduction: returns a context in which ranks do not average their gradients. They average them once, for
+            the last chunk.
 
     Returns: weighted losses by name, detached.
     """
@@ -52,12 +53,15 @@ def backward_in_chunks(
     picked = objectives.picked_tokens(labels.to(device, non_blocking=True) if labels is not None else None)
 
     with torch.no_grad():
-        parts = [_compared(encode(_unmasked(chunk.to(device).views), number)) for number, chunk in enumerate(chunks)]
-    whole = _joined(parts)
+        parts = [
+            _contrastive_features(encode(_without_masked_captions(chunk.to(device).views), number))
+            for number, chunk in enumerate(chunks)
+        ]
+    whole = _concatenate(parts)
     weighted = objectives.contrast(whole, identities, soft_label_ratio)
     scale_loss(sum(weighted.values())).backward()
     weighted = {name: loss.detach() for name, loss in weighted.items()}
-    gradients = [None if view.grad is None else view.grad.split(chunk_size) for view in _per_row(whole)]
+    gradients = [None if view.grad is None else view.grad.split(chunk_size) for view in _row_features(whole)]
 
     for number, chunk in enumerate(chunks):
         last = number == len(chunks) - 1
@@ -66,10 +70,10 @@ def backward_in_chunks(
             features = encode(chunk.views, number)
             outputs = [
                 (view, gradient[number])
-                for view, gradient in zip(_per_row(features), gradients, strict=True)
-                if gradient is not None and view.requires_grad  # looked at by a loss, from an encoder that trains
+                for view, gradient in zip(_row_features(features), gradients, strict=True)
+                if gradient is not None and view.requires_grad  # a loss uses it, and its encoder is trained
             ]
-            if last and features.scale.requires_grad:  # one temperature serves all rows, so its gradient goes back once
+            if last and features.scale.requires_grad:  # all rows share the temperature: its gradient counts once
                 outputs.append((features.scale, whole.scale.grad))
             classified = objectives.classify(
                 features, chunk.identities, chunk.views.masked_labels, rows=len(batch), picked=picked
@@ -82,26 +86,26 @@ def backward_in_chunks(
     return weighted
 
 
-def _unmasked(views: Views) -> Views:
-    """Without the masked captions, which only MLM encodes."""
+def _without_masked_captions(views: Views) -> Views:
+    """Removes the masked captions, which only MLM encodes."""
     return dataclasses.replace(views, masked_token_ids=None, masked_labels=None)
 
 
-def _compared(features: Features) -> Features:
-    """Without what is computed for each sample alone."""
+def _contrastive_features(features: Features) -> Features:
+    """Removes the logits, which are computed for each sample separately."""
     return dataclasses.replace(features, masked_logits=None, identity_logits=None)
 
 
-def _per_row(features: Features) -> list[Tensor]:
-    """Features of the contrastive losses, with a row for each sample."""
+def _row_features(features: Features) -> list[Tensor]:
+    """Returns the features of the contrastive losses that have a row for each sample."""
     pairs = (*(features.simclr or ()), *(features.simclr_text or ()))
     views = (features.image, features.text, features.second_image, features.second_text, *pairs)
     return [view for view in views if view is not None]
 
 
-def _joined(parts: list[Features]) -> Features:
-    """The features of all chunks, one after another, ready to take gradients."""
-    image, text, *others = (torch.cat(rows).requires_grad_() for rows in zip(*map(_per_row, parts), strict=True))
+def _concatenate(parts: list[Features]) -> Features:
+    """Concatenates the features of all chunks, as leaves that collect gradients."""
+    image, text, *others = (torch.cat(rows).requires_grad_() for rows in zip(*map(_row_features, parts), strict=True))
     return Features(
         image=image,
         text=text,

@@ -1,4 +1,4 @@
-"""Measures an epoch: losses, speed, and time without data."""
+"""Measures an epoch: losses, speed, and time spent waiting for data."""
 
 import math
 import time
@@ -12,9 +12,9 @@ from misc.system.distributed import Ranks, mean_over_ranks
 
 
 class Meter:
-    """Adds to the record of the epoch that `progress` is in, and keeps one of what came since the last log line.
+    """Updates the record of the current epoch in `progress`, and a second record since the last log line.
 
-    Losses stay on the device until `settle`, since reading one waits for it.
+    Losses stay on the device until `synchronise`, because reading them waits for the device.
     """
 
     def __init__(self, ranks: Ranks, progress: Progress):
@@ -25,18 +25,23 @@ class Meter:
         self._since = time.perf_counter()
 
     def waited(self, seconds: float) -> None:
-        """Counts time in which there was no data."""
+        """Adds time spent waiting for data."""
         for record in self._records():
             record.data_wait += seconds
 
     def add(self, weighted: dict[str, Tensor], paths: list[str]) -> None:
-        """Counts one step: its weighted losses on this rank, 0-dim tensors, and the image files of its batch."""
+        """Adds one step.
+
+        Args:
+            weighted: its weighted losses on this rank, by name: 0-dim tensors.
+            paths: the image files of its batch.
+        """
         self._unread.append((weighted, paths))
 
-    def settle(self) -> None:
-        """Reads what was added since the last time, which waits for the device and for all ranks.
+    def synchronise(self) -> None:
+        """Reads the steps added since the last call. It waits for the device and for all ranks.
 
-        Raises NonFiniteLoss for the first step at which a loss is NaN or infinite.
+        Raises NonFiniteLoss if a loss is NaN or infinite, for the first such step.
         """
         steps = torch.stack([torch.stack(list(weighted.values())) for weighted, _ in self._unread])  # (steps, losses)
         for values, (weighted, paths) in zip(mean_over_ranks(steps).tolist(), self._unread, strict=True):
@@ -56,7 +61,7 @@ class Meter:
         self._since = now
 
     def take_recent(self) -> EpochRecord:
-        """What was settled since the last call."""
+        """Returns the record of all steps since the last call; `synchronise` has read them."""
         recent, self.recent = self.recent, EpochRecord()
         return recent
 
@@ -65,17 +70,17 @@ class Meter:
 
 
 class NonFiniteLoss(UserError):
-    """A loss is NaN or infinite.
+    """Reports a step whose loss is NaN or infinite.
 
     Attributes:
-        paths: image files of the batch, of all ranks.
+        paths: image files of the batch on all ranks.
     """
 
     def __init__(self, epoch: int, step: int, losses: dict[str, float], paths: list[str]):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         more = f" and {len(paths) - 5} more, all of them in train.log" if len(paths) > 5 else ""
         super().__init__(
-            f"the loss is not finite at epoch {epoch}, step {step} ({shown}), whose batch is of "
-            f"{', '.join(paths[:5])}{more}: look at these images, lower schedule.lr, or set misc.precision=fp32"
+            f"the loss is not finite at epoch {epoch}, step {step} ({shown}); its batch contains "
+            f"{', '.join(paths[:5])}{more}: check these images, lower schedule.lr, or set misc.precision=fp32"
         )
         self.paths = paths

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, and the learning rate as a function of the step (SPEC section 6)."""
+"""Parameter groups, AdamW, and the learning rate as a function of the step."""
 
 import math
 
@@ -10,11 +10,11 @@ NORMS_AROUND_CROSS_ATTENTION = ("ln_pre_t.", "ln_pre_i.", "ln_post.")
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, head_ratio: float) -> list[dict]:
-    """At most four groups for AdamW: with and without weight decay, towers and heads.
+    """Splits the parameters into at most four groups for AdamW: encoders and heads, with and without weight decay.
 
-    Biases, norms and anything with fewer than two dimensions are not decayed. The heads of MLM and ID learn
-    `head_ratio` times as fast, but for the three norms around the cross-attention, which the published code leaves at
-    the base rate.
+    Biases, norms and all parameters with fewer than two dimensions have no weight decay. The heads of MLM and ID have
+    `head_ratio` times the learning rate. Only the three norms around the cross-attention keep the base learning rate,
+    as in the published code.
 
     Returns: groups with `params`, `names`, `weight_decay` and `lr_ratio`; frozen parameters are left out.
     """
@@ -36,7 +36,7 @@ def _is_fast(name: str) -> bool:
 
 
 def build_optimizer(groups: list[dict], *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; the learning rate is set before each step by `set_learning_rate`."""
+    """Builds AdamW for `parameter_groups`. `set_learning_rate` sets the learning rate before each step."""
     settings = [
         {
             "params": list(zip(group["names"], group["params"], strict=True)),  # names go into checkpoints
@@ -49,10 +49,10 @@ def build_optimizer(groups: list[dict], *, betas: tuple[float, float], eps: floa
 
 
 def learning_rate(step: int, *, warmup_steps: int, total_steps: int, lr_start: float, lr: float, lr_end: float):
-    """Learning rate of iteration `step`, counted from 0 over the whole training.
+    """Returns the learning rate of iteration `step`, counted from 0 over the whole training.
 
-    Linear from `lr_start` to `lr` over the first `warmup_steps` (both ends included), then a cosine from `lr` towards
-    `lr_end`, which it would reach one step after the last.
+    It rises linearly from `lr_start` to `lr` in the first `warmup_steps`, both values included. Then it falls along a
+    cosine from `lr` to `lr_end`, which it would reach one step after the last.
     """
     if step < warmup_steps:
         return lr_start + (lr - lr_start) * step / max(1, warmup_steps - 1)
@@ -61,6 +61,6 @@ def learning_rate(step: int, *, warmup_steps: int, total_steps: int, lr_start: f
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Gives every group its share of the learning rate `value`."""
+    """Sets the learning rate of every group to `value` times its `lr_ratio`."""
     for group in optimizer.param_groups:
         group["lr"] = value * group["lr_ratio"]

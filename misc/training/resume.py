@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what they hold, when they are written, and how a run goes on from one."""
+"""The checkpoints of a run: their contents, writing them, and resuming from one."""
 
 import shutil
 from dataclasses import dataclass
@@ -18,28 +18,28 @@ from model.architecture import QUICK_GELU
 
 
 def find_start(folder: Path, *, resume: bool, overwrite: bool, launch: Launch) -> dict[str, Any] | None:
-    """The checkpoint to go on from, or None where a new run begins.
+    """Returns the checkpoint to continue from, or None if a new run starts.
 
-    A run goes on where that is asked for, and where torchrun has started the processes anew after one of them died.
+    A run continues if the user asks for it. It also continues if torchrun restarted the processes because one died.
 
     Args:
-        folder: of the run; nothing is changed in it.
-        resume, overwrite: what the user asked for.
-        launch: of this process.
+        folder: the folder of the run; nothing is changed in it.
+        resume, overwrite: the user's options.
+        launch: how this process was launched.
 
-    Raises UserError where there is nothing to resume, the checkpoint is broken, or the folder holds another run.
+    Raises UserError if there is nothing to resume, the checkpoint is broken, or the folder contains another run.
     """
     path = folder / LAST_CHECKPOINT
     if resume:
         if not path.is_file():
             raise UserError(
-                f"--resume: there is no {path}: set model.saved_path to the folder of a run, or leave --resume out"
+                f"--resume: there is no {path}: set model.saved_path to the folder of a run, or leave out --resume"
             )
         content = _read(path)
         if "progress" not in content:
             raise UserError(
-                f"--resume: {path} holds no state of a training: start from its weights with model.ckpt_type=saved "
-                f"model.saved_path={path}"
+                f"--resume: {path} contains only weights, no training state: start a new run from them with "
+                f"model.checkpoint={path} and another model.saved_path"
             )
         return content
     if launch.attempt > 0 and path.is_file():
@@ -54,19 +54,19 @@ def _read(path: Path) -> dict[str, Any]:
     content = read_checkpoint(path)
     model = content["config"].get("model")
     if "progress" in content and isinstance(model, dict):
-        model.setdefault("activation", QUICK_GELU)  # the only one, when there was no choice yet
+        model.setdefault("activation", QUICK_GELU)  # old checkpoints do not record it: there was no other
         if missing := [key for key in TOWER_KEYS if key not in model]:
-            raise UserError(f"{path}: its configuration has no model.{missing[0]}: begin another run")
+            raise UserError(f"{path}: its configuration has no model.{missing[0]}: start a new run")
     return content
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What decides the steps of a run; a run may only go on where it is the same.
+    """The settings and data that decide the steps of a run. A run may only continue if they are the same.
 
     Attributes:
-        config: merged, as plain values.
-        batch: samples that are contrasted with each other in a step.
+        config: the merged configuration as plain values.
+        batch: number of samples that are contrasted with each other in a step.
         precision: number format of the encoders.
         training_set: fingerprint of the training split.
     """
@@ -77,45 +77,48 @@ class RunIdentity:
     training_set: str
 
     def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint, besides `config`."""
+        """Returns plain values for a checkpoint, without `config`."""
         return {"batch": self.batch, "precision": self.precision, "training_set": self.training_set}
 
     def check(self, saved: dict[str, Any], path: Path) -> None:
-        """Raises UserError where the checkpoint `saved`, which lies at `path`, is of another course."""
+        """Checks that this run can continue from the checkpoint `saved`, which was read from `path`.
+
+        Raises UserError if its settings or its data differ.
+        """
         own, other = flatten(self.config), flatten(saved["config"])
         differences = [
-            f"{key} is {own[key]} here and {other[key]} there"
+            f"{key} is {own[key]} now and {other[key]} in the checkpoint"
             for key, rule in RULES.items()
             if key in other and own[key] != rule.values.convert(other[key]) and not rule.may_change
         ]
         if self.batch != saved["batch"]:
             product = "processes × data.batch_size" if self.config["model"]["use_gather"] else "data.batch_size"
-            differences.append(f"{product} is {self.batch} here and {saved['batch']} there")
+            differences.append(f"{product} is {self.batch} now and {saved['batch']} in the checkpoint")
         if self.precision != saved["precision"]:
-            differences.append(f"misc.precision comes to {self.precision} here and to {saved['precision']} there")
+            differences.append(f"misc.precision is {self.precision} now and {saved['precision']} in the checkpoint")
         if differences:
             raise UserError(
-                f"the run of {path} cannot go on: {'; '.join(sorted(differences))}: resume it with its own "
-                f"configuration, --config {path.parent / 'config.yaml'}, or begin another run"
+                f"the run of {path} cannot be resumed: {'; '.join(sorted(differences))}: use its own configuration, "
+                f"--config {path.parent / 'config.yaml'}, or start a new run"
             )
         if self.training_set != saved["training_set"]:
             raise UserError(
-                f"the run of {path} cannot go on: the training captions are not those that it began with: give its "
-                "anno_dir and data.back_translation_file, or begin another run"
+                f"the run of {path} cannot be resumed: it was started with other training captions: set its anno_dir "
+                "and data.back_translation_file, or start a new run"
             )
 
 
 @dataclass(frozen=True)
 class CheckpointWriter:
-    """Keeps a run on the disk. Rank 0 writes, and the others wait for it.
+    """Writes the checkpoints of a run. Rank 0 writes, and the other ranks wait for it.
 
     Attributes:
-        folder: of the run.
-        trainer, progress: what is kept.
-        course: what decides the steps.
-        launch: of this process.
-        run_id: of the run, for loggers that go on with it.
-        processes: where this process stands.
+        folder: the folder of the run.
+        trainer, progress: the state that is saved.
+        identity: the settings and data that decide the steps.
+        launch: how this process was launched.
+        run_id: identifies the run, for loggers that continue it.
+        ranks: the rank of this process, and how many there are.
     """
 
     folder: Path
@@ -127,7 +130,7 @@ class CheckpointWriter:
     ranks: Ranks
 
     def save_last(self) -> None:
-        """Writes `checkpoint_last.pth`, from which the run can go on. Call it on all ranks."""
+        """Writes `checkpoint_last.pth`, from which the run can be resumed. Call it on all ranks."""
         if self.ranks.is_main:
             own = {
                 "progress": self.progress.state(),
@@ -136,10 +139,10 @@ class CheckpointWriter:
                 "run_id": self.run_id,
             }
             self._write(LAST_CHECKPOINT, self.trainer.state() | own)
-        self.ranks.all_reduce_max(0)  # no rank ends, which would end the others, before the file is there
+        self.ranks.all_reduce_max(0)  # a rank that ends would stop the others, so all wait for the file
 
     def save_best(self) -> None:
-        """Writes `checkpoint_best.pth`: weights to evaluate and to start from."""
+        """Writes `checkpoint_best.pth`: weights to evaluate, or to start another run from."""
         if self.ranks.is_main:
             self._write(BEST_CHECKPOINT, {"model": self.trainer.state()["model"]})
 
@@ -148,20 +151,23 @@ class CheckpointWriter:
         if broken:
             raise UserError(
                 f"the weights are not finite after epoch {self.progress.epoch + 1}, step {self.progress.step} "
-                f"({first_of(broken)}): {self.folder / name} is left as it is; lower schedule.lr, or set "
+                f"({first_of(broken)}), so {self.folder / name} is not overwritten: lower schedule.lr, or set "
                 "misc.precision=fp32"
             )
         common = {"config": self.identity.config, "epoch": self.progress.epoch, "metrics": self.progress.metrics}
         write_checkpoint(self.folder / name, content | common)
 
     def check_space(self) -> None:
-        """Raises UserError, on rank 0, where the disk has no room for the checkpoints to come."""
+        """Checks on rank 0 that the disk has room for the checkpoints of this run.
+
+        Raises UserError if it has not.
+        """
         if not self.ranks.is_main:
             return
         parameters = list(self.trainer.bare_model.parameters())
         weights = sum(p.nbytes for p in parameters)
         last = weights + 2 * sum(p.nbytes for p in parameters if p.requires_grad)  # AdamW keeps two numbers for each
-        needed = 2 * last + weights  # a new file is complete before the old one goes
+        needed = 2 * last + weights  # a new file is complete before the old one is deleted
         existing = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.exists())
         own = [self.folder / LAST_CHECKPOINT, self.folder / BEST_CHECKPOINT]
         replaced = sum(path.stat().st_size for path in (*own, *map(partial_path, own)) if path.is_file())

@@ -1,4 +1,4 @@
-"""One optimizer step, and one epoch of them."""
+"""One optimizer step, and one epoch of steps."""
 
 import time
 from collections.abc import Callable
@@ -28,18 +28,18 @@ from model.tbps_clip import Features, Views
 
 @dataclass
 class Trainer:
-    """What a step needs besides its batch.
+    """Trains a model: everything that a step needs in addition to its batch.
 
     Attributes:
-        model: TBPSCLIP, in DistributedDataParallel where there are several processes.
+        model: TBPSCLIP, in DistributedDataParallel if there are several ranks.
         objectives: the losses.
         optimizer: AdamW with `lr_ratio` in its groups.
-        learning_rates: learning rate of every iteration of the whole training.
+        learning_rates: the learning rate of every iteration of the whole training.
         softlabel_ratio: α of N-ITC after the first epoch.
         precision, scaler: mixed precision.
-        processes: where this process stands.
-        seed: of the dropout.
-        chunk_size: rows that are encoded at once; None encodes all B rows of this rank at once.
+        ranks: the rank of this process, and how many there are.
+        seed: the seed of the dropout.
+        chunk_size: number of rows that are encoded at the same time; None encodes all B rows of this rank.
     """
 
     model: nn.Module
@@ -54,14 +54,14 @@ class Trainer:
     chunk_size: int | None = None
 
     def step(self, batch: Batch, iteration: int, steps_per_epoch: int) -> dict[str, Tensor]:
-        """One optimizer step on this rank's B samples of the global batch.
+        """Makes one optimizer step with this rank's B samples of the global batch.
 
         Args:
             batch: on any device.
             iteration: counted from 0 over the whole training.
-            steps_per_epoch: the soft labels' weight grows over the first that many iterations.
+            steps_per_epoch: in the first `steps_per_epoch` iterations, the weight of the soft labels grows.
 
-        Returns: weighted losses by name, detached 0-dim tensors (reading one waits for the device).
+        Returns: weighted losses by name, detached 0-dim tensors; reading one waits for the device.
         """
         set_learning_rate(self.optimizer, self.learning_rates[iteration])
         self.optimizer.zero_grad(set_to_none=True)
@@ -84,7 +84,10 @@ class Trainer:
         return weighted
 
     def _backward(self, batch: Batch, iteration: int, soft_label_ratio: float) -> dict[str, Tensor]:
-        """The gradients of the whole batch in one pass. Returns: weighted losses by name, detached."""
+        """Computes the gradients of the whole batch in one pass.
+
+        Returns: weighted losses by name, detached.
+        """
         batch = batch.to(self.ranks.device)
         features = self._encode(batch.views, iteration)
         weighted = self.objectives(features, batch.identities, soft_label_ratio, batch.views.masked_labels)
@@ -92,8 +95,11 @@ class Trainer:
         return {name: loss.detach() for name, loss in weighted.items()}
 
     def _encode(self, views: Views, iteration: int, chunk: int = 0) -> Features:
-        """Dropout depends on (seed, iteration, rank, chunk) alone, so it is the same when a chunk is encoded once more,
-        and after a restart."""
+        """Encodes a chunk.
+
+        Its dropout depends only on (seed, iteration, rank, chunk): it is the same when the chunk is encoded again, and
+        after a restart.
+        """
         torch.manual_seed(derive_seed(self.seed, "dropout", iteration, self.ranks.rank, chunk))
         with self.precision.autocast():
             return self.model(views)
@@ -113,19 +119,19 @@ class Trainer:
         stop: Callable[[], bool],
         after_step: Callable[[], None],
     ) -> None:
-        """What is left of the epoch that `progress` is in; moves `progress` on.
+        """Trains the remaining steps of the current epoch, and updates `progress`.
 
         Args:
-            loader: of `len` batches in a whole epoch; its sampler is told where to begin.
-            progress: what is done.
-            log: gets the progress, and a line every `print_period` iterations.
-            save_period: iterations between two calls of `save`; 0 for none.
-            save: keeps `progress` and the training state.
-            stop: asked after each step, by all ranks and with the same answer; the rest of the epoch is left then.
+            loader: its length is the number of steps in a whole epoch; its sampler is set to the first remaining step.
+            progress: the current epoch and step.
+            log: shows a progress bar, and a line every `print_period` iterations.
+            save_period: iterations between two calls of `save`; 0 never calls it.
+            save: saves `progress` and the training state.
+            stop: called after each step on all ranks, with the same result on all; True ends the training early.
             after_step: called after each step.
 
-        Raises NonFiniteLoss, before anything is saved after that step. The losses are looked at on every log line and
-        before each `save`, since it means waiting for the device.
+        Raises NonFiniteLoss if a loss is NaN or infinite, before anything is saved after that step. Losses are read for
+        every log line and before each `save`, not at every step, because reading them waits for the device.
         """
         self.model.train()
         steps = len(loader)
@@ -146,7 +152,7 @@ class Trainer:
                 shows = ends or progress.step % print_period == 0
                 saves = not ends and save_period > 0 and progress.step % save_period == 0
                 if shows or saves:
-                    self._settle(meter, log)
+                    self._synchronise(meter, log)
                 if shows:
                     bar.set_postfix_str(self._show(log, meter.take_recent(), progress, iteration, steps))
                 if saves:
@@ -156,15 +162,15 @@ class Trainer:
                     break
                 waiting_since = time.perf_counter()
 
-    def _settle(self, meter: Meter, log: RunLog) -> None:
+    def _synchronise(self, meter: Meter, log: RunLog) -> None:
         try:
-            meter.settle()
+            meter.synchronise()
         except NonFiniteLoss as error:
             log.line(f"images of the batch: {', '.join(error.paths)}")
             raise
 
     def _show(self, log: RunLog, recent: EpochRecord, progress: Progress, iteration: int, steps: int) -> str:
-        """Logs what was measured since the last line. Returns: the few words of it for the progress bar."""
+        """Logs the measurements since the last line. Returns: a short form for the progress bar."""
         rate, losses, speed = self.learning_rates[iteration], recent.means(), recent.speed()
         log.scalars({"learning_rate": rate, **losses}, iteration)
         parts = " ".join(
@@ -181,16 +187,16 @@ class Trainer:
         return f"loss {losses['loss']:.3f}, {speed['samples_per_second']:.0f} samples/s"
 
     def skipped_steps(self, iterations: int) -> int:
-        """How many of the first `iterations` the scaler of fp16 has skipped, since a gradient was beyond fp16's range.
+        """Returns how many of the first `iterations` the gradient scaler has skipped.
 
-        AdamW does not count a step that it skips.
+        With fp16, the scaler skips a step if a gradient exceeds fp16's range. AdamW does not count such a step.
         """
         if not self.scaler.is_enabled():
             return 0
         return iterations - max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
 
     def summary(self, progress: Progress) -> dict[str, float]:
-        """The epoch that `progress` stands at the end of, for metrics.jsonl.
+        """Summarises the epoch that `progress` has just finished, for metrics.jsonl.
 
         Returns: `loss`, `loss_<name>` (means over the epoch and all ranks), `seconds`, `samples_per_second` (of all
             ranks), `data_wait` (share of the time, 0 to 1), `peak_memory_gigabytes`, and with fp16 `skipped_steps`
@@ -206,7 +212,7 @@ class Trainer:
         }
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer and scaler, for a checkpoint."""
+        """Returns the state of model, optimizer and scaler, for a checkpoint."""
         return {
             "model": self.bare_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -214,15 +220,18 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave, with tensors on any device. Raises UserError where it is another model's."""
+        """Restores a result of `state`, whose tensors may be on any device.
+
+        Raises UserError if it belongs to another model.
+        """
         own, saved = (
             [group["param_names"] for group in optimizer["param_groups"]]
             for optimizer in (self.optimizer.state_dict(), state["optimizer"])
         )
         if own != saved:
             raise UserError(
-                "the optimizer state of the checkpoint is of other parameters: resume with the code that wrote it, or "
-                "start from its weights with model.ckpt_type=saved"
+                "the optimizer state in the checkpoint is for other parameters: resume with the code that wrote it, or "
+                "start a new run from its weights with model.checkpoint=FILE"
             )
         self.bare_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -230,5 +239,5 @@ class Trainer:
 
     @property
     def bare_model(self) -> nn.Module:
-        """TBPSCLIP itself."""
+        """TBPSCLIP itself, without DistributedDataParallel."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model

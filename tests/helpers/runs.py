@@ -1,4 +1,4 @@
-"""Whole runs of main.py on a tiny dataset: arguments, ways to start them, and what they leave."""
+"""Whole runs of main.py on a tiny dataset: arguments, ways to start them, and checks of their results."""
 
 import json
 import os
@@ -51,13 +51,14 @@ EVERYTHING = (
     "log.checkpoint_period=5",
     "log.print_period=3",
 )
+"""The full recipe with MLM, ID, MixGen and much dropout."""
 TIMES = ("seconds", "samples_per_second", "data_wait", "peak_memory_gigabytes", "evaluation_seconds")
-"""With every objective, MixGen and much dropout."""
+"""Fields of metrics.jsonl that differ from run to run."""
 METRICS = ("r1", "r5", "r10", "mAP", "mINP")
 
 
 class Outcome(NamedTuple):
-    """Exit status, and what was written to the screen."""
+    """Exit status, standard output and standard error of a command."""
 
     status: int
     out: str
@@ -84,7 +85,7 @@ def of_dataset(dataset: TinyDataset) -> list[str]:
 
 
 def command(arguments: tuple[str, ...], ranks: int, *torchrun_options: str) -> dict[str, Any]:
-    """What `subprocess` needs to run `main.py`, under torchrun where there are several ranks."""
+    """Returns the arguments of `subprocess` to run `main.py`, under torchrun if there are several ranks."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun_options)
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_PROJECT"}
     return {
@@ -95,13 +96,13 @@ def command(arguments: tuple[str, ...], ranks: int, *torchrun_options: str) -> d
 
 
 def start(*arguments: str, ranks: int = 1, seconds: float = 300) -> Outcome:
-    """`main.py` in a process of its own, until it ends."""
+    """Runs `main.py` in its own process, and waits for it."""
     finished = subprocess.run(**command(arguments, ranks), capture_output=True, text=True, timeout=seconds)
     return Outcome(finished.returncode, finished.stdout, finished.stderr)
 
 
 def only_error(outcome: Outcome) -> str:
-    """The one line of a refusal."""
+    """Checks that a command ended with exactly one error line, and returns the line."""
     assert outcome.status == 2, outcome
     (line,) = outcome.err.splitlines()
     assert line.startswith("error: ") and "Traceback" not in outcome.out
@@ -113,7 +114,7 @@ def finished(folder: Path) -> Run:
 
 
 def assert_same_run(folder: Path, expected: Run) -> None:
-    """Weights, optimizer, losses and metrics are the same to the bit."""
+    """Checks that weights, optimizer, losses and metrics of two runs are bit-identical."""
     for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
         found, wanted = read_checkpoint(folder / name), read_checkpoint(expected.folder / name)
         assert found["model"].keys() == wanted["model"].keys()
@@ -132,15 +133,15 @@ def assert_same_run(folder: Path, expected: Run) -> None:
     assert (folder / "retrieval.png").read_bytes() == (expected.folder / "retrieval.png").read_bytes()
 
 
-def at_step(monkeypatch, number: int, happens: Callable[[], None]) -> None:
-    """In the training step of this number, counted from 1 over the epochs, something happens."""
+def at_step(monkeypatch, number: int, action: Callable[[], None]) -> None:
+    """Calls `action` in the training step `number`, counted from 1 over all epochs."""
     step, count = Trainer.step, 0
 
     def counted(*arguments, **options):
         nonlocal count
         count += 1
         if count == number:
-            happens()
+            action()
         return step(*arguments, **options)
 
     monkeypatch.setattr(Trainer, "step", counted)

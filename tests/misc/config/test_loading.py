@@ -1,4 +1,4 @@
-"""Configuration files: what loads, what overrides what, and one clear line for everything that is wrong."""
+"""Configuration files: which load, what overrides what, and one clear line for every mistake."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ distributed:
   backend: nccl
   url: 'env://'
 """
-"""A full recipe as users of the published code have it; no key of ours."""
+"""The full recipe, as users of the published code have it; it has no key of this code."""
 
 PUBLISHED_SIMPLIFIED = (
     PUBLISHED.replace("seed: 1", "seed: 0")
@@ -99,7 +99,7 @@ def flat(nested: dict) -> dict:
 
 
 def refusal(path: Path = DEFAULT_CONFIG, **arguments) -> str:
-    """The message with which a configuration is refused; it is always one line."""
+    """Returns the message that refuses a configuration, after checking that it is one line."""
     with pytest.raises(UserError) as caught:
         load_config(path, **arguments)
     message = str(caught.value)
@@ -107,10 +107,10 @@ def refusal(path: Path = DEFAULT_CONFIG, **arguments) -> str:
     return message
 
 
-# ---- what loads ---------------------------------------------------------------------------------------------------
+# ---- loading ---------------------------------------------------------------------------------------------------
 
 
-def test_the_defaults_hold_exactly_the_keys_that_have_a_rule():
+def test_the_defaults_contain_exactly_the_keys_that_have_a_rule():
     assert flat(yaml.safe_load(DEFAULT_CONFIG.read_text(encoding="utf-8"))).keys() == RULES.keys()
     assert flat(load_config()).keys() == RULES.keys()
 
@@ -120,11 +120,11 @@ def test_a_published_configuration_loads_unchanged(tmp_path, text):
     loaded = flat(load_config(write(tmp_path / "published.yaml", text)))
     published = flat(yaml.safe_load(text))
     assert {key: to_plain(loaded[key]) for key in published} == published
-    assert loaded["schedule.ratio_factor"] == 5.0  # the published code reads this key, and its files never give it
+    assert loaded["schedule.ratio_factor"] == 5.0  # the published code reads this key, but its files do not contain it
 
 
 def test_the_defaults_are_the_published_full_recipe():
-    defaults = flat(to_plain(resolve_architecture(load_config(), None)))  # the sizes of ViT-B/16 in place of `auto`
+    defaults = flat(to_plain(resolve_architecture(load_config(), None)))  # `auto` becomes ViT-B/16
     published = flat(yaml.safe_load(PUBLISHED))
     personal = {"device", "anno_dir", "image_dir", "model.saved_path", "model.checkpoint"}
     assert {key: defaults[key] for key in published.keys() - personal} == {
@@ -132,7 +132,7 @@ def test_the_defaults_are_the_published_full_recipe():
     }
 
 
-def test_simplified_differs_from_full_in_the_published_values_alone():
+def test_simplified_differs_from_full_only_in_the_published_values():
     full, simplified = flat(load_config()), flat(load_config(simplified=True))
     different = {key: value for key, value in simplified.items() if value != full[key]}
     saved_path = different.pop("model.saved_path")
@@ -153,7 +153,7 @@ def test_every_file_of_the_project_loads():
         assert flat(load_config(path)).keys() == RULES.keys()
 
 
-def test_simplified_is_laid_over_another_file(tmp_path):
+def test_simplified_overrides_another_file(tmp_path):
     path = write(tmp_path / "mine.yaml", "experiment: {ss: true, dropout: 0.5}\ndata: {batch_size: 7}\n")
     config = load_config(path, simplified=True)
     assert (config.experiment.ss, config.experiment.dropout, config.data.batch_size) == (False, 0.5, 7)
@@ -166,7 +166,7 @@ def test_simplified_keeps_the_seed_and_the_folder_of_a_file(tmp_path):
     assert (config.misc.seed, config.model.saved_path, config.experiment.citc) == (3, "runs/mine", False)
 
 
-def test_a_file_is_laid_over_its_base_which_is_found_beside_it(tmp_path, monkeypatch):
+def test_a_file_overrides_its_base_whose_path_is_relative_to_the_file(tmp_path, monkeypatch):
     (tmp_path / "files" / "below").mkdir(parents=True)
     write(tmp_path / "files" / "root.yaml", "data: {batch_size: 3, num_workers: 3}\nschedule: {epoch: 3}\n")
     write(tmp_path / "files" / "middle.yaml", "base: root.yaml\ndata: {num_workers: 2}\nschedule: {epoch: 2}\n")
@@ -177,7 +177,7 @@ def test_a_file_is_laid_over_its_base_which_is_found_beside_it(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "data:\nmodel: {}\n"], ids=["empty", "comment", "empty sections"])
-def test_a_file_that_changes_nothing_gives_the_defaults(tmp_path, text):
+def test_a_file_that_changes_nothing_returns_the_defaults(tmp_path, text):
     assert load_config(write(tmp_path / "nothing.yaml", text)) == load_config()
 
 
@@ -198,8 +198,8 @@ def test_overrides_come_last_and_are_yaml():
     assert config.model.saved_path == "runs/a=b"
 
 
-def test_numbers_that_yaml_takes_for_texts_are_read(tmp_path):
-    assert yaml.safe_load("1e-4") == "1e-4"  # which is what this is about
+def test_numbers_that_yaml_reads_as_texts_are_converted(tmp_path):
+    assert yaml.safe_load("1e-4") == "1e-4"  # the reason for this conversion
     path = write(tmp_path / "numbers.yaml", "schedule: {lr: 2e-4, betas: [9e-1, 0.98]}\n")
     config = load_config(path, overrides=("schedule.lr_end=1e-5",))
     assert (config.schedule.lr, config.schedule.lr_end, list(config.schedule.betas)) == (2e-4, 1e-5, [0.9, 0.98])
@@ -217,7 +217,7 @@ def test_a_saved_configuration_loads_again(tmp_path):
     assert load_config(tmp_path / "saved.yaml") == config
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------
+# ---- mistakes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(override, nearest):
     assert repr(override.partition("=")[0]) in message and repr(nearest) in message
 
 
-def test_a_section_is_no_key():
+def test_a_section_is_not_a_key():
     assert "unknown key 'data'" in refusal(overrides=("data=4",))
 
 
@@ -290,7 +290,7 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_file(tmp_path):
         ("distributed.backend=mpi", "nccl, gloo"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(override, expected):
+def test_an_invalid_value_is_refused(override, expected):
     key, _, value = override.partition("=")
     message = refusal(overrides=(override,))
     assert key in message and expected in message and (value or "null") in message
@@ -318,7 +318,7 @@ def test_a_seed_that_torch_cannot_take_is_refused():
     ],
 )
 def test_values_that_contradict_each_other_are_refused(overrides, parts):
-    """Also where one of them is `auto`, once the weights are known: here random ones, of ViT-B/16."""
+    """Also if one of them is `auto`, as soon as the weights are known; here they are random, of ViT-B/16."""
     with pytest.raises(UserError) as caught:
         resolve_architecture(load_config(overrides=tuple(overrides)), None)
     message = str(caught.value)
@@ -328,16 +328,19 @@ def test_values_that_contradict_each_other_are_refused(overrides, parts):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["experiment.input_resolution=100", "model.patch_size=16"], ["input_resolution: 100", "model.patch_size: 16"]),
+        (
+            ["experiment.input_resolution=100", "model.patch_size=16"],
+            ["input_resolution: [100, 100]", "model.patch_size: 16"],
+        ),
         (["model.vision_heads=5", "model.vision_width=64"], ["model.vision_heads: 5", "model.vision_width: 64"]),
     ],
 )
-def test_what_does_not_depend_on_weights_is_refused_at_once(overrides, parts):
+def test_contradictions_that_do_not_depend_on_weights_are_refused_while_loading(overrides, parts):
     message = refusal(overrides=tuple(overrides))
     assert all(part in message for part in parts), message
 
 
-def test_sizes_of_random_weights_are_those_of_the_configuration_and_else_of_vit_b16():
+def test_sizes_of_random_weights_are_configured_or_those_of_vit_b16():
     config = resolve_architecture(load_config(overrides=("model.vision_width=192", "model.embed_dim=256")), None)
     model = config.model
     assert (model.vision_width, model.vision_heads, model.vision_layers, model.patch_size) == (192, 3, 12, 16)
@@ -345,8 +348,8 @@ def test_sizes_of_random_weights_are_those_of_the_configuration_and_else_of_vit_
     assert config.experiment.simclr_mlp == [256, 128, 256]
 
 
-def test_a_run_that_goes_on_keeps_its_sizes():
-    """Whatever `model.checkpoint` names by now."""
+def test_a_resumed_run_keeps_its_sizes():
+    """They do not depend on `model.checkpoint`, which may have changed."""
     begun = resolve_architecture(load_config(overrides=("model.vision_width=192", "model.vision_layers=3")), None)
     saved = to_plain(begun)
     assert resolve_architecture(load_config(), None, saved) == begun
@@ -356,14 +359,14 @@ def test_the_width_of_a_loss_that_is_off_contradicts_nothing():
     assert load_config(overrides=("model.embed_dim=256", "experiment.ss=false")).model.embed_dim == 256
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_together(tmp_path):
     path = write(tmp_path / "mine.yaml", "experiment: {dropot: 0.1, ss: 3}\nmodel: {lr: 3}\n")
     message = refusal(path, overrides=("data.batch_size=0", "nonsense=1"))
     parts = ("'experiment.dropot'", "experiment.ss: 3", "'model.lr'", "data.batch_size: 0", "'nonsense'")
     assert all(part in message for part in parts)
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
+def test_a_key_that_appears_twice_is_refused(tmp_path):
     path = write(tmp_path / "mine.yaml", "data:\n  batch_size: 1\n  num_workers: 0\n  batch_size: 2\n")
     message = refusal(path)
     assert all(part in message for part in ("'batch_size'", str(path), "2 and 4"))
@@ -378,7 +381,7 @@ def test_a_section_without_keys_is_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "just text\n", "5\n"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text):
     path = write(tmp_path / "mine.yaml", text)
     assert str(path) in refusal(path)
 
@@ -390,23 +393,23 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         "data:\n\tbatch_size: 1\n",
         "a: \x00\n",
         b"\xff\xfe\x00",
-        "anno_dir: {{ folder }}\n",  # a template that nobody filled in: YAML takes it for a key that is a mapping
-        "anno_dir: 2024-02-30\n",  # looks like a date and is none
+        "anno_dir: {{ folder }}\n",  # a template that was not filled in: in YAML, a key that is a mapping
+        "anno_dir: 2024-02-30\n",  # looks like a date, but is invalid
         "anno_dir: !!python/object/apply:os.getcwd []\n",
     ],
     ids=["open bracket", "tab", "control character", "not UTF-8", "template", "date", "code"],
 )
-def test_what_is_not_yaml_is_refused(tmp_path, text):
+def test_invalid_yaml_is_refused(tmp_path, text):
     path = write(tmp_path / "mine.yaml", text)
     assert str(path) in refusal(path)
 
 
-def test_a_value_of_two_lines_is_told_in_one(tmp_path):
+def test_a_value_of_two_lines_is_reported_in_one(tmp_path):
     assert "data.dataset" in refusal(write(tmp_path / "mine.yaml", 'data: {dataset: "a\\nb"}\n'))
 
 
 @pytest.mark.parametrize("override", ["foo", "=5", "", "data.batch_size=[", "model.saved_path=2024-02-30"])
-def test_an_argument_that_is_no_override_is_refused(override):
+def test_an_argument_that_is_not_an_override_is_refused(override):
     assert repr(override) in refusal(overrides=(override,))
 
 
@@ -422,7 +425,7 @@ def test_a_missing_base_is_refused_with_the_file_that_names_it(tmp_path):
     assert "base: 5" in refusal(write(path, "base: 5\n"))
 
 
-def test_a_base_that_leads_back_is_refused(tmp_path):
+def test_a_circle_of_bases_is_refused(tmp_path):
     path = write(tmp_path / "a.yaml", "base: b.yaml\n")
     write(tmp_path / "b.yaml", "base: a.yaml\n")
     assert str(path) in refusal(path) and "base" in refusal(path)

@@ -1,4 +1,4 @@
-"""What each module contributes: cases computed by hand, a forward pass written out, and the whole command."""
+"""The contribution of each module: cases computed by hand, an explicit forward pass, and the whole command."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import main as program
+from misc.commands import contribution as contribution_command
 from misc.data.annotations import read_annotations
 from misc.errors import UserError
 from misc.retrieval.evaluation import Evaluator
@@ -37,7 +37,7 @@ PARTS = {"self_attention": ("ln_1", "attn"), "feed_forward": ("ln_2", "mlp"), "l
 
 @pytest.fixture(autouse=True)
 def single_thread():
-    """Several would only wait for each other on so little work."""
+    """Uses one thread: with so little work, several only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def single_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> TinyDataset:
-    """Of people among whom the tiny model finds some and loses some without each kind of module."""
+    """A dataset in which the tiny model finds some people, and loses some without each kind of module."""
     return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny", identities={"train": 12, "test": 5})
 
 
@@ -54,7 +54,7 @@ def data(tmp_path_factory) -> TinyDataset:
 
 
 class Sizes:
-    """All that is asked of the split of an evaluator that has no images."""
+    """A split without images: only the sizes that `measure_contribution` reads."""
 
     def __init__(self, images: int, captions: int):
         self.image_paths = [f"{number}.jpg" for number in range(images)]
@@ -65,9 +65,9 @@ class Sizes:
 
 
 class Shown(nn.Module):
-    """A tower whose "features" tell the state of its modules: a row for each layer, attention and feed-forward.
+    """An encoder whose "features" show the state of its modules: attention and feed-forward of each layer.
 
-    A module counts as nothing where its output is nothing, else as the mean of its parameters, norm included.
+    The feature of a module is 0 if its last layer is 0, else the mean of its parameters, including its norm.
     """
 
     def __init__(self):
@@ -99,8 +99,8 @@ class ShownModel(nn.Module):
 
 
 class HandMade:
-    """An evaluator of 1,000 queries: `points` of R@1 are lost where a module is absent, and its share of them where
-    it is there in part."""
+    """An evaluator of 1,000 queries: R@1 drops by a module's `points` without it, and by a part of them with a part of
+    it."""
 
     def __init__(self, base_hits: int, image_points: list[float], text_points: list[float]):
         self.split = Sizes(images=1, captions=1000)
@@ -126,7 +126,7 @@ class HandMade:
 
 
 def measured_by_hand(base_hits: int, image_points: list[float], text_points: list[float]):
-    """The trained parameters are all 1, the initial ones all 0, so that α is what is left of a module."""
+    """Measures a case in which all trained parameters are 1 and all initial ones 0, so a module's feature is its α."""
     model = ShownModel()
     initial = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     evaluator = HandMade(base_hits, image_points, text_points)
@@ -139,10 +139,10 @@ def table(layers: list[dict[str, ModuleContribution]], measure: str) -> list[lis
 
 
 def test_both_measures_of_a_case_computed_by_hand():
-    """Points that go without: attention and feed-forward of layer 1, then of layer 2. A whole layer loses both.
+    """The lists are the points lost without attention and feed-forward of layer 1, then of layer 2. A layer loses both.
 
-    With α, 1 - α of them go. A loss of exactly 3 points is too much: 10 at α = 0.7 and 5 at α = 0.4. In percentages
-    57 - 54 would come out a little below 3.
+    With α, the share 1 - α of them is lost. A drop of exactly 3 points is too much: 10 points at α = 0.7 and 5 at
+    α = 0.4. As percentages, 57 - 54 would be slightly below 3.
     """
     found, evaluator = measured_by_hand(570, [10, 0, 4, -2], [20, 5, 40, 0])
     assert found.r1 == pytest.approx(57)
@@ -152,19 +152,19 @@ def test_both_measures_of_a_case_computed_by_hand():
     assert table(found.text, "c1") == [pytest.approx([0.5, 0.125, 0.625]), pytest.approx([1, 0, 1])]
     assert table(found.image, "c2") == [[0.8, 0.0, 0.8], [0.3, 0.0, 0.0]]
     assert table(found.text, "c2") == [[0.9, 0.5, 0.9], [1.0, 0.0, 1.0]]
-    # Once as it is, 6 times without a module; then up to the α that does, of which 1 needs no look.
+    # Once unchanged, 6 times without a module, then with each α up to the sufficient one; α = 1 is not measured.
     assert evaluator.encodings == {"image": 1 + 6 + 9 + 1 + 9 + 4 + 1 + 1, "text": 1 + 6 + 10 + 6 + 10 + 10 + 1 + 10}
 
 
 @pytest.mark.parametrize("points", [0, -2], ids=["the same", "better"])
-def test_c1_is_0_where_nothing_is_lost_without_any_module(points):
+def test_c1_is_0_if_no_module_is_needed(points):
     found, _ = measured_by_hand(500, [points] * 4, [points] * 4)
     assert table(found.image, "c1") == table(found.text, "c1") == [[0, 0, 0], [0, 0, 0]]
     expected = pytest.approx([50 - points, 50 - points, 50 - 2 * points])
     assert table(found.text, "r1_removed") == [expected, expected]
 
 
-# ---- what is encoded, against a forward pass written out ----------------------------------------------------------
+# ---- the encoding, against an explicit forward pass ---------------------------------------------------------------
 
 
 def normed(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
@@ -190,7 +190,7 @@ def fed_forward(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
 
 
 def layers(x: Tensor, state: dict[str, Tensor], heads: int, causal: bool, without: tuple[int, str] | None) -> Tensor:
-    """Two residual blocks; of the one that `without` names, a branch or both are left out."""
+    """Computes two residual blocks; one branch or both branches of the block in `without` are skipped."""
     for number in range(2):
         block = f"transformer.resblocks.{number}"
         if without not in ((number, "self_attention"), (number, "layer")):
@@ -216,7 +216,7 @@ def text_features(state: dict[str, Tensor], token_ids: Tensor, without: tuple[in
 
 
 class Recorder:
-    """An evaluator of a few inputs that keeps what each encoder makes of them. Every second query finds its person."""
+    """An evaluator of a few inputs that records their features. Every second query finds its person."""
 
     def __init__(self):
         self.split = Sizes(images=3, captions=2)
@@ -238,12 +238,12 @@ class Recorder:
 
 
 def other_weights() -> dict[str, Tensor]:
-    """An initial state that differs from the trained one everywhere."""
+    """Returns an initial state in which every value differs from the trained state."""
     return {name: value + 0.1 * torch.ones_like(value).cumsum(0) for name, value in tiny_model().state_dict().items()}
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_what_is_encoded_equals_a_forward_pass_written_out(tower):
+def test_the_encoding_equals_an_explicit_forward_pass(tower):
     model, recorder, initial = tiny_model(), Recorder(), {k: 0.5 * v for k, v in tiny_model().state_dict().items()}
     measure_contribution(recorder, model, initial, RunLog(None))
     prefix = f"{tower}_encoder."
@@ -256,7 +256,7 @@ def test_what_is_encoded_equals_a_forward_pass_written_out(tower):
         "text": (text_features, recorder.token_ids),
     }[tower]
     modules = [(layer, kind) for layer in range(2) for kind in KINDS]
-    whole, removed, untrained = recorder.kept[tower]  # nothing is lost, so C2 has its answer after α = 0
+    whole, removed, untrained = recorder.kept[tower]  # nothing is lost, so α = 0 is enough for C2
     assert_close(whole[0], forward(trained, inputs))
     for (layer, kind), without, reset in zip(modules, removed, untrained, strict=True):
         assert_close(without, forward(trained, inputs, (layer, kind)), name=f"without {kind} {layer}")
@@ -264,10 +264,10 @@ def test_what_is_encoded_equals_a_forward_pass_written_out(tower):
         mixed = trained | {name: value for name, value in before.items() if name.startswith(parts)}
         assert_close(reset, forward(mixed, inputs), name=f"initial {kind} {layer}")
         for changed in (without, reset):
-            assert (changed - whole[0]).abs().max() > 1e-3 * whole[0].abs().max(), "this case could not tell"
+            assert (changed - whole[0]).abs().max() > 1e-3 * whole[0].abs().max(), "this case shows no difference"
 
 
-def test_what_adapts_a_model_has_its_part():
+def test_adapter_and_context_are_used():
     torch.manual_seed(0)
     model, recorder = make_model(**TINY_MODEL, adapter_ratio=0.5, context_length=2).eval(), Recorder()
     measure_contribution(recorder, model, model.state_dict(), RunLog(None))
@@ -304,7 +304,7 @@ def assert_equal_states(found: dict[str, Tensor], expected: dict[str, Tensor]) -
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def test_the_model_is_left_as_it_was_to_the_bit(data):
+def test_the_model_is_bit_identical_afterwards(data):
     model = tiny_model().train()
     before = copy.deepcopy(model.state_dict())
     evaluator = tiny_evaluator(data)
@@ -315,7 +315,7 @@ def test_the_model_is_left_as_it_was_to_the_bit(data):
     assert len({module.r1_removed for layer in found.text for module in layer.values()}) > 1, "nothing was changed"
 
 
-def test_the_model_is_left_as_it_was_when_encoding_fails(data, monkeypatch):
+def test_the_model_is_unchanged_if_encoding_fails(data, monkeypatch):
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     changed, forward = model.image_encoder.transformer.resblocks[0], ResidualBlock.forward
@@ -331,13 +331,13 @@ def test_the_model_is_left_as_it_was_when_encoding_fails(data, monkeypatch):
     assert_equal_states(model.state_dict(), before)
 
 
-def test_c2_is_0_where_the_initial_weights_are_the_trained_ones(data):
+def test_c2_is_0_if_the_initial_weights_are_the_trained_ones(data):
     model = tiny_model()
     found = measure_contribution(tiny_evaluator(data), model, copy.deepcopy(model.state_dict()), RunLog(None))
     assert table(found.image, "c2") == table(found.text, "c2") == [[0, 0, 0], [0, 0, 0]]
 
 
-# ---- what is written ----------------------------------------------------------------------------------------------
+# ---- the files ----------------------------------------------------------------------------------------------------
 
 
 def made_up(c1: float, c2: float) -> list[dict[str, ModuleContribution]]:
@@ -345,7 +345,7 @@ def made_up(c1: float, c2: float) -> list[dict[str, ModuleContribution]]:
 
 
 def yellow(path: Path) -> np.ndarray:
-    """Of each pixel, whether it has the colour of 1."""
+    """Returns for each pixel whether it has the colour of the value 1."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     return (abs(pixels - (253, 231, 37)) <= 3).all(axis=2)
 
@@ -365,7 +365,7 @@ def test_cells_have_the_colours_of_their_values(tmp_path):
     assert c1_text > 1000 and c2_image > 1000
 
 
-def test_what_is_written_is_whole_or_not_there(tmp_path, full_disk):
+def test_the_files_are_complete_or_do_not_exist(tmp_path, full_disk):
     content = Contribution(50.0, 1.5, made_up(0.5, 0.1), made_up(1.0, 0.2))
     write_contribution(tmp_path / "whole", content)
     found = json.loads((tmp_path / "whole" / "contribution.json").read_text())
@@ -393,12 +393,12 @@ CONFIG = {
         "text_heads": TINY_MODEL["text_heads"],
     },
 }
-"""Of a run that began with random weights; what else a run writes into its checkpoint has no part."""
+"""The configuration of a run that started from random weights, with only the keys that the command reads."""
 
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Callable[..., Path]:
-    """As a run leaves it, in a folder of its own; values of the configuration's section `model` may be given."""
+    """Writes the checkpoint of a run into its folder. Arguments are values of the section `model`."""
 
     def write(**model) -> Path:
         folder = tmp_path / "run"
@@ -412,19 +412,19 @@ def checkpoint(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def initial(monkeypatch) -> dict[str, Tensor]:
-    """What the command takes for the initial weights, once it has run."""
-    seen, measure = {}, program.measure_contribution
+    """The initial weights that the command used; filled when it runs."""
+    seen, measure = {}, contribution_command.measure_contribution
 
     def watched(evaluator, model, state, log):
         seen.update(state)
         return measure(evaluator, model, state, log)
 
-    monkeypatch.setattr(program, "measure_contribution", watched)
+    monkeypatch.setattr(contribution_command, "measure_contribution", watched)
     return seen
 
 
 def written(folder: Path) -> dict:
-    """What does not depend on the time, after a look at the rest."""
+    """Checks the files, and returns the contributions without the time."""
     assert sorted(path.name for path in folder.iterdir()) == ["contribution.json", "contribution.png"]
     with Image.open(folder / "contribution.png") as image:
         image.load()
@@ -440,7 +440,7 @@ def modules_of(content: dict) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_the_command_writes_the_same_on_one_and_two_ranks(checkpoint, initial, run, data):
-    """The architecture and the beginning are the checkpoint's: the configuration here is that of ViT-B/16."""
+    """Architecture and initial weights are those of the checkpoint, although the configuration specifies ViT-B/16."""
     path = checkpoint()
     folder = path.parent / "checkpoint_best_contribution"
     command = ("--contribution", path, *QUICK, *of_dataset(data))
@@ -451,7 +451,7 @@ def test_the_command_writes_the_same_on_one_and_two_ranks(checkpoint, initial, r
     assert alone["r1"] == pytest.approx(tiny_evaluator(data)(tiny_model()).metrics["r1"])
     assert (len(alone["image"]), len(alone["text"])) == (2, 2)
     lost = [alone["r1"] - module["r1_removed"] for module in modules_of(alone)]
-    assert max(lost) > 0 and len(set(lost)) > 2, "this case could not tell"
+    assert max(lost) > 0 and len(set(lost)) > 2, "this case shows no difference"
     assert [module["c1"] for module in modules_of(alone)] == pytest.approx([points / max(lost) for points in lost])
 
     torch.manual_seed(7)
@@ -466,13 +466,13 @@ def test_the_command_writes_the_same_on_one_and_two_ranks(checkpoint, initial, r
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["random", "clip", "saved", "dropped"])
-def test_the_initial_weights_are_those_that_the_run_began_with(run, data, initial, tmp_path, source):
-    """Nothing is learnt, so the checkpoint itself tells what they are. All heads are drawn beside the towers."""
+def test_the_initial_weights_are_those_that_the_run_started_from(run, data, initial, tmp_path, source):
+    """The learning rate is almost 0, so the checkpoint contains the initial weights. The run also draws all heads."""
     common = [*QUICK, *of_dataset(data), "schedule.epoch=1", "log.sheet=0", "misc.seed=5"]
     common += ["schedule.lr=1e-300", "schedule.lr_start=0", "schedule.lr_end=0"]
     architecture = [*ARCHITECTURE, "experiment.mlm=true", "experiment.cmt_depth=1", "experiment.id=true"]
     own = [f"model.saved_path={tmp_path / 'run'}"]
-    if source == "clip":  # of another resolution and text length than the run
+    if source == "clip":  # with another resolution and text length than the run
         sizes = TINY | {"resolution": (64, 64)}
         weights = {name: torch.as_tensor(value) for name, value in clip_weights(**sizes).items()}
         torch.save(weights, tmp_path / "clip.pt")
@@ -503,13 +503,13 @@ def test_the_initial_weights_are_those_that_the_run_began_with(run, data, initia
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """A refusal comes before any computing."""
-    monkeypatch.setattr(program, "measure_contribution", lambda *given: pytest.fail("it was measured"))
+    """Checks that a mistake is found before anything is measured."""
+    monkeypatch.setattr(contribution_command, "measure_contribution", lambda *_: pytest.fail("it was measured"))
 
 
 def bare_weights(write, folder):
     torch.save({name: torch.as_tensor(value) for name, value in clip_weights(**TINY).items()}, folder / "clip.pt")
-    return folder / "clip.pt", ["clip.pt", "checkpoint of a run", "began with"]
+    return folder / "clip.pt", ["clip.pt", "checkpoint of a run", "initial weights"]
 
 
 def tag(write, folder):
@@ -520,22 +520,22 @@ def folder_of_a_run(write, folder):
     return write().parent, ["checkpoint of a run", "not a file"]
 
 
-def run_that_does_not_tell_its_beginning(write, folder):
+def run_that_does_not_record_its_initial_weights(write, folder):
     return write(ckpt_type="other"), ["checkpoint of a run", "model.ckpt_type"]
 
 
 def missing_initial_weights(write, folder):
     path = write(checkpoint=str(folder / "moved.pt"))
-    return path, [str(path), "began with", str(folder / "moved.pt"), "No such file"]
+    return path, [str(path), "initial weights", str(folder / "moved.pt"), "No such file"]
 
 
 def initial_weights_of_another_architecture(write, folder):
     weights = clip_weights(**TINY | {"vision_width": 128})
     torch.save({name: torch.as_tensor(value) for name, value in weights.items()}, folder / "clip.pt")
-    return write(checkpoint=str(folder / "clip.pt")), ["began with", "clip.pt", "vision_width 128"]
+    return write(checkpoint=str(folder / "clip.pt")), ["initial weights", "clip.pt", "vision_width 128"]
 
 
-def results_that_are_there(write, folder):
+def results_that_exist(write, folder):
     path = write()
     (path.parent / "checkpoint_best_contribution").mkdir()
     return path, [str(path.parent / "checkpoint_best_contribution"), "exists", "remove it"]
@@ -545,10 +545,10 @@ MISTAKES = [
     bare_weights,
     tag,
     folder_of_a_run,
-    run_that_does_not_tell_its_beginning,
+    run_that_does_not_record_its_initial_weights,
     missing_initial_weights,
     initial_weights_of_another_architecture,
-    results_that_are_there,
+    results_that_exist,
 ]
 
 

@@ -1,4 +1,4 @@
-"""The paper's study: every row trains two steps on drawn pedestrians and is evaluated; counts, list and report."""
+"""The paper's study: every row trains two steps on generated pedestrians; parameter counts, list and report."""
 
 import json
 import math
@@ -41,21 +41,21 @@ SYNSETS = {
 }
 
 
-def drawn(folder: Path, train: int) -> TinyDataset:
+def write_pedestrians(folder: Path, train: int) -> TinyDataset:
     draw_dataset(folder, train_identities=train, val_identities=1, test_identities=2, images_per_identity=2, workers=1)
     return TinyDataset(folder, folder / "imgs")
 
 
 @pytest.fixture(scope="module")
 def pedestrians(tmp_path_factory) -> TinyDataset:
-    """12 images to train on, 24 captions."""
-    return drawn(tmp_path_factory.mktemp("study") / "pedestrians", 6)
+    """12 training images with 24 captions."""
+    return write_pedestrians(tmp_path_factory.mktemp("study") / "pedestrians", 6)
 
 
 @pytest.fixture(scope="module")
 def many_pedestrians(tmp_path_factory) -> TinyDataset:
-    """200 images, so that one in a hundred of them is two."""
-    return drawn(tmp_path_factory.mktemp("study") / "many", 100)
+    """200 training images, so that 1 % of them are two images."""
+    return write_pedestrians(tmp_path_factory.mktemp("study") / "many", 100)
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +65,15 @@ def wordnet(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Where the runs go."""
+    """The folder of the runs."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture
 def study(run, monkeypatch, pedestrians, many_pedestrians, wordnet, root):
-    """A function: runs a row in two steps."""
+    """A function that trains a row for two steps."""
 
-    monkeypatch.setattr(RunLog, "curve", lambda log: None)  # takes as long as all the rest, and has its own tests
+    monkeypatch.setattr(RunLog, "curve", lambda log: None)  # takes as long as everything else, and has its own tests
 
     def call(row: Row):
         share = row.settings.get("data.train_share", 1)
@@ -112,8 +112,8 @@ def test_every_row_trains_two_steps_and_is_evaluated(study, row):
 
 
 @pytest.mark.parametrize("name", ["few_shot/0.05/coop", "irra_on_tbps_clip/RSTPReid/irra"])
-def test_rows_that_leave_parts_of_the_model_alone_train_on_several_ranks(name, pedestrians, tmp_path):
-    """What trains nothing on one rank would make the ranks wait for its gradients."""
+def test_rows_that_do_not_train_all_parts_work_on_several_ranks(name, pedestrians, tmp_path):
+    """If a parameter got no gradient on one rank, the other ranks would wait for it."""
     own = ("data.batch_size=6", "data.train_share=1", "schedule.epoch=1", "schedule.epoch_warmup=0", "log.sheet=0")
     fixed = (*ARCHITECTURE, *QUICK, *of_dataset(pedestrians), *own, f"model.saved_path={tmp_path}")
     outcome = start("--study", name, *fixed, ranks=2)
@@ -126,11 +126,11 @@ def root_of(folder: Path, row: Row) -> str:
     return str(Path(str(folder).removesuffix(f"{row.name}/{folder.name}")) / row.start)
 
 
-# ---- what the rows hold ---------------------------------------------------------------------------------------------
+# ---- the contents of the rows ---------------------------------------------------------------------------------------
 
 
-def settled(name: str):
-    """The configuration of a row, and its model without memory, of 11,003 persons as in CUHK-PEDES."""
+def config_and_model(name: str):
+    """Returns the configuration of a row, and its model on the meta device, for the 11,003 identities of CUHK-PEDES."""
     config = load_config(row=find_row(ROWS, name), overrides=("model.checkpoint=null",))
     config = resolve_architecture(config, None)
     objectives = build_objectives(config, Ranks(0, 1, torch.device("cpu")))
@@ -140,27 +140,28 @@ def settled(name: str):
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.table == "compression"])
-def test_the_parameters_that_train_are_as_many_as_published(name):
+def test_the_number_of_trained_parameters_is_the_published_one(name):
     (published,) = ROWS[name].published
-    assert count_trainable(settled(name)[1]) / 1e6 == pytest.approx(published, abs=0.1)
+    assert count_trainable(config_and_model(name)[1]) / 1e6 == pytest.approx(published, abs=0.1)
 
 
 def test_the_recipes_train_as_many_parameters_as_published():
     full, simplified = (
-        count_trainable(settled(f"benchmarks/CUHK-PEDES/{recipe}_vitb16")[1]) for recipe in ("tbps_clip", "simplified")
+        count_trainable(config_and_model(f"benchmarks/CUHK-PEDES/{recipe}_vitb16")[1])
+        for recipe in ("tbps_clip", "simplified")
     )
     assert (round(full / 1e6, 1), round(simplified / 1e6, 1)) == (149.2, 149.0)
 
 
-def test_few_shot_methods_train_their_own_alone():
-    """CoOp: four vectors of 512. CLIP-Adapter: 512 × 128 and 128 × 512."""
+def test_few_shot_methods_only_train_their_own_parameters():
+    """CoOp: four vectors of width 512. CLIP-Adapter: 512 × 128 and 128 × 512."""
     for method, count, prefix in (("coop", 4 * 512, "prompt."), ("clip_adapter", 2 * 512 * 128, "image_adapter.")):
-        _, model = settled(f"few_shot/0.01/{method}")
+        _, model = config_and_model(f"few_shot/0.01/{method}")
         assert count_trainable(model) == count
         assert all(name.startswith(prefix) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_rows_differ_from_their_base_in_what_they_are_named_for():
+def test_rows_only_differ_from_their_base_in_the_setting_of_their_name():
     def of(name: str) -> dict:
         return flatten(load_config(row=find_row(ROWS, name)))
 
@@ -185,19 +186,19 @@ def test_rows_differ_from_their_base_in_what_they_are_named_for():
     assert simplified == recipe | {"model.saved_path": simplified["model.saved_path"]}
 
 
-def test_a_file_counts_more_than_a_row_in_where_and_how_long_it_trains(tmp_path):
+def test_data_weights_and_schedule_of_a_file_override_those_of_a_row(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("anno_dir: mine\nschedule: {epoch: 6}\nmodel: {checkpoint: null, lock_bottom: false}\n")
     config = load_config(file, row=ROWS["irra_on_tbps_clip/CUHK-PEDES/irra"])
     assert (config.anno_dir, config.schedule.epoch, config.model.checkpoint) == ("mine", 6, None)
-    assert config.experiment.sdm and config.schedule.lr == 1e-5  # which the file does not mention
+    assert config.experiment.sdm and config.schedule.lr == 1e-5  # not in the file
     assert load_config(file, row=ROWS["tricks/lock_bottom"]).model.lock_bottom
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_one_line(run, tmp_path):
+def test_each_mistake_is_one_line(run, tmp_path):
     assert "losses/ss_i" in only_error(run("--study", "losses/ss_ii"))
     assert "another method" in only_error(run("--study", "cost/rasa"))
     assert "--simplified" in only_error(run("--study", "losses/ss_i", "--simplified"))
@@ -207,7 +208,7 @@ def test_mistakes_are_one_line(run, tmp_path):
     assert "--study benchmarks/RSTPReid/tbps_clip_vitb16" in missing
 
 
-def test_rows_that_need_synonyms_say_how_to_get_them(run, data, tmp_path):
+def test_rows_that_need_synonyms_explain_how_to_get_them(run, data, tmp_path):
     line = only_error(
         run(
             "--study", "text_augmentation/eda", *ARCHITECTURE, *QUICK, *of_dataset(data),
@@ -236,7 +237,7 @@ def test_rows_that_need_synonyms_say_how_to_get_them(run, data, tmp_path):
         ({"columns": ["r1", "r2"]}, "'r2'"),
     ],
 )
-def test_a_study_that_does_not_fit_together_is_refused(tmp_path, change, word):
+def test_a_study_with_a_mistake_is_refused(tmp_path, change, word):
     table = {"base": ["own"], "columns": ["r1", "mAP"], "rows": {"one": {"published": [1, 2]}}}
     content = {"bases": change.get("bases", {"own": {"experiment.ss": False}})}
     content["tables"] = {"table": table | {key: value for key, value in change.items() if key != "bases"}}
@@ -295,8 +296,8 @@ def test_the_report_counts_parameters_epochs_and_seconds(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_report_goes_on_with_runs_that_tell_less(tmp_path):
-    """As those do that are older than some of its columns."""
+def test_the_report_accepts_older_runs_that_record_less(tmp_path):
+    """They do not have all columns of the report."""
     write_run(tmp_path, "benchmarks/CUHK-PEDES/tbps_clip_vitb16", 1, 70)
     path = row_folder(tmp_path, "benchmarks/CUHK-PEDES/tbps_clip_vitb16", 1) / "metrics.jsonl"
     record = json.loads(path.read_text())
@@ -306,7 +307,7 @@ def test_the_report_goes_on_with_runs_that_tell_less(tmp_path):
     assert line.startswith("| tbps_clip | 149.2 | – | – | 5 | 1 | -4 |")
 
 
-def test_a_start_that_is_the_same_as_another_row_is_that_row(tmp_path):
+def test_a_start_that_shares_the_run_of_another_row_means_that_row(tmp_path):
     rows = {"one": {}, "two": {"same": "table/one"}, "three": {"start": "table/two"}}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump({"tables": {"table": {"columns": ["r1"], "rows": rows}}}))
@@ -316,4 +317,4 @@ def test_a_start_that_is_the_same_as_another_row_is_that_row(tmp_path):
 def test_every_setting_of_every_row_is_allowed():
     for row in RUNS:
         for key, value in row.settings.items():
-            assert RULES[key].accepts(value), (row.name, key)
+            assert RULES[key].values.accepts(value), (row.name, key)

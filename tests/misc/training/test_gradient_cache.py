@@ -1,4 +1,4 @@
-"""A batch encoded in chunks has the gradients of the whole batch, and the memory of a chunk."""
+"""A batch encoded in chunks has the gradients of the whole batch, but only needs the memory of a chunk."""
 
 import weakref
 
@@ -27,7 +27,7 @@ from tests.misc.training.test_step import (
 
 HEADS = {"experiment.mlm": "true", "experiment.id": "true"}
 CHUNK_SIZES = [1, 2, 3, 5, 7]
-"""Of 8 rows: one at a time, divisors and others."""
+"""For 8 rows: single rows, divisors of 8 and other sizes."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def golden() -> dict:
 
 
 def masked_batch(golden: dict) -> Batch:
-    """The reference's batch, with captions for MLM; four of its rows have no token to predict."""
+    """Returns the reference batch with masked captions for MLM; five of its rows have no token to predict."""
     batch = reference_batch(ALONE, golden)
     mask(batch, rows_of(ALONE, golden).start)
     return batch
@@ -62,7 +62,7 @@ def whole(golden) -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
 def test_chunks_have_the_losses_and_gradients_of_the_whole_batch(golden, whole, chunk_size):
-    """With every objective, dropout off."""
+    """With the full recipe, MLM and ID; dropout is off."""
     chunked = step(golden, heads_model(), **{"data.chunk_size": chunk_size})
     assert set(chunked["losses"]) == {"nitc", "ritc", "citc", "ss", "mlm", "id"}
     for name, loss in whole["losses"].items():
@@ -70,18 +70,18 @@ def test_chunks_have_the_losses_and_gradients_of_the_whole_batch(golden, whole, 
     assert_same_gradients(chunked["gradients"], whole["gradients"], 1e-5)
 
 
-@pytest.mark.parametrize("alone", ["ss", "citc", "mlm", "id", "mvs_image"])
-def test_chunks_serve_each_objective_beside_the_contrast(golden, alone):
-    off = {f"experiment.{name}": str(name == alone).lower() for name in ("ss", "citc", "mlm", "id", "mvs_image")}
+@pytest.mark.parametrize("objective", ["ss", "citc", "mlm", "id", "mvs_image"])
+def test_chunks_work_for_each_objective_in_addition_to_n_itc(golden, objective):
+    off = {f"experiment.{name}": str(name == objective).lower() for name in ("ss", "citc", "mlm", "id", "mvs_image")}
     whole = step(golden, heads_model(), **off)
     chunked = step(golden, heads_model(), **off | {"data.chunk_size": 3})
     used = {name for name, gradient in whole["gradients"].items() if gradient is not None}
-    assert any(name.startswith("simclr") for name in used) == (alone == "ss")
+    assert any(name.startswith("simclr") for name in used) == (objective == "ss")
     assert_same_gradients(chunked["gradients"], whole["gradients"], 1e-5)
 
 
-def test_chunks_serve_the_second_views_of_captions(golden):
-    """MVS-T and SS-T, beside MVS-I and SS-I."""
+def test_chunks_work_for_the_second_views_of_captions(golden):
+    """MVS-T and SS-T, in addition to MVS-I and SS-I."""
 
     def captioned(**overrides) -> dict:
         batch = masked_batch(golden)
@@ -98,7 +98,7 @@ def test_chunks_serve_the_second_views_of_captions(golden):
 
 
 @pytest.mark.parametrize("adaptation", [{"context_length": 2}, {"adapter_ratio": 0.4}], ids=["coop", "clip_adapter"])
-def test_chunks_serve_a_frozen_clip(golden, adaptation):
+def test_chunks_work_for_a_frozen_clip(golden, adaptation):
     def adapted(**overrides) -> dict:
         batch = reference_batch(ALONE, golden)
         batch.views.simclr_images = None
@@ -125,7 +125,7 @@ def test_a_chunk_as_large_as_the_batch_is_the_whole_batch(golden, whole):
 
 
 def test_chunks_in_bf16_have_the_gradients_of_the_whole_batch_in_bf16(golden, whole):
-    """Features of a chunk may round to another bf16 number, so they agree as well as bf16 can tell."""
+    """Features of a chunk may be rounded to another bf16 number, so the gradients agree up to bf16's precision."""
 
     def in_bf16(**overrides) -> dict[str, Tensor]:
         config = step_config(golden, **HEADS | overrides)
@@ -144,7 +144,7 @@ def test_chunks_in_bf16_have_the_gradients_of_the_whole_batch_in_bf16(golden, wh
 
 
 def dropping_model() -> TBPSCLIP:
-    """In training mode, with much dropout."""
+    """Returns a model in training mode, with much dropout."""
     model = tiny_model(simclr_widths=PROJECTOR_WIDTHS, dropout=0.5)
     return model.train()
 
@@ -157,13 +157,13 @@ def trainer_of(golden: dict, model: TBPSCLIP, **overrides):
 
 
 def text_features_seen(model: TBPSCLIP) -> list[Tensor]:
-    """A list that gets what the text encoder gives, call by call."""
+    """Returns a list that collects the output of each call of the text encoder."""
     seen = []
     model.text_encoder.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
     return seen
 
 
-def test_both_passes_over_a_chunk_drop_the_same(golden):
+def test_both_passes_over_a_chunk_have_the_same_dropout(golden):
     model = dropping_model()
     seen = text_features_seen(model)
     trainer_of(golden, model, **{"data.chunk_size": 3}).step(reference_batch(ALONE, golden), 1, 1)
@@ -176,8 +176,8 @@ def test_both_passes_over_a_chunk_drop_the_same(golden):
     assert not torch.allclose(torch.cat(first_pass), undropped, rtol=0.01), "nothing was dropped"
 
 
-def test_chunks_and_iterations_drop_differently(golden):
-    """The same caption in each row: features differ by what is dropped alone."""
+def test_chunks_and_iterations_have_different_dropout(golden):
+    """Every row has the same caption, so features only differ by dropout."""
     model = dropping_model()
     seen = text_features_seen(model)
     batch = reference_batch(ALONE, golden)
@@ -190,8 +190,8 @@ def test_chunks_and_iterations_drop_differently(golden):
         assert not any(torch.equal(one, other) for other in passes[:number])
 
 
-def test_with_dropout_the_gradients_are_those_of_the_features_that_were_compared(golden):
-    """Against all chunks encoded once with the same dropout, and one backward pass through them."""
+def test_with_dropout_the_gradients_belong_to_the_features_of_the_losses(golden):
+    """Compared with a single backward pass through all chunks, which are encoded once with the same dropout."""
     batch = reference_batch(ALONE, golden)
     chunked = dropping_model()
     trainer = trainer_of(golden, chunked, **{"data.chunk_size": 3})
@@ -217,7 +217,7 @@ def test_with_dropout_the_gradients_are_those_of_the_features_that_were_compared
 
 
 class KeptBytes:
-    """Counts what autograd keeps for backward passes; parameters, which exist anyway, do not count."""
+    """Counts the bytes that autograd keeps for the backward pass, without the parameters."""
 
     def __init__(self, model: TBPSCLIP):
         self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -249,7 +249,7 @@ class Kept:
 
 
 def peak_of_a_step(golden: dict, rows: int, chunk_size: int | None, **architecture) -> int:
-    """Bytes that autograd keeps at the most in a step of `rows` samples, every objective on."""
+    """Returns the most bytes that autograd keeps in a step of `rows` samples: full recipe, MLM, ID."""
     model = heads_model(**architecture)
     batch = masked_batch(golden)
     repeated = torch.arange(rows) % 8
@@ -267,7 +267,7 @@ def peak_of_a_step(golden: dict, rows: int, chunk_size: int | None, **architectu
     trainer = trainer_of(golden, model, **HEADS | ({"data.chunk_size": chunk_size} if chunk_size else {}))
     with KeptBytes(model) as kept:
         trainer.step(batch, 1, 1)
-    assert kept.now < 100  # all but a temperature
+    assert kept.now < 100  # only the temperature
     return kept.peak
 
 
@@ -276,14 +276,14 @@ def test_memory_grows_with_the_chunk_and_not_with_the_batch(golden):
     assert whole[32] > 1.9 * whole[16] and whole[64] > 1.9 * whole[32]
     chunked = {rows: peak_of_a_step(golden, rows, 8) for rows in (16, 32, 64)}
     assert chunked[64] < 1.1 * chunked[16]
-    assert peak_of_a_step(golden, 64, 4) < 0.7 * chunked[64]  # half, and the logits of the tokens of rows 0 to 3
+    assert peak_of_a_step(golden, 64, 4) < 0.7 * chunked[64]  # half, plus the logits of the tokens of rows 0 to 3
     assert chunked[64] < 0.2 * whole[64]
 
 
 def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(golden, whole):
     checkpointed = step(golden, heads_model(grad_checkpointing=True))
     assert_same_gradients(checkpointed["gradients"], whole["gradients"], 1e-6)
-    # Two layers a tower; the inputs of the blocks, the images and the heads' logits stay.
+    # Two layers per encoder; the inputs of the blocks, the images and the logits of the heads are still kept.
     assert peak_of_a_step(golden, 32, None, grad_checkpointing=True) < 0.5 * peak_of_a_step(golden, 32, None)
 
 
@@ -301,7 +301,7 @@ def test_gradient_checkpointing_repeats_the_dropout(golden):
 
 
 def test_the_scaler_scales_every_gradient_of_a_chunk(golden):
-    """As fp16 needs it: all gradients are those of the scaled loss, those of MLM and ID too."""
+    """fp16 needs it: all gradients are those of the scaled loss, including those of MLM and ID."""
 
     def gradients(factor: float) -> dict[str, Tensor]:
         model = heads_model()
@@ -324,25 +324,25 @@ def test_the_scaler_scales_every_gradient_of_a_chunk(golden):
 
 
 def scaling_trainer(golden: dict, model: TBPSCLIP, **overrides):
-    """With the scaler of fp16, in float32: what it does is the same."""
+    """Returns a trainer with the gradient scaler of fp16, in float32: the scaler works in the same way."""
     trainer = trainer_of(golden, model, **overrides)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     return trainer
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_a_scaled_step_is_the_step(golden, whole, chunk_size):
+def test_a_scaled_step_equals_an_unscaled_step(golden, whole, chunk_size):
     model = heads_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = scaling_trainer(golden, model, **HEADS | ({"data.chunk_size": chunk_size} if chunk_size else {}))
     trainer.step(masked_batch(golden), 1, 1)
     for name, parameter in model.named_parameters():
-        if not name.endswith("in_proj_bias"):  # its key part is rounding, of which Adam makes whole steps
-            # Adam makes a whole step of a gradient that is close to zero, rounding included.
+        if not name.endswith("in_proj_bias"):  # the gradient of its key part is only rounding
+            # Adam makes a full step even of a gradient close to zero, including its rounding.
             assert_close(parameter.detach() - before[name], whole["changes"][name], 1e-2, name)
 
 
-def test_a_step_that_the_scaler_skips_is_counted_and_no_error(golden):
+def test_a_step_that_the_scaler_skips_is_counted_without_an_error(golden):
     model = tiny_model(simclr_widths=PROJECTOR_WIDTHS)
     trainer = scaling_trainer(golden, model)
     batch = reference_batch(ALONE, golden)
@@ -364,7 +364,7 @@ def test_a_step_that_the_scaler_skips_is_counted_and_no_error(golden):
 
 
 def test_objectives_of_all_rows_are_the_sum_of_those_of_their_parts(golden):
-    """MLM and ID, as the second pass adds them up."""
+    """MLM and ID, as the second pass adds them."""
     model = heads_model()
     batch = masked_batch(golden)
     objectives = Objectives(gather=lambda rows: rows, mlm=True, id=True)

@@ -57,7 +57,7 @@ def test_parameter_groups_equal_the_reference():
     assert frozen == {our_name_with_heads(name) for name in golden["frozen"]}
 
 
-def test_each_group_learns_at_its_share():
+def test_each_group_has_its_share_of_the_learning_rate():
     slow, fast = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     groups = [
         {"params": [slow], "names": ["slow"], "weight_decay": 0.0, "lr_ratio": 1.0},

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on ends as if it had never been stopped, to the last bit."""
+"""A run that was stopped and resumed is bit-identical to a run that was never stopped."""
 
 import json
 import shutil
@@ -12,10 +12,11 @@ import torch
 
 from misc.config.loading import load_config, to_plain
 from misc.errors import UserError
+from misc.retrieval.evaluation import Evaluator
 from misc.run.checkpoint import read_checkpoint, write_checkpoint
 from misc.system.distributed import Ranks
 from misc.system.interruption import Interrupted, Interruption
-from misc.training.resume import RunIdentity
+from misc.training.resume import CheckpointWriter, RunIdentity
 from tests.helpers.runs import (
     EVERYTHING,
     METRICS,
@@ -35,16 +36,16 @@ from tests.helpers.tiny_dataset import write_tiny_dataset
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-"""Of an epoch: 48 samples in batches of 4."""
+"""Steps per epoch: 48 samples in batches of 4."""
 
 
 class Crash(BaseException):
-    """Ends a run as a power cut would: nobody takes it."""
+    """Ends a run like a power cut: no code handles it."""
 
 
 @pytest.fixture
 def train(run, data, tmp_path) -> Callable[..., Outcome]:
-    """Two epochs with every objective, in this process, into `tmp_path / "run"`."""
+    """Trains two epochs of `EVERYTHING` in this process, into `tmp_path / "run"`."""
     return lambda *arguments: run(*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", *arguments)
 
 
@@ -59,7 +60,7 @@ def crash() -> None:
     ("step", "resumed_from"),
     [(1, (0, 0)), (5, (0, 0)), (6, (0, 5)), (STEPS, (0, 10)), (STEPS + 1, (1, 0)), (STEPS + 8, (1, 5))],
 )
-def test_a_crash_in_any_step_costs_nothing_but_time(train, unstopped, monkeypatch, tmp_path, step, resumed_from):
+def test_a_crash_in_any_step_only_costs_time(train, unstopped, monkeypatch, tmp_path, step, resumed_from):
     with monkeypatch.context() as patched, pytest.raises(Crash):
         at_step(patched, step, crash)
         train()
@@ -67,17 +68,22 @@ def test_a_crash_in_any_step_costs_nothing_but_time(train, unstopped, monkeypatc
     assert (progress["epoch"], progress["step"]) == resumed_from
     outcome = train("--resume")
     assert outcome.status == 0, outcome.err
-    assert f"resumed after epoch {resumed_from[0]} and {resumed_from[1]} of 12 steps" in outcome.out
+    assert f"resumed in epoch {resumed_from[0] + 1}, after step {resumed_from[1]} of 12" in outcome.out
     assert_same_run(tmp_path / "run", unstopped)
 
 
-@pytest.mark.parametrize("place", ["report", "write_retrieval", "Keeper.save_best", "RunLog.curve"])
-def test_a_crash_after_an_epoch_costs_nothing_but_time(train, unstopped, monkeypatch, tmp_path, place):
-    import main
-
-    owner, _, name = place.rpartition(".")
+@pytest.mark.parametrize(
+    "place",
+    [
+        "main.result_lines",
+        "main.write_retrieval",
+        "misc.training.resume.CheckpointWriter.save_best",
+        "misc.run.log.RunLog.curve",
+    ],
+)
+def test_a_crash_after_an_epoch_only_costs_time(train, unstopped, monkeypatch, tmp_path, place):
     with monkeypatch.context() as patched, pytest.raises(Crash):
-        patched.setattr(getattr(main, owner) if owner else main, name, lambda *_, **__: crash())
+        patched.setattr(place, lambda *_, **__: crash())
         train()
     assert train("--resume").status == 0
     assert_same_run(tmp_path / "run", unstopped)
@@ -93,8 +99,8 @@ def test_the_number_of_workers_may_change(train, unstopped, monkeypatch, tmp_pat
     assert_same_run(tmp_path / "run", unstopped)
 
 
-def test_a_run_goes_on_without_the_weights_that_it_began_with(run, data, tmp_path, monkeypatch):
-    """Nor does the configuration say their sizes: the checkpoint does."""
+def test_a_run_is_resumed_without_its_initial_weights(run, data, tmp_path, monkeypatch):
+    """The configuration does not contain their sizes either: they come from the checkpoint."""
     sizes = {"embed": 32, "resolution": (32, 32), "patch": 16, "vision_width": 32, "vision_layers": 1}
     weights = clip_weights(**sizes, text_width=32, text_layers=1)
     torch.save({name: torch.as_tensor(value) for name, value in weights.items()}, tmp_path / "clip.pt")
@@ -119,17 +125,17 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(run, data, tmp_pat
 
 
 def copy_without(run: Run, folder: Path, key: str) -> None:
-    """A copy of a run whose checkpoint does not tell model.`key`."""
+    """Copies a run and removes model.`key` from its checkpoint."""
     shutil.copytree(run.folder, folder)
     content = read_checkpoint(folder / "checkpoint_last.pth")
     del content["config"]["model"][key]
     write_checkpoint(folder / "checkpoint_last.pth", content)
 
 
-def test_a_run_of_before_there_was_a_choice_of_activation_keeps_the_one_that_it_had(train, unstopped, tmp_path):
+def test_an_old_run_that_does_not_record_its_activation_uses_quick_gelu(train, unstopped, tmp_path):
     copy_without(unstopped, tmp_path / "run", "activation")
     refused = only_error(train("--resume", "model.activation=gelu"))
-    assert "model.activation is gelu here and quick_gelu there" in refused
+    assert "model.activation is gelu now and quick_gelu in the checkpoint" in refused
     assert train("--resume").status == 0
 
 
@@ -138,14 +144,14 @@ def test_a_checkpoint_without_sizes_is_refused(train, unstopped, tmp_path):
     assert "model.vision_width" in only_error(train("--resume"))
 
 
-def test_a_run_that_is_complete_stays_as_it_is(train, unstopped, tmp_path):
+def test_a_complete_run_does_not_change(train, unstopped, tmp_path):
     shutil.copytree(unstopped.folder, tmp_path / "run")
     outcome = train("--resume")
     assert outcome.status == 0 and "epoch 1 step" not in outcome.out
     assert_same_run(tmp_path / "run", unstopped)
 
 
-def test_the_log_goes_on(train, monkeypatch, tmp_path):
+def test_the_log_is_continued(train, monkeypatch, tmp_path):
     with monkeypatch.context() as patched, pytest.raises(Crash):
         at_step(patched, 8, crash)
         train()
@@ -153,14 +159,14 @@ def test_the_log_goes_on(train, monkeypatch, tmp_path):
     assert "epoch 1 step 6/12" in before
     train("--resume")
     after = finished(tmp_path / "run").log
-    assert after.startswith(before) and after.count("epoch 1 step 6/12") == 2  # it was not saved after the fifth
+    assert after.startswith(before) and after.count("epoch 1 step 6/12") == 2  # the last checkpoint is of step 5
 
 
 # ---- a signal -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_ends_the_step_saves_and_stops(train, unstopped, monkeypatch, tmp_path, number, status):
+def test_after_a_signal_the_step_is_finished_and_saved(train, unstopped, monkeypatch, tmp_path, number, status):
     before = signal.getsignal(number)
     with monkeypatch.context() as patched:
         at_step(patched, 8, lambda: signal.raise_signal(number))
@@ -170,16 +176,14 @@ def test_a_signal_ends_the_step_saves_and_stops(train, unstopped, monkeypatch, t
     assert outcome.err == f"stopped by {number.name}\n"
     progress = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["progress"]
     assert (progress["epoch"], progress["step"], progress["record"]["steps"]) == (0, 8, 8)
-    assert "stopped at step 8 of epoch 1: go on with --resume" in outcome.out
+    assert "stopped in epoch 1, after step 8: continue with --resume" in outcome.out
     assert train("--resume").status == 0
     assert_same_run(tmp_path / "run", unstopped)
 
 
-def test_a_signal_while_evaluating_ends_at_once(train, unstopped, monkeypatch, tmp_path):
-    import main
-
+def test_a_signal_during_the_evaluation_ends_the_run_immediately(train, unstopped, monkeypatch, tmp_path):
     with monkeypatch.context() as patched:
-        patched.setattr(main, "timed_evaluation", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patched.setattr(Evaluator, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert train().status == 143
     progress = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["progress"]
     assert (progress["epoch"], progress["step"]) == (0, STEPS)
@@ -187,23 +191,23 @@ def test_a_signal_while_evaluating_ends_at_once(train, unstopped, monkeypatch, t
     assert_same_run(tmp_path / "run", unstopped)
 
 
-def test_only_the_second_ctrl_c_is_not_taken():
+def test_the_second_ctrl_c_is_not_handled():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     alone = Ranks(0, 1, torch.device("cpu"))
     with Interruption() as interruption, pytest.raises(Interrupted, match="SIGINT"), interruption.deferred(alone):
         signal.raise_signal(signal.SIGINT)
         assert interruption.number == signal.SIGINT
-        signal.raise_signal(signal.SIGTERM)  # a launcher's, while the run saves
+        signal.raise_signal(signal.SIGTERM)  # sent by a launcher, while the run saves
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-# ---- torchrun starts the processes anew -----------------------------------------------------------------------------
+# ---- torchrun restarts the processes --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def attempt(monkeypatch) -> Callable[[str, int], None]:
-    """A function: this process now is of the launch of that name, and was started anew so many times."""
+    """A function that sets the name of the launch of this process, and how often torchrun restarted it."""
 
     def pretend(launch: str, number: int) -> None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
@@ -222,27 +226,25 @@ def test_a_restart_resumes_by_itself(train, unstopped, monkeypatch, tmp_path, at
         train(*flags)
     attempt("one", 1)
     outcome = train(*flags)
-    assert outcome.status == 0 and "resumed after epoch 0 and 5" in outcome.out
+    assert outcome.status == 0 and "resumed in epoch 1, after step 5" in outcome.out
     assert_same_run(tmp_path / "run", unstopped)
 
 
-def test_a_restart_resumes_no_run_of_another_launch(train, unstopped, tmp_path, attempt):
-    """A restart after a refusal must not go on with the run that it was refused for."""
+def test_a_restart_does_not_resume_a_run_of_another_launch(train, unstopped, tmp_path, attempt):
+    """A run is refused because the folder contains another run: its restart must not continue that run."""
     shutil.copytree(unstopped.folder, tmp_path / "run")
     for number in (0, 1):
         attempt("another", number)
-        assert "already holds a run" in only_error(train())
+        assert "already contains a run" in only_error(train())
     attempt("yet another", 1)
     outcome = train("--overwrite")
     assert outcome.status == 0 and "resumed" not in outcome.out
 
 
-def test_a_restart_before_the_first_checkpoint_begins_anew(train, unstopped, monkeypatch, tmp_path, attempt):
-    import main
-
+def test_a_restart_before_the_first_checkpoint_starts_again(train, unstopped, monkeypatch, tmp_path, attempt):
     attempt("one", 0)
     with monkeypatch.context() as patched, pytest.raises(Crash):
-        patched.setattr(main.CheckpointWriter, "save_last", lambda checkpoints: crash())
+        patched.setattr(CheckpointWriter, "save_last", lambda checkpoints: crash())
         train()
     attempt("one", 1)
     assert train().status == 0
@@ -268,25 +270,25 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("schedule.lr=2e-3", "schedule.lr is 0.002 here and 0.001 there"),
-        ("schedule.epoch=3", "schedule.epoch is 3 here and 2 there"),
-        ("misc.seed=5", "misc.seed is 5 here and 1 there"),
-        ("experiment.id=false", "experiment.id is False here and True there"),
-        ("data.batch_size=8", "processes × data.batch_size is 8 here and 4 there"),
-        ("misc.precision=bf16", "misc.precision comes to bf16 here and to fp32 there"),
+        ("schedule.lr=2e-3", "schedule.lr is 0.002 now and 0.001 in the checkpoint"),
+        ("schedule.epoch=3", "schedule.epoch is 3 now and 2 in the checkpoint"),
+        ("misc.seed=5", "misc.seed is 5 now and 1 in the checkpoint"),
+        ("experiment.id=false", "experiment.id is False now and True in the checkpoint"),
+        ("data.batch_size=8", "processes × data.batch_size is 8 now and 4 in the checkpoint"),
+        ("misc.precision=bf16", "misc.precision is bf16 now and fp32 in the checkpoint"),
     ],
 )
-def test_another_course_is_refused(train, stopped, argument, words):
+def test_other_settings_are_refused(train, stopped, argument, words):
     before = content(stopped)
     message = only_error(train("--resume", argument))
     assert words in message and f"--config {stopped / 'config.yaml'}" in message
     assert content(stopped) == before
 
 
-def test_without_gathering_it_is_the_batch_of_a_rank_that_counts():
+def test_without_gathering_the_batch_of_a_rank_must_be_the_same():
     identity = RunIdentity(to_plain(load_config(overrides=("model.use_gather=false",))), 40, "fp32", "same")
     saved = {"config": identity.config, **identity.state(), "batch": 80}
-    with pytest.raises(UserError, match=r"cannot go on: data\.batch_size is 40 here and 80 there"):
+    with pytest.raises(UserError, match=r"cannot be resumed: data\.batch_size is 40 now and 80 in the checkpoint"):
         identity.check(saved, Path("runs/x/checkpoint_last.pth"))
     identity.check(saved | {"batch": 40}, Path("runs/x/checkpoint_last.pth"))
 
@@ -300,7 +302,7 @@ def test_other_captions_are_refused(run, data, stopped, tmp_path):
     assert "captions" in only_error(run(*EVERYTHING, *of_dataset(other), saved_path, "--resume"))
 
 
-def test_the_saved_configuration_resumes_a_run_and_so_does_one_with_other_places(run, stopped, unstopped, tmp_path):
+def test_a_run_is_resumed_with_its_saved_configuration_and_in_another_folder(run, stopped, unstopped, tmp_path):
     moved = tmp_path / "moved"
     stopped.rename(moved)
     own = (
@@ -314,19 +316,19 @@ def test_the_saved_configuration_resumes_a_run_and_so_does_one_with_other_places
     assert_same_run(moved, unstopped)
 
 
-def test_there_must_be_something_to_resume(train, tmp_path):
+def test_resume_without_a_run_is_refused(train, tmp_path):
     message = only_error(train("--resume"))
     assert "--resume: there is no" in message and str(tmp_path / "run" / "checkpoint_last.pth") in message
     assert not (tmp_path / "run").exists()
 
 
-def test_the_weights_of_an_epoch_are_no_state_of_a_training(train, unstopped, tmp_path):
+def test_weights_without_training_state_are_not_resumed(train, unstopped, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(unstopped.folder / "checkpoint_best.pth", tmp_path / "run" / "checkpoint_last.pth")
-    assert "model.ckpt_type=saved" in only_error(train("--resume"))
+    assert f"model.checkpoint={tmp_path / 'run' / 'checkpoint_last.pth'}" in only_error(train("--resume"))
 
 
-def test_a_broken_checkpoint_is_named_and_left(train, stopped):
+def test_a_broken_checkpoint_is_named_and_not_changed(train, stopped):
     path = stopped / "checkpoint_last.pth"
     path.write_bytes(path.read_bytes()[:-100])
     before = content(stopped)
@@ -346,8 +348,8 @@ def test_resume_and_overwrite_exclude_each_other(monkeypatch, capsys):
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(run, data, tmp_path, monkeypatch):
-    """Four samples on one rank, then two on each of two: the same course but for rounding, with dropout off."""
+def test_a_run_is_resumed_with_another_number_of_ranks(run, data, tmp_path, monkeypatch):
+    """Four samples on one rank, then two on each of two ranks: the same except for rounding, with dropout off."""
     own = [*EVERYTHING, *of_dataset(data), "experiment.dropout=0", "log.sheet=0"]
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     assert run(*own, f"model.saved_path={whole}").status == 0
@@ -356,7 +358,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(run, data, tmp_path, monkeyp
         run(*own, f"model.saved_path={changed}")
     outcome = start(*own, f"model.saved_path={changed}", "data.batch_size=2", "--resume", ranks=2)
     assert outcome.status == 0, outcome.err
-    assert "resumed after epoch 0 and 5 of 12 steps" in outcome.out
+    assert "resumed in epoch 1, after step 5 of 12" in outcome.out
     for record, expected in zip(finished(changed).records, finished(whole).records, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert [record[name] for name in METRICS] == pytest.approx([expected[name] for name in METRICS])

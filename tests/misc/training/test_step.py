@@ -1,4 +1,4 @@
-"""One optimizer step of a tiny model on the full recipe, in one process and on two ranks, against reference values."""
+"""One optimizer step of a tiny model with the full recipe, on one, two and four ranks, against reference values."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ from text_utils.tokenizer import MASK, Tokenizer
 ALONE = Ranks(0, 1, torch.device("cpu"))
 PROJECTOR_WIDTHS = [32, 16, 32]
 MASKED_POSITIONS = {0: [2, 5], 1: [3], 2: [1, 2, 4, 6], 3: []}
-"""By row; rows 4 to 7 have none: on two ranks the second picks no token."""
+"""Masked positions by row. Rows 4 to 7 have none, so the second of two ranks has no masked token."""
 
 
 def step_config(golden: dict, **overrides):
-    """The full recipe with the reference's learning rate; its second iteration has the reference's α."""
+    """Returns the full recipe with the learning rate of the reference; its second iteration has the reference α."""
     rate = float(golden["lr"])
     values = {
         "schedule.lr": rate,
@@ -35,13 +35,13 @@ def step_config(golden: dict, **overrides):
 
 
 def rows_of(ranks: Ranks, golden: dict) -> slice:
-    """The rows of the global batch that are this rank's."""
+    """Returns the rows of the global batch that belong to this rank."""
     size = int(golden["batch"]) // ranks.world_size
     return slice(ranks.rank * size, (ranks.rank + 1) * size)
 
 
 def reference_batch(ranks: Ranks, golden: dict) -> Batch:
-    """This rank's rows of the reference's batch."""
+    """Returns this rank's rows of the reference batch."""
     rows = rows_of(ranks, golden)
 
     def images(name: str) -> Tensor:
@@ -59,7 +59,7 @@ def reference_batch(ranks: Ranks, golden: dict) -> Batch:
 
 
 def mask(batch: Batch, first_row: int) -> None:
-    """Hides the tokens at `MASKED_POSITIONS` of the batch, whose first row is `first_row` of the global batch."""
+    """Masks the tokens at `MASKED_POSITIONS`. The first row of the batch is row `first_row` of the global batch."""
     batch.views.masked_token_ids = batch.views.token_ids.clone()
     batch.views.masked_labels = torch.full_like(batch.views.token_ids, IGNORED_LABEL)
     for row in range(len(batch.views.token_ids)):
@@ -71,9 +71,9 @@ def mask(batch: Batch, first_row: int) -> None:
 def train_one_step(
     ranks: Ranks, model: TBPSCLIP, batch: Batch, config, precision: Precision | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """Losses (means over ranks), gradients (None where frozen) and the change of each parameter, by name.
+    """Trains one step. The model is in evaluation mode, so that there is no dropout.
 
-    The model is in evaluation mode, so that nothing is dropped out.
+    Returns: losses (means over ranks), gradients (None if frozen) and the change of each parameter, by name.
     """
     objectives = build_objectives(config, ranks)
     precision = precision or Precision.choose("fp32", ranks.device)
@@ -94,7 +94,7 @@ def full_recipe_step(ranks: Ranks, reference: str) -> dict[str, dict[str, Tensor
 
 
 def heads_model(**arguments) -> TBPSCLIP:
-    """The reference's towers with every head, in evaluation mode."""
+    """Returns the reference encoders with every head, in evaluation mode."""
     torch.manual_seed(0)
     widths = {"simclr_widths": PROJECTOR_WIDTHS, "masked_language_depth": 1, "identities": 4}
     heads = make_model(**TINY_MODEL, **widths, **arguments).eval()
@@ -103,7 +103,7 @@ def heads_model(**arguments) -> TBPSCLIP:
 
 
 def heads_step(ranks: Ranks, reference: str, **overrides) -> dict[str, dict[str, Tensor]]:
-    """The full recipe with MLM and ID; on two ranks one of them picks no token."""
+    """Trains the full recipe with MLM and ID; one of two ranks has no masked token."""
     golden = load(reference)
     batch = reference_batch(ranks, golden)
     mask(batch, rows_of(ranks, golden).start)
@@ -112,7 +112,7 @@ def heads_step(ranks: Ranks, reference: str, **overrides) -> dict[str, dict[str,
 
 
 def double_step(ranks: Ranks, reference: str, **overrides) -> dict[str, dict[str, Tensor]]:
-    """`heads_step` in float64, where rounding hides nothing."""
+    """Trains `heads_step` in float64, so that rounding cannot hide a difference."""
     golden = load(reference)
     batch = reference_batch(ranks, golden)
     mask(batch, rows_of(ranks, golden).start)
@@ -165,8 +165,8 @@ def assert_equals_the_reference(step: dict, golden: dict) -> None:
         assert_close(gradient.norm(), golden[f"grad_norm.{name}"], name=f"gradient norm of {name}")
         if f"grad.{name}" in golden:
             assert_close(gradient, golden[f"grad.{name}"], name=f"gradient of {name}")
-        # Adam's first step is nearly the gradient's sign, so the rounding of an element close to zero shows; the key
-        # biases in `in_proj_bias` have no gradient but rounding.
+        # Adam's first step is almost the sign of the gradient, so rounding matters for elements close to zero. The
+        # gradient of the key biases in `in_proj_bias` is only rounding.
         tolerance = 0.1 if name.endswith("in_proj_bias") else 1e-4
         assert_close(change.norm(), golden[f"step_norm.{name}"], tolerance, name=f"change of {name}")
 
@@ -187,8 +187,8 @@ def ranks(request) -> list[dict[str, dict]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["full", "heads", "chunks"])
-def test_ranks_make_the_step_of_one(one_rank, ranks, recipe):
-    """Losses within 1e-6, the gradient as a whole within 2e-6; chunks are compared with the whole batch of one rank."""
+def test_several_ranks_make_the_same_step_as_one(one_rank, ranks, recipe):
+    """Losses within 1e-6, the whole gradient within 2e-6. Chunks are compared with the whole batch on one rank."""
     alone = one_rank["heads" if recipe == "chunks" else recipe]
     for rank in ranks:
         together = rank[recipe]
@@ -200,8 +200,8 @@ def test_ranks_make_the_step_of_one(one_rank, ranks, recipe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["double", "double chunks"])
-def test_in_float64_ranks_make_each_gradient_of_one(one_rank, ranks, recipe):
-    """In float32, rounding alone makes up to 4e-6 of a single gradient deep in a head."""
+def test_in_float64_several_ranks_have_the_same_gradients_as_one(one_rank, ranks, recipe):
+    """In float32, rounding changes single gradients deep in a head by up to 4e-6."""
     for rank in ranks:
         for name, loss in one_rank["double"]["losses"].items():
             assert_close(rank[recipe]["losses"][name], loss, 1e-12, name)
@@ -211,7 +211,7 @@ def test_in_float64_ranks_make_each_gradient_of_one(one_rank, ranks, recipe):
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Tensor:
-    """Length of the difference of all gradients together, relative to that of those expected."""
+    """Returns the norm of the difference of all gradients, divided by the norm of the expected gradients."""
     names = [name for name, gradient in expected.items() if gradient is not None]
     assert names == [name for name, gradient in found.items() if gradient is not None]
     found, expected = (torch.cat([g[name].flatten() for name in names]) for g in (found, expected))
