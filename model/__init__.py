@@ -1,4 +1,4 @@
-"""TBPS-CLIP itself: views in, features out; the losses; weights in and out (`pretrained/`).
+"""The model: encoders from views to features, losses, and reading and writing weights (`pretrained/`).
 
-Imports `text_utils/` and the ground floor of `misc/`, and knows no configuration. Begin with `tbps_clip.py`.
+Imports `text_utils/`, `misc/errors.py` and `misc/files.py`, and knows no configuration. Begin with `tbps_clip.py`.
 """

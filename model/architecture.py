@@ -1,12 +1,11 @@
-"""The one record of a model's sizes: what its encoders compute, without the heads that only training needs."""
+"""The sizes of a model's encoders, without the heads that only training needs."""
 
 from dataclasses import dataclass
 
 from text_utils.tokenizer import VOCABULARY_SIZE
 
 QUICK_GELU, GELU = "quick_gelu", "gelu"
-"""Names of activations. OpenAI's, MetaCLIP's and DFN's weights were trained with the first, LAION's and DataComp's with
-the second."""
+"""Names of activations. OpenAI, MetaCLIP and DFN trained with QuickGELU, LAION and DataComp with GELU."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +16,11 @@ class Architecture:
         resolution: (height, width) of an image in pixels, multiples of `patch_size`.
         patch_size: side of a square patch in pixels.
         vision_width, vision_layers, vision_heads: width, residual blocks and attention heads of the image encoder.
-        text_length: longest caption in tokens, start and end included.
-        vocab_size: number of token ids; the end-of-text token has the highest.
+        text_length: maximum number of tokens of a caption, including start and end.
+        vocab_size: number of token ids; the end-of-text token has the highest id.
         text_width, text_layers, text_heads: width, residual blocks and attention heads of the text encoder.
         embed_dim: width of the shared image-text space.
-        activation: activation of the MLPs in both encoders, `QUICK_GELU` or `GELU`.
+        activation: activation function of the MLPs in both encoders, `QUICK_GELU` or `GELU`.
     """
 
     resolution: tuple[int, int] = (224, 224)
@@ -39,10 +38,10 @@ class Architecture:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(height, width) of an image in patches."""
+        """The size of an image in patches: (height, width)."""
         return self.resolution[0] // self.patch_size, self.resolution[1] // self.patch_size
 
     @property
     def patches(self) -> int:
-        """Number of patches of an image."""
+        """The number of patches of an image."""
         return self.grid[0] * self.grid[1]

@@ -1,4 +1,4 @@
-"""Heads that exist in training alone: SimCLR projector, masked-language head, identity classifier (SPEC sections 4, 5).
+"""Heads that only training needs: SimCLR projector, masked-language head, identity classifier.
 
 B captions, L tokens, P image tokens, D width of the shared space, M tokens picked for masked language modelling.
 """
@@ -10,13 +10,13 @@ from model.transformer import Attention, QuickGELU, Transformer, to_float32
 
 
 def simclr_projector(widths: list[int]) -> nn.Sequential:
-    """Linear – ReLU – Linear on the projected image feature (paper: 512, 128, 512)."""
+    """Builds Linear – ReLU – Linear with the widths of input, hidden layer and output (paper: 512, 128, 512)."""
     into, hidden, out = widths
     return nn.Sequential(nn.Linear(into, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
 def identity_classifier(width: int, identities: int) -> nn.Linear:
-    """One linear layer over the training identities, drawn N(0, 0.001²)."""
+    """Builds one linear layer over the training identities, with weights drawn from N(0, 0.001²)."""
     classifier = nn.Linear(width, identities)
     nn.init.normal_(classifier.weight, std=0.001)
     nn.init.zeros_(classifier.bias)
@@ -24,14 +24,18 @@ def identity_classifier(width: int, identities: int) -> nn.Linear:
 
 
 def attention_heads(width: int) -> int:
-    """Of the masked-language head: one for each 64 channels, as in CLIP, and at least one."""
+    """Returns the number of attention heads of the masked-language head.
+
+    It has one per 64 channels, as in CLIP, and at least one.
+    """
     return max(1, width // 64)
 
 
 class MaskedLanguageHead(nn.Module):
-    """Predicts masked tokens from the caption and the image: text queries the image, then `depth` transformer layers.
+    """A head that predicts masked tokens from the caption and the image.
 
-    Parameter names are those of published checkpoints.
+    The text tokens attend to the image, then pass `depth` transformer layers. Parameter names are those of published
+    checkpoints.
     """
 
     def __init__(self, *, width: int, depth: int, vocab_size: int):
@@ -55,17 +59,17 @@ class MaskedLanguageHead(nn.Module):
         nn.init.normal_(self.mlm_head.fc.weight, std=residual_deviation)
 
     def forward(self, text_tokens: Tensor, image_tokens: Tensor, valid: Tensor, picked: Tensor) -> Tensor:
-        """Logits over the vocabulary for the picked tokens.
+        """Computes logits over the vocabulary for the picked tokens.
 
         Args:
             text_tokens: (B, L, D) text features of the masked captions.
             image_tokens: (B, P + 1, D) image features.
-            valid: (B, L) bool, False for padding, which no token attends to: so padding changes nothing.
+            valid: (B, L) bool, False for padding. No token attends to padding, so it has no effect.
             picked: (B, L) bool, the M tokens to predict.
 
-        Returns: (M, vocab_size), in the order of the picked tokens, row by row.
+        Returns: (M, vocab_size), the picked tokens row by row.
         """
         x = self.cross_attn.cross(self.ln_pre_t(text_tokens), self.ln_pre_i(image_tokens))
-        x = to_float32(x)  # the residual stream stays in float32, as in the towers
+        x = to_float32(x)  # the residual stream stays in float32, as in the encoders
         x = self.cross_modal_transformer(x, valid=valid)
         return self.mlm_head(self.ln_post(x)[picked])

@@ -1,8 +1,11 @@
-"""The training losses, one pure function per equation of the paper (SPEC section 5): tensors in, a scalar out.
+"""The training losses, one pure function each: tensors in, a 0-dim float32 tensor out.
+
+N-ITC, R-ITC, C-ITC, SS-I and MVS-I are the names in the paper (Cao et al., "An Empirical Study of CLIP for Text-Based
+Person Search", AAAI 2024).
 
 B rows of this rank, G rows of all ranks (the columns), D width, M tokens picked for masked language modelling.
-All inputs are float32. A loss is a mean over this rank's rows; the mean over ranks is the mean over all G samples.
-MLM and ID compare no samples with each other, so they are sums over any part of the rows, divided by their number.
+Features and logits are float32. A loss is the mean over this rank's rows; its mean over ranks is the mean over all G
+samples. MLM and ID compare no samples, so they can be computed for parts of the rows: the results add up.
 """
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 def matching_distribution(
     row_identities: Tensor, column_identities: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """q̂: which columns show the person of a row, each row summing to one.
+    """Computes q̂ of N-ITC and R-ITC. It spreads each row evenly over the columns with the same identity.
 
     Args:
         row_identities: (B,) int64.
@@ -26,12 +29,12 @@ def matching_distribution(
 
 
 def pair_distribution(rows: int, columns: int, offset: int, like: Tensor) -> Tensor:
-    """One-hot labels of ITC: a row's own pair alone matches.
+    """Returns the one-hot labels of ITC (CLIP, Radford et al., 2021): each row matches only its own pair.
 
     Args:
         rows, columns: B and G.
         offset: column of the first row's pair.
-        like: whose dtype and device are taken.
+        like: tensor that specifies dtype and device.
 
     Returns: (B, G).
     """
@@ -39,25 +42,29 @@ def pair_distribution(rows: int, columns: int, offset: int, like: Tensor) -> Ten
 
 
 def normalised_contrastive(logits: Tensor, targets: Tensor, soft_label_ratio: float) -> Tensor:
-    """N-ITC in one direction: cross-entropy against the matching distribution, softened by the model's own belief.
+    """Computes N-ITC in one direction: the cross-entropy with q̂, softened by the model's own prediction.
+
+    MVS-I is the mean of N-ITC over two views of the image.
 
     Args:
         logits: (B, G) scaled cosines.
         targets: (B, G) q̂ of `matching_distribution`.
-        soft_label_ratio: α, weight in [0, 1] of the model's own softmax, which carries no gradient.
+        soft_label_ratio: α in [0, 1], weight of the model's own softmax, which passes no gradient.
     """
-    belief = logits.detach().softmax(dim=1)
-    labels = soft_label_ratio * belief + (1 - soft_label_ratio) * targets
+    prediction = logits.detach().softmax(dim=1)
+    labels = soft_label_ratio * prediction + (1 - soft_label_ratio) * targets
     return -(labels * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
 def reversed_contrastive(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
-    """R-ITC in one direction: KL(softmax(logits) ‖ q̂ + ε). IRRA's SDM is the same with another scale and ε.
+    """Computes R-ITC in one direction: KL(softmax(logits) ‖ q̂ + ε).
+
+    SDM of IRRA (Jiang & Ye, CVPR 2023) is the same with another scale and ε.
 
     Args:
         logits: (B, G) scaled cosines.
         targets: (B, G) q̂ of `matching_distribution`.
-        epsilon: ε > 0, keeps the logarithm finite where a column does not match.
+        epsilon: ε > 0, keeps the logarithm finite if a column does not match.
     """
     log_probabilities = logits.log_softmax(dim=1)
     divergence = log_probabilities.exp() * (log_probabilities - (targets + epsilon).log())
@@ -65,14 +72,14 @@ def reversed_contrastive(logits: Tensor, targets: Tensor, epsilon: float) -> Ten
 
 
 def cyclic_contrastive(images: Tensor, texts: Tensor, in_modal_weight: float, cross_modal_weight: float) -> Tensor:
-    """C-ITC: the two modalities' geometries agree, and the image-text similarities are symmetric.
+    """Computes C-ITC: image-image and text-text similarities should agree, and image-text ones should be symmetric.
 
-    The paper writes 1/N · Σ; the mean over all G² entries counts.
+    The paper writes 1/N · Σ; here it is the mean over all G² entries, as in the published code.
 
     Args:
         images, texts: (G, D) L2-normalised features of all ranks.
-        in_modal_weight: λ1, of mean((I·Iᵀ − T·Tᵀ)²).
-        cross_modal_weight: λ2, of mean((I·Tᵀ − T·Iᵀ)²).
+        in_modal_weight: λ1, weight of mean((I·Iᵀ − T·Tᵀ)²).
+        cross_modal_weight: λ2, weight of mean((I·Tᵀ − T·Iᵀ)²).
     """
     in_modal = (images @ images.T - texts @ texts.T).square().mean()
     cross = images @ texts.T
@@ -81,15 +88,17 @@ def cyclic_contrastive(images: Tensor, texts: Tensor, in_modal_weight: float, cr
 
 
 def nt_xent(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, offset: int, temperature: float):
-    """SS-I, SS-T: NT-Xent (SimCLR) between two views; the negatives are all other samples of both views on all ranks.
+    """Computes SS-I and SS-T: NT-Xent (SimCLR, Chen et al., 2020) between two views of the images or captions.
+
+    The negatives are all other samples of both views on all ranks.
 
     Args:
         first, second: (B, D) L2-normalised features of this rank's two views.
-        all_first, all_second: (G, D) the same of all ranks.
+        all_first, all_second: (G, D), these features of all ranks.
         offset: row of `all_first` at which this rank's rows begin.
         temperature: divides the cosines.
 
-    Returns: scalar, mean of both directions.
+    Returns: 0-dim, mean of both directions.
     """
     partner = torch.arange(offset, offset + len(first), device=first.device)
 
@@ -103,22 +112,23 @@ def nt_xent(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor
 
 
 def masked_language(logits: Tensor, labels: Tensor, picked: Tensor) -> Tensor:
-    """MLM: cross-entropy over the picked tokens of some rows; those of all parts of a batch add up.
+    """Computes MLM: the cross-entropy of the picked tokens of some rows. The results of all parts of a batch add up.
 
     Args:
         logits: (M, vocabulary); labels: (M,) int64.
-        picked: 0-dim, picked tokens of a rank's whole batch, on average over all ranks. Ranks pick different numbers;
-            dividing by their mean keeps the mean over ranks equal to the mean over all picked tokens.
+        picked: 0-dim float32, number of picked tokens in a rank's whole batch, as a mean over all ranks. Ranks pick
+            different numbers. Dividing by the mean makes the mean over ranks the mean over all picked tokens.
     """
     return F.cross_entropy(logits, labels, reduction="sum") / picked.clamp(min=1)
 
 
 def identity(image_logits: Tensor, text_logits: Tensor, identities: Tensor, rows: int) -> Tensor:
-    """ID: mean of the cross-entropies of image and text over some rows; those of all parts of a batch add up.
+    """Computes ID: the mean cross-entropy of image and text for some rows. The results of all parts of a batch add up.
 
     Args:
-        image_logits, text_logits: (n, identities), identities: (n,) int64, n of the B rows.
-        rows: B, which the sum over these rows is divided by.
+        image_logits, text_logits: (n, identities), for n of the B rows.
+        identities: (n,) int64.
+        rows: B, the divisor of the sum over these rows.
     """
     image, text = (F.cross_entropy(logits, identities, reduction="sum") for logits in (image_logits, text_logits))
     return (image + text) / 2 / rows

@@ -1,15 +1,16 @@
-"""From the features of all ranks to named, weighted losses.
+"""From features to named, weighted losses.
 
-A loss is one row of a table at the end of this file: `CONTRASTIVE_TERMS` for losses that compare the samples of a
-batch, `PER_SAMPLE_TERMS` for losses that look at each sample on its own. Its equation is in `losses.py`.
+Each loss is a row of a table at the end of this file. `CONTRASTIVE_TERMS` has the losses that compare the samples of a
+batch, `PER_SAMPLE_TERMS` the losses that are computed for each sample separately. Their equations are in `losses.py`.
 
 B rows of this rank, G rows of all ranks, L tokens, D width of the shared space.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import product
+from operator import add
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -23,18 +24,18 @@ from text_utils.masking import IGNORED_LABEL
 
 @dataclass(frozen=True)
 class Objectives:
-    """The weighted sum of the paper's losses. A loss that is off computes nothing.
+    """The losses that are on, and their weights. A loss that is off computes nothing.
 
-    Fields have the names of the keys in the configuration's section `experiment`: a switch turns a loss on, its
-    `_ratio` is its weight. A ratio of 0 turns it off too. N-ITC has no switch.
+    The fields have the names of the keys in the configuration's section `experiment`: a switch turns a loss on, and its
+    `_ratio` is its weight. A ratio of 0 also turns it off. N-ITC has no switch.
 
     Attributes:
         gather: (B, …) tensor of this rank → (G, …) of all ranks, in rank order, with gradient to every rank.
-        rank: number of this process among those that `gather` joins; its rows start at rank · B of the gathered ones.
+        rank: this process among those that `gather` joins; its rows start at row rank · B of the gathered tensor.
         nitc_ratio: weight of N-ITC, the normalised image-text contrastive loss.
         nitc_labels: `identity`: all samples of a person match; `pair`: only a sample's own pair matches (ITC).
-        mvs_image: N-ITC is the mean over two pool views (MVS-I).
-        mvs_text: N-ITC is the mean over two augmented captions (MVS-T); with MVS-I over all four combinations.
+        mvs_image: N-ITC is the mean over two augmented images (MVS-I).
+        mvs_text: N-ITC is the mean over two augmented captions (MVS-T); with MVS-I, over all four combinations.
         ritc, ritc_ratio, ritc_eps: R-ITC, the reversed image-text contrastive loss, and its ε.
         citc, citc_ratio, citc_lambda1, citc_lambda2: C-ITC, the cyclic image-text contrastive loss, and the weights of
             its in-modal and its cross-modal part.
@@ -74,7 +75,7 @@ class Objectives:
 
     @cached_property
     def weights(self) -> dict[str, float]:
-        """Weight of each loss that is on, by name, in the order in which they are computed."""
+        """The weight of each loss that is on, by name, in the order of computation."""
         weights = {}
         for name, term in (CONTRASTIVE_TERMS | PER_SAMPLE_TERMS).items():
             ratio = getattr(self, term.ratio)
@@ -114,20 +115,20 @@ class Objectives:
         soft_label_ratio: float,
         masked_labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Computes the weighted losses by name, 0-dim float32. Their sum is what is minimised.
+        """Computes the weighted losses by name, each 0-dim float32. Training minimises their sum.
 
         Args:
-            features: of this rank's B rows.
+            features: features of this rank's B rows.
             identities: (B,) int64.
             soft_label_ratio: α of N-ITC at this step.
-            masked_labels: (B, L) int64, -100 where nothing is predicted (MLM).
+            masked_labels: (B, L) int64, -100 for tokens that are not predicted (MLM).
         """
         weighted = self.contrast(features, identities, soft_label_ratio)
         picked = self.picked_tokens(masked_labels)
         return weighted | self.classify(features, identities, masked_labels, rows=len(identities), picked=picked)
 
     def contrast(self, features: Features, identities: Tensor, soft_label_ratio: float) -> dict[str, Tensor]:
-        """Computes the losses that compare the samples of a batch; they need all B rows at once."""
+        """Computes the losses that compare the samples of a batch; they need all B rows together."""
         image, text = normalise_rows(features.image), normalise_rows(features.text)
         all_images, all_texts = self.gather(image), self.gather(text)
         batch = Contrast(self, features, identities, soft_label_ratio, image, text, all_images, all_texts)
@@ -146,15 +147,16 @@ class Objectives:
         rows: int,
         picked: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Computes the losses that look at each sample on its own: the part that some rows contribute. The parts of all
-        rows add up to the loss.
+        """Computes the contribution of some rows to the losses that treat each sample separately.
+
+        The contributions of all rows add up to the loss.
 
         Args:
-            features, identities, masked_labels: of some of the B rows.
+            features, identities, masked_labels: tensors of some of the B rows.
             rows: B.
             picked: result of `picked_tokens` for all B rows.
         """
-        part = Part(features, identities, masked_labels, rows, picked)
+        part = BatchPart(features, identities, masked_labels, rows, picked)
         return {
             name: self.weights[name] * term.compute(self, part)
             for name, term in PER_SAMPLE_TERMS.items()
@@ -162,7 +164,7 @@ class Objectives:
         }
 
     def picked_tokens(self, masked_labels: Tensor | None) -> Tensor | None:
-        """Counts the tokens that MLM predicts on a rank, as a mean over all ranks: 0-dim; None without MLM."""
+        """Counts the tokens that MLM predicts, as a mean over all ranks: 0-dim float32. Returns None without MLM."""
         if not self.needs_masked_captions:
             return None
         own = (masked_labels != IGNORED_LABEL).sum().float()
@@ -171,15 +173,15 @@ class Objectives:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A batch as the contrastive losses see it. What only some losses need is computed when the first of them asks.
+    """A batch for the contrastive losses. Tensors that only some losses need are computed on first use.
 
     Attributes:
         objectives: the losses; their `gather` joins the ranks.
-        features: of this rank's B rows.
+        features: features of this rank's B rows.
         identities: (B,) int64.
         soft_label_ratio: α of N-ITC at this step.
         image, text: (B, D) float32, L2-normalised rows of this rank.
-        all_images, all_texts: (G, D) the same of all ranks.
+        all_images, all_texts: (G, D), these features of all ranks.
     """
 
     objectives: Objectives
@@ -193,27 +195,27 @@ class Contrast:
 
     @cached_property
     def all_identities(self) -> Tensor:
-        """(G,) int64."""
+        """The identities of all ranks: (G,) int64."""
         return self.objectives.gather(self.identities)
 
     @cached_property
     def matches(self) -> Tensor:
-        """(B, G) q̂: which columns show the person of a row; each row sums to one."""
+        """The matching distribution q̂, (B, G): each row is spread evenly over the columns with the same identity."""
         return losses.matching_distribution(self.identities, self.all_identities, self.image.dtype)
 
     @cached_property
     def cosines(self) -> tuple[Tensor, Tensor]:
-        """Image to text and text to image, each (B, G)."""
+        """The cosines from image to text and from text to image, each (B, G)."""
         return self.image @ self.all_texts.T, self.text @ self.all_images.T
 
 
-class Part(NamedTuple):
-    """Some rows of a batch, as the losses see them that look at each sample on its own.
+class BatchPart(NamedTuple):
+    """Some rows of a batch, for the losses that treat each sample separately.
 
     Attributes:
-        features, identities, masked_labels: of these rows.
+        features, identities, masked_labels: tensors of these rows.
         rows: B, the number of rows of the whole batch.
-        picked: tokens that MLM predicts on a rank, mean over ranks: 0-dim; None without MLM.
+        picked: number of tokens that MLM predicts, mean over ranks: 0-dim; None without MLM.
     """
 
     features: Features
@@ -224,12 +226,17 @@ class Part(NamedTuple):
 
 
 def normalise_rows(features: Tensor) -> Tensor:
-    """L2-normalises rows, in float32."""
+    """L2-normalises rows in float32: (B, D) → (B, D)."""
     return F.normalize(to_float32(features), dim=1)
 
 
+def total(weighted: Mapping[str, Tensor]) -> Tensor:
+    """Adds up weighted losses by name, at least one: 0-dim."""
+    return reduce(add, weighted.values())
+
+
 def soft_label_ratio_at(step: int, steps_per_epoch: int, ratio: float) -> float:
-    """α of N-ITC: grows linearly from 0 over the first epoch, then stays at `ratio`."""
+    """Returns α of N-ITC: it grows linearly from 0 during the first epoch, then stays at `ratio`."""
     return ratio * min(1.0, step / steps_per_epoch)
 
 
@@ -237,7 +244,7 @@ def soft_label_ratio_at(step: int, steps_per_epoch: int, ratio: float) -> float:
 
 
 def _nitc(self: Objectives, batch: Contrast) -> Tensor:
-    """Mean of both directions, over all combinations of an image view and a caption."""
+    """Computes N-ITC: the mean of both directions, over all combinations of an image and a caption view."""
     labels, cosines = batch.matches, batch.cosines
     if self.nitc_labels == "pair":
         rows = len(batch.identities)
@@ -261,7 +268,7 @@ def _nitc(self: Objectives, batch: Contrast) -> Tensor:
 
 
 def _ritc(self: Objectives, batch: Contrast) -> Tensor:
-    """Mean of both directions."""
+    """Computes R-ITC: the mean of both directions."""
     image_to_text, text_to_image = (
         losses.reversed_contrastive(batch.features.scale * direction, batch.matches, self.ritc_eps)
         for direction in batch.cosines
@@ -270,7 +277,7 @@ def _ritc(self: Objectives, batch: Contrast) -> Tensor:
 
 
 def _sdm(self: Objectives, batch: Contrast) -> Tensor:
-    """Sum of both directions, as in IRRA."""
+    """Computes SDM: the sum of both directions, as in IRRA."""
     image_to_text, text_to_image = (
         losses.reversed_contrastive(self.sdm_scale * direction, batch.matches, self.sdm_eps)
         for direction in batch.cosines
@@ -296,12 +303,12 @@ def _self_supervised(self: Objectives, views: tuple[Tensor, Tensor]) -> Tensor:
     return losses.nt_xent(first, second, all_first, all_second, self.rank * len(first), self.simclr_temperature)
 
 
-def _mlm(self: Objectives, part: Part) -> Tensor:
+def _mlm(self: Objectives, part: BatchPart) -> Tensor:
     labels = part.masked_labels[part.masked_labels != IGNORED_LABEL]
     return losses.masked_language(to_float32(part.features.masked_logits), labels, part.picked)
 
 
-def _id(self: Objectives, part: Part) -> Tensor:
+def _id(self: Objectives, part: BatchPart) -> Tensor:
     image_logits, text_logits = map(to_float32, part.features.identity_logits)
     return losses.identity(image_logits, text_logits, part.identities, part.rows)
 
@@ -310,9 +317,9 @@ class ContrastiveTerm(NamedTuple):
     """A loss that compares the samples of a batch.
 
     Attributes:
-        compute: the loss of a batch, before its weight: 0-dim.
-        ratio: field of `Objectives` that holds its weight.
-        uses_temperature: whether it trains the temperature.
+        compute: computes the unweighted loss of a batch, 0-dim.
+        ratio: field of `Objectives` with its weight.
+        uses_temperature: whether the loss trains the temperature.
     """
 
     compute: Callable[[Objectives, Contrast], Tensor]
@@ -321,14 +328,14 @@ class ContrastiveTerm(NamedTuple):
 
 
 class PerSampleTerm(NamedTuple):
-    """A loss that looks at each sample on its own.
+    """A loss that treats each sample separately.
 
     Attributes:
-        compute: the part of some rows, before its weight: 0-dim.
-        ratio: field of `Objectives` that holds its weight.
+        compute: computes the unweighted contribution of some rows, 0-dim.
+        ratio: field of `Objectives` with its weight.
     """
 
-    compute: Callable[[Objectives, Part], Tensor]
+    compute: Callable[[Objectives, BatchPart], Tensor]
     ratio: str
 
 
@@ -340,7 +347,7 @@ CONTRASTIVE_TERMS = {
     "ss": ContrastiveTerm(_ss, "ss_ratio"),
     "ss_text": ContrastiveTerm(_ss_text, "ss_ratio"),
 }
-"""By name, in the order in which they are computed. The name is also the key that turns the loss on."""
+"""Terms by name, in the order of computation. The name is also the key that turns the loss on."""
 
 PER_SAMPLE_TERMS = {
     "mlm": PerSampleTerm(_mlm, "mlm_ratio"),

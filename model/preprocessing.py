@@ -1,4 +1,4 @@
-"""How images become pixels: statistics of the channels, and which preparation belongs to which weights."""
+"""Preprocessing of images: channel statistics, and the preprocessing that each kind of weights needs."""
 
 import math
 from dataclasses import dataclass
@@ -8,17 +8,16 @@ from misc.errors import UserError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 INTERPOLATIONS = {"bicubic": 3, "bilinear": 2}
-"""Interpolations by open_clip's name, each with the number that Pillow and Hugging Face use for it."""
+"""Interpolations: open_clip's name, and the number that Pillow and Hugging Face use."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes pixels of the size that a model wants.
+    """The steps that turn an image into the input of a model.
 
     Attributes:
-        mean, deviation: of the three channels of images with values 0 … 1.
-        squash: height and width are resized each for itself; otherwise the shorter side is resized and the middle cut
-            out.
+        mean, deviation: mean and standard deviation of the three channels, for values from 0 to 1.
+        squash: True: resize height and width independently. False: resize the shorter side and crop the centre.
         interpolation: a key of `INTERPOLATIONS`.
     """
 
@@ -28,21 +27,29 @@ class Preprocessing:
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that cannot be: they come from files of others."""
+        """Checks the values, because they can come from a file.
+
+        Raises UserError if a value is invalid.
+        """
         for name, values in (("mean", self.mean), ("std", self.deviation)):
             if len(values) != 3 or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-                raise UserError(f"its settings have {list(values)!r} for the {name} of an image, not three numbers")
+                raise UserError(
+                    f"its settings have {list(values)!r} for the {name} of an image, instead of three finite numbers"
+                )
         if min(self.deviation) <= 0:
-            raise UserError(f"its settings have {list(self.deviation)} for the std of an image, not above 0")
+            raise UserError(
+                f"its settings have {list(self.deviation)} for the std of an image; all values should be above 0"
+            )
         if self.interpolation not in INTERPOLATIONS:
             raise UserError(
-                f"its settings resize images by {self.interpolation!r}, not by {' or '.join(INTERPOLATIONS)}"
+                f"its settings resize images with {self.interpolation!r} interpolation; it should be "
+                f"{' or '.join(INTERPOLATIONS)}"
             )
 
 
 CLIP_PREPROCESSING = Preprocessing(
     (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), squash=False
 )
-"""OpenAI's and open_clip's."""
+"""The preprocessing of OpenAI's CLIP, and open_clip's default."""
 TBPS_PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_DEVIATION, squash=True)
-"""What TBPS-CLIP is trained with, here and in the published code."""
+"""The preprocessing of TBPS-CLIP, here and in the published code."""

@@ -1,7 +1,7 @@
-"""TBPS-CLIP: CLIP's dual encoder with a temperature and the heads that training needs. Views in, features out.
+"""TBPS-CLIP: CLIP's two encoders, the temperature, and the heads that training needs. Views in, features out.
 
-B samples of this rank, D width of the shared space, L tokens (all captions of a batch are padded to the same), M tokens
-picked for masked language modelling.
+B samples of this rank, D width of the shared space, L tokens (all captions of a batch are padded to one length),
+M tokens picked for masked language modelling.
 """
 
 import math
@@ -24,16 +24,17 @@ MAXIMUM_SCALE = 100.0
 
 @dataclass
 class Views:
-    """What one training step encodes; a view that no enabled loss needs is None.
+    """The inputs of one training step; a view that no enabled loss needs is None.
 
     Attributes:
-        image: (B, 3, H, W) float, the first pool view.
+        image: (B, 3, H, W) float, the first augmented image.
         token_ids: (B, L) int64, zero-padded.
-        second_image: (B, 3, H, W), the second pool view (MVS-I).
-        simclr_images: two times (B, 3, H, W) (SS-I).
-        second_token_ids: (B, L) int64, the captions augmented once more (MVS-T).
-        simclr_token_ids: two times (B, L) int64 (SS-T).
-        masked_token_ids: (B, L) int64, and masked_labels: (B, L) int64, -100 where nothing is predicted (MLM).
+        second_image: (B, 3, H, W) float, the second augmented image (MVS-I).
+        simclr_images: two tensors (B, 3, H, W) float (SS-I).
+        second_token_ids: (B, L) int64, the captions with a second augmentation (MVS-T).
+        simclr_token_ids: two tensors (B, L) int64 (SS-T).
+        masked_token_ids: (B, L) int64, the captions with masked tokens (MLM).
+        masked_labels: (B, L) int64, -100 for tokens that are not predicted (MLM).
     """
 
     image: Tensor
@@ -48,15 +49,15 @@ class Views:
 
 @dataclass
 class Features:
-    """All that the losses need; no feature is L2-normalised.
+    """The inputs of the losses; no feature is L2-normalised.
 
     Attributes:
         image, text: (B, D).
         scale: 0-dim, exp of the temperature parameter, at most 100.
-        second_image: (B, D) (MVS-I), and second_text: (B, D) (MVS-T).
-        simclr: two times (B, D), behind the projector (SS-I), and simclr_text: two times (B, D), behind its own (SS-T).
+        second_image, second_text: (B, D) (MVS-I, MVS-T).
+        simclr, simclr_text: two tensors (B, D) each, outputs of the SimCLR projectors (SS-I, SS-T).
         masked_logits: (M, vocabulary) (MLM).
-        identity_logits: image's and text's (B, identities) (ID).
+        identity_logits: (B, identities) for the image, and for the text (ID).
     """
 
     image: Tensor
@@ -71,19 +72,20 @@ class Features:
 
 
 class TBPSCLIP(nn.Module):
-    """The dual encoder with the heads of the losses that are on.
+    """The two encoders with the heads of the losses that are on.
 
     Args:
         architecture: sizes of the two encoders.
-        dropout: of the attention weights in the text encoder.
-        lock_bottom: freezes the patch-embedding convolution (paper's trick "locked bottom layer").
-        grad_checkpointing: computes every transformer block once more in the backward pass instead of keeping it.
+        dropout: dropout probability of the attention weights in the text encoder.
+        lock_bottom: freezes the patch-embedding convolution (the paper's trick "locked bottom layer").
+        grad_checkpointing: recomputes every transformer block in the backward pass instead of storing its activations.
         simclr_widths: layer widths of the SimCLR projector, or None without SS-I.
-        text_simclr_widths: the same of the captions' projector, or None without SS-T.
+        text_simclr_widths: layer widths of the SimCLR projector for captions, or None without SS-T.
         masked_language_depth: layers of the masked-language head, or None without MLM.
         identities: classes of the identity classifier, or None without ID.
-        context_length: learned vectors in front of each caption (CoOp), or None; then they alone train.
-        adapter_ratio: share of the image feature that an adapter makes (CLIP-Adapter), or None; then that alone trains.
+        context_length: number of learned context vectors (CoOp), or None. With a context, only adaptations train.
+        adapter_ratio: share of the adapter in the image feature (CLIP-Adapter), or None. With an adapter, only
+            adaptations train.
     """
 
     def __init__(
@@ -126,32 +128,34 @@ class TBPSCLIP(nn.Module):
                 module.grad_checkpointing = grad_checkpointing
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels → (B, D), not L2-normalised."""
+        """Encodes images: (B, 3, H, W) normalised pixels → (B, D), not L2-normalised."""
         features = self.image_encoder(images)
         return features if self.image_adapter is None else self.image_adapter(features)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
-        """(B, L) int64, zero-padded → (B, D), not L2-normalised."""
+        """Encodes captions: (B, L) int64, zero-padded → (B, D), not L2-normalised."""
         return self.text_encoder(token_ids, prompt=self.prompt)
 
     def scale(self) -> Tensor:
-        """exp of the temperature parameter, never above 100. The gradient passes through the bound, so that the
-        parameter can come back from beyond it."""
+        """Returns exp of the temperature parameter, at most 100: 0-dim.
+
+        The gradient passes through the bound, so a parameter beyond it can decrease again.
+        """
         scale = self.logit_scale.exp()
         return scale - (scale - MAXIMUM_SCALE).clamp(min=0).detach()
 
     def forward(self, views: Views) -> Features:
-        """Encodes all views of a batch: one pass over the images, one over the captions."""
+        """Encodes all views of a batch, in one pass over the images and one over the captions."""
         batch = len(views.image)
         masked = views.masked_token_ids is not None
         image_views = _present(views.image, views.second_image, *(views.simclr_images or ()))
         text_views = _present(views.token_ids, views.second_token_ids, *(views.simclr_token_ids or ()))
-        if masked:  # the one loss that looks at every token
+        if masked:  # only MLM needs the features of all tokens
             encoded = self.image_encoder(torch.cat(image_views), all_tokens=True)
-            of_images = encoded[:, 0] if self.image_adapter is None else self.image_adapter(encoded[:, 0])
+            image_rows = encoded[:, 0] if self.image_adapter is None else self.image_adapter(encoded[:, 0])
         else:
-            of_images = self.encode_image(torch.cat(image_views))
-        image_features = list(of_images.split(batch))
+            image_rows = self.encode_image(torch.cat(image_views))
+        image_features = list(image_rows.split(batch))
         text_features = list(self.encode_text(torch.cat(text_views)).split(batch))
 
         features = Features(image=image_features.pop(0), text=text_features.pop(0), scale=self.scale())
@@ -183,5 +187,5 @@ def _present(*views: Tensor | None) -> list[Tensor]:
 
 
 def count_trainable(model: nn.Module) -> int:
-    """Number of parameters that train."""
+    """Counts the parameters that train."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

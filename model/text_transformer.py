@@ -9,11 +9,11 @@ from model.transformer import Transformer, project
 
 
 class TextTransformer(nn.Module):
-    """Token ids to features in the shared space.
+    """An encoder from token ids to features in the shared space.
 
     Args:
         architecture: sizes of the model; those of the text encoder are used.
-        dropout: probability with which an attention weight is dropped in training (paper: 0.05).
+        dropout: dropout probability of attention weights in training (paper: 0.05).
     """
 
     def __init__(self, architecture: Architecture, *, dropout: float = 0.0):
@@ -36,18 +36,18 @@ class TextTransformer(nn.Module):
         self.transformer.initialise()
 
     def forward(self, token_ids: Tensor, *, all_tokens: bool = False, prompt: ContextPrompt | None = None) -> Tensor:
-        """Encodes captions. What stands behind the end-of-text token has no influence, since attention is causal.
+        """Encodes captions. Tokens after the end-of-text token have no effect, because attention is causal.
 
         Args:
-            token_ids: (B, L) int64, zero-padded, L at most `text_length`.
-            all_tokens: every token's output instead of the end-of-text token's alone.
-            prompt: a context that is read in front of each caption.
+            token_ids: (B, L) int64, zero-padded, L at most `architecture.text_length`.
+            all_tokens: return the output of every token instead of only the end-of-text token.
+            prompt: a context to insert in front of each caption, or None.
 
-        Returns: (B, embed_dim), or (B, L, embed_dim), longer by the context; not L2-normalised.
+        Returns: (B, embed_dim), or with `all_tokens` (B, L + context, embed_dim); not L2-normalised.
         """
         context = 0
         if prompt is not None:
-            token_ids, context = prompt.room(token_ids, len(self.positional_embedding)), len(prompt.context)
+            token_ids, context = prompt.truncate(token_ids, len(self.positional_embedding)), len(prompt.context)
         x = self.token_embedding(token_ids)
         if prompt is not None:
             x = prompt.insert(x)
@@ -59,24 +59,26 @@ class TextTransformer(nn.Module):
         return project(x, self.ln_final, self.text_projection)
 
     def drop_layers(self, numbers: list[int]) -> None:
-        """Leaves out residual blocks, counted from 1; the others close ranks."""
+        """Removes residual blocks, counted from 1. The other blocks are renumbered without gaps."""
         blocks = self.transformer.resblocks
-        kept = [block for number, block in enumerate(blocks, start=1) if number not in numbers]
-        self.transformer.resblocks = nn.ModuleList(kept)
+        remaining = [block for number, block in enumerate(blocks, start=1) if number not in numbers]
+        self.transformer.resblocks = nn.ModuleList(remaining)
 
     def freeze_layers(self, numbers: list[int]) -> None:
-        """Residual blocks, counted from 1, that do not train."""
+        """Freezes residual blocks, counted from 1."""
         for number in numbers:
             self.transformer.resblocks[number - 1].requires_grad_(False)
 
 
 def end_positions(token_ids: Tensor) -> Tensor:
-    """Position of the end-of-text token, the highest id of a caption: (B, L) int64 → (B,) int64."""
+    """Finds the end-of-text token, the highest id of a caption: (B, L) int64 → positions (B,) int64."""
     return token_ids.argmax(dim=-1)
 
 
 def valid_tokens(token_ids: Tensor) -> Tensor:
-    """(B, L) int64 → (B, L) bool, False for the padding behind the end-of-text token (id 0 alone would not tell: it is
-    also the byte "!")."""
+    """Marks the tokens that are no padding: (B, L) int64 → (B, L) bool.
+
+    Padding is everything after the end-of-text token. The id 0 is not enough: it is also the token "!".
+    """
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)
     return positions <= end_positions(token_ids)[:, None]

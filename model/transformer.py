@@ -1,6 +1,7 @@
-"""The transformer that both towers and the masked-language head share: pre-norm blocks, as in CLIP.
+"""The transformer of both encoders and of the masked-language head: pre-norm blocks, as in CLIP.
 
-Shapes: N sequences, L tokens, D width, H heads. Parameter names are OpenAI's, so that CLIP's weights fit unchanged.
+N sequences, L tokens, P tokens of the context, D width, H heads. Parameter names are OpenAI's, so CLIP's weights fit
+unchanged.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from model.architecture import GELU, QUICK_GELU
 
 
 class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), the activation of OpenAI's weights (not the GELU of torch)."""
+    """The activation of OpenAI's weights: x · sigmoid(1.702 x). It differs from torch's GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -25,26 +26,26 @@ ACTIVATIONS = {QUICK_GELU: QuickGELU, GELU: nn.GELU}
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """In float32 where mixed precision made it narrower."""
+    """Converts bf16 and half precision to float32; wider formats stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def project(x: Tensor, norm: nn.LayerNorm, projection: Tensor) -> Tensor:
-    """The end of a tower: final norm, then the projection (D, embed_dim) into the shared space.
+    """Applies the last layers of an encoder: the final norm, then the projection (D, embed_dim) into the shared space.
 
-    In float32 also under autocast: rounded to bf16, features would be off by more than what tells near ties apart.
+    Computes in float32 even under autocast: the rounding of bf16 is larger than the difference of nearly equal cosines.
     """
     with torch.autocast(x.device.type, enabled=False):
         return norm(to_float32(x)) @ projection
 
 
 class Attention(nn.Module):
-    """Multi-head attention; the three input projections are one matrix, as in CLIP's weights.
+    """Multi-head attention. The three input projections are one matrix, as in CLIP's weights.
 
     Args:
         width: D, a multiple of `heads`.
         heads: H.
-        dropout: probability with which an attention weight is dropped in training.
+        dropout: dropout probability of attention weights in training.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
@@ -58,12 +59,12 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
-        """Self-attention.
+        """Computes self-attention.
 
         Args:
             x: (N, L, D).
-            causal: a token attends to itself and to those before it.
-            valid: (N, L) bool, False where a token is padding and must not be attended to.
+            causal: a token attends only to itself and to earlier tokens.
+            valid: (N, L) bool, False for padding, which no token attends to.
 
         Returns: (N, L, D).
         """
@@ -71,7 +72,15 @@ class Attention(nn.Module):
         return self._attend(query, key, value, causal=causal, valid=valid)
 
     def cross(self, x: Tensor, context: Tensor, *, valid: Tensor | None = None) -> Tensor:
-        """Cross-attention: x (N, L, D) queries context (N, P, D), but where `valid` (N, P) bool is False: (N, L, D)."""
+        """Computes cross-attention from x to the context.
+
+        Args:
+            x: (N, L, D).
+            context: (N, P, D).
+            valid: (N, P) bool, False for context tokens that no token attends to.
+
+        Returns: (N, L, D).
+        """
         width = x.shape[-1]
         query = F.linear(x, self.in_proj_weight[:width], self.in_proj_bias[:width])
         key, value = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
@@ -93,7 +102,7 @@ class Attention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); the MLP is four times as wide."""
+    """A residual block: x + attention(norm(x)), then x + MLP(norm(x)). The MLP is four times as wide as x."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0, *, activation: str):
         super().__init__()
@@ -110,12 +119,14 @@ class ResidualBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def pooled(self, x: Tensor, position: Tensor, *, causal: bool = False) -> Tensor:
-        """The block's output at one token of each sequence alone: all tokens are keys and values, one is a query.
+        """Computes the block's output at only one token of each sequence.
+
+        This token is the query; all tokens are keys and values.
 
         Args:
             x: (N, L, D).
-            position: (N,) int64, of the token.
-            causal: it attends to itself and to those before it.
+            position: (N,) int64, position of the token.
+            causal: the token attends only to itself and to earlier tokens.
 
         Returns: (N, D).
         """
@@ -131,8 +142,8 @@ class Transformer(nn.Module):
     """A stack of `layers` residual blocks over (N, L, D).
 
     Attributes:
-        grad_checkpointing: keep only the blocks' inputs for the backward pass, which computes the rest once more, with
-            the same dropout: less memory, about a third more work, the same gradients.
+        grad_checkpointing: store only the blocks' inputs for the backward pass, and recompute the rest with the same
+            dropout. Gradients stay the same, with less memory and about a third more computation.
     """
 
     def __init__(self, width: int, layers: int, heads: int, *, activation: str, dropout: float = 0.0):
@@ -149,8 +160,15 @@ class Transformer(nn.Module):
         return x
 
     def pooled(self, x: Tensor, position: Tensor, *, causal: bool = False) -> Tensor:
-        """What `forward` gives at the token of each sequence at `position` (N,) int64: (N, D), for the work of all
-        blocks but most of the last one."""
+        """Computes the output of `forward` only at one token of each sequence. This saves most of the last block.
+
+        Args:
+            x: (N, L, D).
+            position: (N,) int64, position of the token.
+            causal: a token attends only to itself and to earlier tokens.
+
+        Returns: (N, D).
+        """
         *blocks, last = self.resblocks
         for block in blocks:
             x = self._run(block, x, causal=causal)
@@ -162,7 +180,7 @@ class Transformer(nn.Module):
         return function(*inputs, **options)
 
     def initialise(self) -> None:
-        """Draws the weights as CLIP draws those of its text transformer: normal, residual branches scaled by depth."""
+        """Draws the weights as in CLIP's text transformer: normal, with residual branches scaled by depth."""
         projection_deviation = self.width**-0.5 * (2 * len(self.resblocks)) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)

@@ -8,7 +8,7 @@ from model.transformer import Transformer, project
 
 
 class VisionTransformer(nn.Module):
-    """Images to features in the shared space.
+    """An encoder from images to features in the shared space.
 
     Args:
         architecture: sizes of the model; those of the image encoder are used.
@@ -33,13 +33,13 @@ class VisionTransformer(nn.Module):
         """Encodes images.
 
         Args:
-            images: (B, 3, H, W) float, normalised.
-            all_tokens: every token's output instead of the class token's alone (masked language modelling needs it).
+            images: (B, 3, H, W) float, normalised pixels.
+            all_tokens: return the output of every token instead of only the class token (needed for MLM).
 
-        Returns: (B, embed_dim), or (B, P + 1, embed_dim) with the class token first; not L2-normalised.
+        Returns: (B, embed_dim), or with `all_tokens` (B, P + 1, embed_dim), the class token first; not L2-normalised.
         """
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, P, D)
-        # Not len(patches), which would fix the size of the batch in an exported graph.
+        # len(patches) would fix the batch size in an exported graph.
         class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding
         x = self.ln_pre(x)

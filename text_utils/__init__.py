@@ -1,4 +1,4 @@
-"""Captions to token ids: cleaning, augmentation, tokenizer, masking.
+"""From captions to token ids: cleaning, augmentation, tokenizer, masking.
 
-Imports only the ground floor of `misc/`. Begin with `tokenizer.py`.
+Imports only `misc/errors.py`. Begin with `tokenizer.py`.
 """

@@ -1,4 +1,4 @@
-"""`python -m text_utils.back_translation` still starts the command that lives in `misc/data/back_translation.py`."""
+"""Keeps `python -m text_utils.back_translation` working: it starts the command in `misc/data/back_translation.py`."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""Caption cleaning, before anything else is done to a caption."""
+"""Caption cleaning, the first step of text processing."""
 
 import re
 
@@ -7,10 +7,10 @@ _WHITE_SPACE_RUN = re.compile(r"\s{2,}")
 
 
 def clean_caption(caption: str, max_words: int = 77) -> str:
-    """Lower-cases, turns each of `. ! " ( ) * # : ; ~` into a space, tidies white space, keeps `max_words` words.
+    """Lower-cases a caption, replaces `. ! " ( ) * # : ; ~` by spaces, and keeps the first `max_words` words.
 
-    As published, only runs of two or more white-space characters become one space: a single tab or newline between two
-    words stays, and does not separate words that are counted. The tokenizer reads it as white space all the same.
+    As in the published code, only runs of two or more white-space characters become one space. A single tab or newline
+    between two words stays: the tokenizer reads it as white space, but the two words count as one.
     """
     caption = _MARKS.sub(" ", caption.lower())
     caption = _WHITE_SPACE_RUN.sub(" ", caption).strip()

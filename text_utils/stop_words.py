@@ -1,4 +1,4 @@
-"""English function words: they carry grammar, and WordNet's synonyms for them are others' ("in": inch, indium)."""
+"""English stop words. WordNet's synonyms do not fit them, such as "inch" and "indium" for "in"."""
 
 _GROUPS = (
     "a an the this that these those each every either neither another other some any no all both such same own",
@@ -14,4 +14,4 @@ _GROUPS = (
 )
 
 STOP_WORDS = frozenset(word for group in _GROUPS for word in group.split())
-"""Lower-case words that text augmentation neither replaces nor looks up."""
+"""The lower-case words that text augmentation does not replace."""

@@ -1,4 +1,4 @@
-"""Captions to token ids and back: CLIP's byte-pair encoding (Radford et al., 2021), with a mask token."""
+"""From captions to token ids and back: CLIP's byte-pair encoding (Radford et al., 2021), with a mask token."""
 
 import functools
 import gzip
@@ -23,13 +23,13 @@ SPELLED = {MASK: "<|mask|>", START: "<|startoftext|>", END: "<|endoftext|>"}
 _MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _WORD_END = "</w>"
 
-# CLIP's words: English contractions, runs of letters, single digits, runs of other marks. CLIP also looks for literal
-# special tokens here; we do not, so a caption that spells `<|endoftext|>` is text like any other.
+# CLIP's words: English contractions, runs of letters, single digits, runs of other characters. CLIP also matches
+# special tokens here. We do not, so `<|endoftext|>` in a caption is ordinary text.
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def _byte_symbols() -> dict[int, str]:
-    """One visible character per byte, in the order of CLIP's vocabulary: printable bytes first, as themselves."""
+    """Returns a visible character per byte, in the order of CLIP's vocabulary: printable bytes first, unchanged."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -40,9 +40,9 @@ _BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in _SYMBOL_OF_BYTE.items()}
 
 
 def _read_merges(count: int) -> list[tuple[str, ...]]:
-    """First `count` merges, best first, from the file that open_clip_torch ships.
+    """Reads the first `count` merges, in order of priority, from the file in open_clip_torch.
 
-    Looks the package up without importing it: the import takes seconds, the file a few hundredths.
+    Finds the package without importing it, because the import takes seconds.
     """
     package = importlib.util.find_spec("open_clip")
     folders = (package.submodule_search_locations if package else None) or []
@@ -53,19 +53,22 @@ def _read_merges(count: int) -> list[tuple[str, ...]]:
             "run `pip install open_clip_torch`"
         )
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        next(file)  # a version line
+        next(file)  # the version
         return [tuple(line.split()) for line in itertools.islice(file, count)]
 
 
 class Tokenizer:
-    """CLIP's tokenizer. Ids: 0..49404 ordinary tokens, then `MASK`, `START`, `END`.
+    """CLIP's tokenizer. Ids: 0 to 49404 are ordinary tokens, then come `MASK`, `START`, `END`.
 
-    The mask token takes the place of CLIP's last merge, so that the vocabulary keeps its size, as in TBPS-CLIP. That
-    merge is left out as well: a caption never turns into `MASK`, and the word it stood for is spelled by two tokens.
+    As in the published code, the mask token replaces the token of CLIP's last merge, so the vocabulary keeps its size.
+    That merge is not used: no caption contains `MASK`, and the word of that token is encoded as two tokens.
     """
 
     def __init__(self) -> None:
-        """Raises UserError where open_clip_torch, which holds the vocabulary, is not installed."""
+        """Reads the vocabulary.
+
+        Raises UserError if open_clip_torch, which contains it, is not installed.
+        """
         byte_symbols = list(_SYMBOL_OF_BYTE.values())
         symbols = byte_symbols + [symbol + _WORD_END for symbol in byte_symbols]
         merges = _read_merges(MASK - len(symbols))
@@ -73,40 +76,40 @@ class Tokenizer:
         self._merge_ranks = {merge: rank for rank, merge in enumerate(merges)}
         self._id_of_symbol = {symbol: i for i, symbol in enumerate(symbols)}
         self._symbols = symbols + [SPELLED[i] for i in (MASK, START, END)]
-        # Captions use few different words; the bound is for a process that answers queries for months.
+        # Captions use few different words; the limit matters for a server that runs for months.
         self._word_ids = functools.lru_cache(maxsize=100_000)(self._encode_word)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[()]]:
-        """Pickles as "build it again", so that handing the tokenizer to a loader worker costs next to nothing."""
+        """Pickles only the class, so that sending the tokenizer to a loader worker is cheap."""
         return Tokenizer, ()
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Id of each symbol, special tokens included. A symbol spells bytes with one visible character each."""
+        """The id of each symbol, including special tokens. A symbol has one visible character per byte."""
         return {symbol: i for i, symbol in enumerate(self._symbols)}
 
     @property
     def merges(self) -> list[tuple[str, ...]]:
-        """Pairs of symbols that become one, best first."""
+        """The pairs of symbols that are merged, in order of priority."""
         return list(self._merge_ranks)
 
     def encode(self, caption: str, length: int = 77) -> list[int]:
-        """Ids of a caption: `START`, its tokens, `END`, without padding.
+        """Encodes a caption as `START`, its tokens, `END`, without padding.
 
-        A caption that needs more than `length` (>= 2) ids is cut and keeps `END`. No text is an error: control
-        characters are dropped, broken encodings and HTML entities mended, and an empty caption gives two ids.
+        A caption with more than `length` (>= 2) ids is truncated and keeps `END`. Every text is accepted: control
+        characters are dropped, broken encodings and HTML entities are fixed. An empty caption has two ids.
         """
         text = html.unescape(html.unescape(ftfy.fix_text(caption))).lower()
         ids = [i for word in _WORD.findall(text) for i in self._word_ids(word)]
         return [START, *ids][: length - 1] + [END]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, a space after each word; special tokens are spelled out (`<|startoftext|>`)."""
+        """Decodes ids to text, with a space after each word. Special tokens are written out (`<|startoftext|>`)."""
         symbols = "".join(self._symbols[i] for i in ids)
         return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in symbols).decode(errors="replace").replace(_WORD_END, " ")
 
     def _encode_word(self, word: str) -> list[int]:
-        """Ids of one word: from its UTF-8 bytes, the best known pair is merged until no known pair is left."""
+        """Encodes one word: starts from its UTF-8 bytes and merges the pair of highest priority until none is left."""
         symbols = [_SYMBOL_OF_BYTE[byte] for byte in word.encode()]
         symbols[-1] += _WORD_END
         while len(symbols) > 1:
@@ -118,7 +121,7 @@ class Tokenizer:
 
 
 def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """Joins every occurrence of `pair`, from left to right."""
+    """Merges every occurrence of `pair`, from left to right."""
     merged: list[str] = []
     for symbol in symbols:
         if merged and (merged[-1], symbol) == pair:

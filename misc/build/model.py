@@ -80,13 +80,13 @@ def build_model(
         notes = [*weight_notes(config, weights), *load_weights(model, weights)]
     elif not resumed:
         notes = ["warning: model.checkpoint is null, so all weights are drawn at random"]
-    offered = weights.heads.get(CONTEXT) if weights is not None else None
     if model.prompt is not None:
-        if offered is None or offered.shape != model.prompt.context.shape:
+        offered = weights.heads.get(CONTEXT) if weights is not None else None
+        if weights is not None and offered is not None and offered.shape == model.prompt.context.shape:
+            notes.append(f"the context is the one learned in {weights.name}, not model.context")
+        else:
             with torch.no_grad():
                 model.prompt.context.copy_(model.text_encoder.token_embedding.weight[context])
-        else:
-            notes.append(f"the context is the one learned in {weights.name}, not model.context")
     if model.image_adapter is not None:
         model.image_adapter.ratio.fill_(config.model.adapter_ratio)  # not the one in the weights
     model.logit_scale.requires_grad_(model.logit_scale.requires_grad and objectives.uses_temperature)

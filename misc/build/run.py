@@ -94,25 +94,24 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
     folder, launch = run_folder(config), Launch.current()
     held = hold_run(folder) if ranks.is_main else None
     saved = ranks.broadcast_from_main(lambda: find_start(folder, resume=resume, overwrite=overwrite, launch=launch))
-    resumed = saved is not None
-    progress = Progress.from_state(saved["progress"]) if resumed else Progress()
+    progress = Progress() if saved is None else Progress.from_state(saved["progress"])
     precision = Precision.choose(config.misc.precision, ranks.device)
     tokenizer = Tokenizer()
     splits, statistics = read_dataset(config)
-    weights = None if resumed else initial_weights(config, ranks)
-    config = resolve_architecture(config, weights, saved["config"] if resumed else None)
+    weights = initial_weights(config, ranks) if saved is None else None
+    config = resolve_architecture(config, weights, None if saved is None else saved["config"])
     contrasted = config.data.batch_size * (ranks.world_size if config.model.use_gather else 1)
     identity = RunIdentity(to_plain(config), contrasted, precision.name, splits["train"].fingerprint)
-    if resumed:
+    if saved is not None:
         identity.check(saved, folder / LAST_CHECKPOINT)
     objectives = build_objectives(config, ranks)
     evaluator = build_evaluator(config, splits, tokenizer, precision, ranks)
     loader = build_loader(config, splits["train"], objectives, tokenizer, ranks)
     identities = splits["train"].counts.identities
-    model, weight_notes = build_model(config, objectives, identities, weights=weights, resumed=resumed)
+    model, weight_notes = build_model(config, objectives, identities, weights=weights, resumed=saved is not None)
     del weights
     trainer = build_trainer(config, model, objectives, len(loader), precision, ranks)
-    run_id = saved["run_id"] if resumed else uuid.uuid4().hex
+    run_id = uuid.uuid4().hex if saved is None else saved["run_id"]
     checkpoints = CheckpointWriter(folder, trainer, progress, identity, launch, run_id, ranks)
     checkpoints.check_space()
     notes = [
@@ -121,9 +120,10 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
         *statistics,
         f"{count_trainable(model) / 1e6:.1f} M parameters are trained; the run is written to {folder}",
     ]
-    if resumed:
+    if saved is not None:
         trainer.load_state(saved)
         notes.append(f"resumed in epoch {progress.epoch + 1}, after step {progress.step} of {len(loader)}")
+    resumed = saved is not None
     return Run(config, ranks, folder, resumed, held, run_id, progress, loader, trainer, evaluator, checkpoints, notes)
 
 

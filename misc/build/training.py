@@ -3,7 +3,6 @@
 from dataclasses import fields
 
 from easydict import EasyDict
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from misc.system.distributed import Ranks, gather, gather_detached
@@ -60,7 +59,7 @@ def build_trainer(
     )
 
 
-def _distributed(model: TBPSCLIP, ranks: Ranks) -> nn.Module:
+def _distributed(model: TBPSCLIP, ranks: Ranks) -> TBPSCLIP | DistributedDataParallel:
     if ranks.world_size == 1:
         return model
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None

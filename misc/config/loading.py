@@ -81,13 +81,16 @@ def to_plain(value: Any) -> Any:
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
     """Converts {"section": {"key": value}} to {"section.key": value}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= {f"{key}.{sub}": item for sub, item in value.items()} if isinstance(value, dict) else {key: value}
     return flat
 
 
-class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the one in C, if it is available
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, if it is available
+
+
+class _UniqueKeyLoader(_SafeLoader):  # type: ignore[misc, valid-type] # which one is only known when it runs
     """Loads YAML, but refuses a key that appears twice; PyYAML itself silently keeps the last one."""
 
     def construct_mapping(self, node, deep=False):

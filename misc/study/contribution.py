@@ -23,6 +23,8 @@ from misc.run.log import RunLog
 from misc.study.contribution_chart import draw_contribution_chart
 from misc.system.distributed import gather_strided
 from model.tbps_clip import TBPSCLIP
+from model.text_transformer import TextTransformer
+from model.vision_transformer import VisionTransformer
 
 ALPHAS = tuple(step / 10 for step in range(11))
 """The α that C2 tries, from 0 (only the initial weights) to 1 (only the trained weights)."""
@@ -139,9 +141,9 @@ def measure_contribution(
         name: [
             {
                 kind: ModuleContribution(
-                    r1_removed=100 * removed[name][layer, kind] / captions,
-                    c1=(whole - removed[name][layer, kind]) / largest if largest > 0 else 0.0,
-                    c2=needed[name][layer, kind],
+                    r1_removed=100 * removed[name][Module(layer, kind)] / captions,
+                    c1=(whole - removed[name][Module(layer, kind)]) / largest if largest > 0 else 0.0,
+                    c2=needed[name][Module(layer, kind)],
                 )
                 for kind in MODULE_KINDS
             }
@@ -166,7 +168,7 @@ class _Tower:
     """
 
     title: str
-    tower: nn.Module
+    tower: VisionTransformer | TextTransformer
     encode: EncodeFunction
     initial: dict[str, Tensor]
     items: int
@@ -216,7 +218,8 @@ class _Tower:
 
     def _parameters(self, layer: int, prefixes: tuple[str, ...]) -> dict[str, nn.Parameter]:
         block = f"transformer.resblocks.{layer}."
-        return _starting_with(dict(self.tower.named_parameters()), tuple(block + name for name in prefixes))
+        names = tuple(block + name for name in prefixes)
+        return {name: value for name, value in self.tower.named_parameters() if name.startswith(names)}
 
 
 @contextmanager

@@ -195,6 +195,7 @@ def starting_checkpoint(root: Path, row: Row, seed: int) -> Path:
 
     Raises UserError if there is no such checkpoint.
     """
+    assert row.start is not None
     own = row_folder(root, row.start, seed) / BEST_CHECKPOINT
     found = [own] if own.is_file() else sorted((root / row.start).glob(f"seed_*/{BEST_CHECKPOINT}"))
     if not found:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from misc.data.batches import Batch
-from model.objectives import Objectives
+from model.objectives import Objectives, total
 from model.tbps_clip import Features, Views
 
 
@@ -59,7 +59,7 @@ def backward_in_chunks(
         ]
     whole = _concatenate(parts)
     weighted = objectives.contrast(whole, identities, soft_label_ratio)
-    scale_loss(sum(weighted.values())).backward()
+    scale_loss(total(weighted)).backward()
     weighted = {name: loss.detach() for name, loss in weighted.items()}
     gradients = [None if view.grad is None else view.grad.split(chunk_size) for view in _row_features(whole)]
 
@@ -68,7 +68,7 @@ def backward_in_chunks(
         with nullcontext() if last else without_reduction():
             chunk = chunk.to(device)
             features = encode(chunk.views, number)
-            outputs = [
+            outputs: list[tuple[Tensor, Tensor | None]] = [
                 (view, gradient[number])
                 for view, gradient in zip(_row_features(features), gradients, strict=True)
                 if gradient is not None and view.requires_grad  # a loss uses it, and its encoder is trained
@@ -79,8 +79,8 @@ def backward_in_chunks(
                 features, chunk.identities, chunk.views.masked_labels, rows=len(batch), picked=picked
             )
             if classified:
-                outputs.append((scale_loss(sum(classified.values())), None))
-            torch.autograd.backward(*zip(*outputs, strict=True))
+                outputs.append((scale_loss(total(classified)), None))
+            torch.autograd.backward([output for output, _ in outputs], [gradient for _, gradient in outputs])
         for name, loss in classified.items():
             weighted[name] = weighted.get(name, 0) + loss.detach()
     return weighted

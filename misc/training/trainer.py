@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from misc.data.batches import Batch, batches
+from misc.data.sampler import GlobalBatchSampler
 from misc.errors import UserError
 from misc.run.log import RunLog
 from misc.run.profiling import peak_memory_gigabytes
@@ -22,8 +23,8 @@ from misc.system.randomness import derive_seed
 from misc.training.gradient_cache import backward_in_chunks
 from misc.training.meter import Meter, NonFiniteLoss
 from misc.training.optimizer import set_learning_rate
-from model.objectives import Objectives, soft_label_ratio_at
-from model.tbps_clip import Features, Views
+from model.objectives import Objectives, soft_label_ratio_at, total
+from model.tbps_clip import TBPSCLIP, Features, Views
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Trainer:
         chunk_size: number of rows that are encoded at the same time; None encodes all B rows of this rank.
     """
 
-    model: nn.Module
+    model: TBPSCLIP | DistributedDataParallel
     objectives: Objectives
     optimizer: torch.optim.Optimizer
     learning_rates: list[float]
@@ -91,7 +92,7 @@ class Trainer:
         batch = batch.to(self.ranks.device)
         features = self._encode(batch.views, iteration)
         weighted = self.objectives(features, batch.identities, soft_label_ratio, batch.views.masked_labels)
-        self.scaler.scale(sum(weighted.values())).backward()
+        self.scaler.scale(total(weighted)).backward()
         return {name: loss.detach() for name, loss in weighted.items()}
 
     def _encode(self, views: Views, iteration: int, chunk: int = 0) -> Features:
@@ -135,6 +136,7 @@ class Trainer:
         """
         self.model.train()
         steps = len(loader)
+        assert isinstance(loader.batch_sampler, GlobalBatchSampler)
         loader.batch_sampler.epoch, loader.batch_sampler.first_step = progress.epoch, progress.step
         if progress.step == steps:
             return
@@ -238,6 +240,6 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
 
     @property
-    def bare_model(self) -> nn.Module:
-        """TBPSCLIP itself, without DistributedDataParallel."""
+    def bare_model(self) -> TBPSCLIP:
+        """The model without DistributedDataParallel."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model

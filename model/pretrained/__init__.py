@@ -1,6 +1,6 @@
-"""CLIP's weights, in from every tool and out to every tool. OpenAI's names are what all forms meet in.
+"""CLIP's weights: reading them from other tools, and exporting them. All forms are converted through OpenAI's names.
 
-In: `registry` turns a tag into a path, `archives` a file into names and tensors without running code of it, `names`
-those into OpenAI's, `settings` reads what lies beside them, and `weights` makes checked `Weights` of it all, which
-`loading` puts into the model. Out: `export`.
+Reading: `registry` turns a tag into a path. `archives` reads names and tensors from a file without running its code.
+`names` renames them to OpenAI's names, `sizes` and `settings` determine the architecture, and `weights` combines all of
+it into checked `Weights`. `loading` copies these into the model. Writing: `export`.
 """

@@ -1,4 +1,4 @@
-"""A file becomes what it holds: its form is told from its content, and no code that may be in it is run."""
+"""Reads files of weights. The content decides the form, and code in a file is never run."""
 
 import io
 import pickle
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from misc.errors import UserError
 
-# How torch.save began a file before PyTorch 1.6; since then it is a ZIP archive.
+# First bytes of a torch.save file from before PyTorch 1.6. Newer files are ZIP archives.
 OLD_TORCH_SAVE = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 EXPECTED = (
     "expected OpenAI's archive, a state dict in the names of OpenAI, open_clip or Hugging Face, as from "
@@ -27,80 +27,89 @@ EXPECTED = (
 
 
 def open_archive(path: Path) -> tuple[str, Any]:
-    """What a file of weights holds.
+    """Reads the content of a file of weights.
 
-    Returns: the form of the file in words (`TorchScript archive`, `torch.save` or `safetensors`), and its content:
-        names to tensors for the first and the last, whatever was saved for the other. Tensors are on the CPU and may
-        be backed by the file.
-    Raises: UserError, without the path, for a file that cannot be read, is damaged, is something else, or asks for
-        code to be run.
+    Returns: the form of the file (`TorchScript archive`, `torch.save` or `safetensors`) and its content. For
+        `torch.save` the content is the saved object, for the others it is names to tensors. Tensors are on the CPU and
+        may be backed by the file.
+
+    Raises UserError, without the path, if the file cannot be read, is damaged, contains no weights, or needs code to be
+    run.
     """
-    head = _beginning(path)
+    head = _read_head(path)
     try:
         if _is_safetensors(head, path.stat().st_size):
             return "safetensors", load_file(path)
         return _open_torch(path)
-    except Exception as error:  # a damaged archive or pickle can fail in every way
+    except Exception as error:  # a damaged archive or pickle can raise any exception
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it asks to run {wanted[1]}, and code in a file of weights is never run"
+            reason = f"it asks to run {wanted[1]}, but code in a file of weights is never run: give plain tensors"
         else:
             size = path.stat().st_size
             kind = str(error) if isinstance(error, _Damaged | SafetensorError) else type(error).__name__
-            reason = f"damaged, incomplete ({size} bytes) or no checkpoint ({kind}), get it again"
+            reason = f"damaged, incomplete ({size} bytes) or no checkpoint ({kind}): get it again"
         raise UserError(f"{reason}; {EXPECTED}") from error
 
 
-def _beginning(path: Path) -> bytes:
-    """The first bytes of a file that may hold weights; what is no checkpoint at all is refused with what it is."""
+def _read_head(path: Path) -> bytes:
+    """Reads the first bytes of a file.
+
+    Raises UserError if they show that the file contains no weights.
+    """
     expected = "give an existing file or folder of weights, or a tag of open_clip"
     try:
         regular = stat.S_ISREG(path.stat().st_mode)
-        with path.open("rb") if regular else nullcontext() as file:  # opening a pipe would wait
+        with path.open("rb") if regular else nullcontext() as file:  # opening a pipe would block
             head = file.read(64) if regular else b""
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{error.strerror}: {expected}") from error
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror}): see to it, or give another one") from error
-    except ValueError as error:  # a name that cannot be
+        raise UserError(
+            f"cannot be read ({error.strerror}): check the file and its permissions, or give another one"
+        ) from error
+    except ValueError as error:  # an invalid path
         raise UserError(f"{error}: {expected}") from error
     if not regular:
         raise UserError(f"not a file: {expected}")
     if head.startswith((b"PK\x03\x04", OLD_TORCH_SAVE)) or _is_safetensors(head, path.stat().st_size):
         return head
     if not head:
-        raise UserError(f"the file is empty, get it again; {EXPECTED}")
+        raise UserError(f"the file is empty: get it again; {EXPECTED}")
     if head.startswith(b"version https://git-lfs"):
-        raise UserError("a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
+        raise UserError("a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise UserError(f"a web page (such as a login page), not the weights, get it again; {EXPECTED}")
-    raise UserError(f"not a known form of checkpoint (it begins with {head[:8]!r}); {EXPECTED}")
+        raise UserError(f"a web page (such as a login page), not the weights: get it again; {EXPECTED}")
+    raise UserError(f"not a known form of checkpoint (it begins with {head[:8]!r}): give another file; {EXPECTED}")
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
-    """The length of a JSON object in 8 bytes, and the object. The length alone may be cut off, or its file."""
+    """Whether a file begins like safetensors: 8 bytes with the length of a JSON object, then the object.
+
+    A truncated file can be shorter than that length; it still counts as safetensors.
+    """
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < max(size, 100_000_000)
 
 
 class _Damaged(Exception):
-    """A record of an archive is not what was written."""
+    """A wrong checksum in an archive."""
 
 
 def _open_torch(path: Path) -> tuple[str, Any]:
-    # The one class in a published checkpoint. A plain dict is put in its place, so that not even its code is run.
+    # The only class in a published checkpoint. A plain dict replaces it, so its code is not run either.
     with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
         if not zipfile.is_zipfile(path):
             return "torch.save", torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return "TorchScript archive", dict(_named_tensors(_TorchScriptUnpickler(archive).load()))
-            if damaged := archive.testzip():  # torch itself does not look at the checksums
+            if damaged := archive.testzip():  # torch itself does not check the checksums
                 raise _Damaged(f"the checksum of {damaged} is wrong")
-        # Mapped, so that what is not used (such as an optimizer's state) takes no memory.
+        # Memory-mapped, so unused parts (such as the state of an optimizer) take no memory.
         return "torch.save", torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
 
 
 class _ScriptModule:
-    """Stands for every class of a TorchScript archive: attributes without code."""
+    """A replacement for every class of a TorchScript archive: attributes without code."""
 
 
 def _named_tensors(module: _ScriptModule, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -127,7 +136,7 @@ class _TorchScriptUnpickler(pickle.Unpickler):
         ("torch", "LongStorage"): torch.int64,
         ("torch", "IntStorage"): torch.int32,
         ("torch", "BoolStorage"): torch.bool,
-        ("collections", "OrderedDict"): OrderedDict,  # a tensor's backward hooks, always empty
+        ("collections", "OrderedDict"): OrderedDict,  # backward hooks of a tensor, always empty
     }
 
     def __init__(self, archive: zipfile.ZipFile):

@@ -1,6 +1,6 @@
-"""A model for other tools: open_clip, Hugging Face's transformers, and whatever runs ONNX.
+"""Exports a model for open_clip, Hugging Face's transformers, and ONNX runtimes.
 
-Each form is a folder with weights, the model's settings, how its images are prepared, and its tokenizer.
+Each form is a folder with the weights, the model's settings, the preprocessing of images, and the tokenizer.
 """
 
 import errno
@@ -26,22 +26,22 @@ from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import END, SPELLED, START, Tokenizer
 
 OPSET = 18
-"""Of ONNX (2022), which runtimes of the last years know."""
-NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-"""Errors of a path at which nothing can be written."""
-ONE_FILE = 1_800_000_000
-"""Bytes of weights up to which an ONNX model is one file; the format itself ends at 2 GB."""
+"""The ONNX operator set, from 2022: recent runtimes support it."""
+UNWRITABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+"""Error numbers for a path that cannot be written to."""
+MAX_SINGLE_FILE_BYTES = 1_800_000_000
+"""The size of weights up to which an ONNX model is a single file; the format allows at most 2 GB."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is written.
+    """The content of an export.
 
     Attributes:
-        model: in evaluation mode, its parameters float32 on the CPU.
+        model: the model in evaluation mode, with float32 parameters on the CPU.
         architecture: sizes of `model`.
-        preprocessing: of images.
-        tokenizer: of captions.
+        preprocessing: preprocessing of images.
+        tokenizer: tokenizer of captions.
     """
 
     model: TBPSCLIP
@@ -51,25 +51,26 @@ class Export:
 
 
 def export(form: str, folder: Path, content: Export) -> str:
-    """Writes a new folder, whole or not at all.
+    """Writes a new folder. If this fails, nothing is left.
 
     Args:
         form: a key of `FORMS`.
-        folder: does not exist yet.
-        content: of the folder.
+        folder: path of the new folder.
+        content: what to write.
 
     Returns: a line for the log.
-    Raises: UserError for an unknown form, a folder that exists or cannot be written, a model that the form has no
-        place for, or a package that is not installed.
+
+    Raises UserError if the form is unknown or does not support the model, the folder exists or cannot be written, or a
+    package is not installed.
     """
     check_export(form, folder, content.architecture.resolution)
     try:
-        with atomic_folder(folder) as unfinished:
-            FORMS[form](unfinished, content)
-            files = sorted(unfinished.iterdir())
+        with atomic_folder(folder) as part:
+            FORMS[form](part, content)
+            files = sorted(part.iterdir())
             size = sum(file.stat().st_size for file in files) / 1e6
     except OSError as error:
-        if error.errno not in (*DISK_FULL, *NO_PLACE):
+        if error.errno not in (*DISK_FULL, *UNWRITABLE):
             raise
         remedy = "free some space" if error.errno in DISK_FULL else "choose another folder"
         raise UserError(f"--export: {folder} cannot be written ({error.strerror}): {remedy}") from error
@@ -77,15 +78,21 @@ def export(form: str, folder: Path, content: Export) -> str:
 
 
 def check_export(form: str, folder: Path, resolution: tuple[int, int] | None = None) -> None:
-    """Raises UserError for what `export` would refuse, as far as it is known before the weights are read."""
+    """Checks an export before the weights are read.
+
+    Args:
+        resolution: (height, width) of the model in pixels; None if it is not known yet.
+
+    Raises UserError if `export` would refuse it.
+    """
     if form not in FORMS:
-        raise UserError(f"--export: {form} should be one of {', '.join(FORMS)}")
+        raise UserError(f"--export: unknown form {form}: choose one of {', '.join(FORMS)}")
     check_new_path(folder, "--export", "choose another folder")
     if form == "onnx" and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise UserError("--export onnx needs two packages that are not installed: pip install onnx onnxscript")
     if form == "huggingface" and resolution is not None and resolution[0] != resolution[1]:
         raise UserError(
-            f"--export huggingface: CLIPModel has square images alone, and this model's have {resolution[0]} × "
+            f"--export huggingface: CLIPModel supports only square images, but this model takes {resolution[0]} × "
             f"{resolution[1]} pixels: export it as openclip or onnx"
         )
 
@@ -94,7 +101,7 @@ def check_export(form: str, folder: Path, resolution: tuple[int, int] | None = N
 
 
 def _write_open_clip(folder: Path, content: Export) -> None:
-    """`open_clip.create_model_and_transforms("local-dir:FOLDER")`, and the same for `get_tokenizer`."""
+    """Writes a folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")` and `get_tokenizer`."""
     sizes, preprocessing = content.architecture, content.preprocessing
     image_size = (
         list(content.architecture.resolution)
@@ -133,9 +140,9 @@ def _write_open_clip(folder: Path, content: Export) -> None:
 
 
 def _write_hugging_face(folder: Path, content: Export) -> None:
-    """`CLIPModel.from_pretrained("FOLDER")`, and the same for `CLIPProcessor`."""
+    """Writes a folder for `CLIPModel.from_pretrained("FOLDER")` and `CLIPProcessor`."""
     sizes = content.architecture
-    towers = {
+    configs = {
         tower: {
             "model_type": f"clip_{tower}_model",
             "hidden_size": getattr(sizes, f"{tower}_width"),
@@ -148,12 +155,12 @@ def _write_hugging_face(folder: Path, content: Export) -> None:
         }
         for tower in ("vision", "text")
     }
-    towers["vision"] |= {
+    configs["vision"] |= {
         "image_size": sizes.resolution[0],
         "patch_size": sizes.patch_size,
         "num_channels": 3,
     }
-    towers["text"] |= {
+    configs["text"] |= {
         "vocab_size": sizes.vocab_size,
         "max_position_embeddings": content.architecture.text_length,
         "bos_token_id": START,
@@ -165,8 +172,8 @@ def _write_hugging_face(folder: Path, content: Export) -> None:
         "architectures": ["CLIPModel"],
         "projection_dim": sizes.embed_dim,
         "logit_scale_init_value": content.model.logit_scale.item(),
-        "vision_config": towers["vision"],
-        "text_config": towers["text"],
+        "vision_config": configs["vision"],
+        "text_config": configs["text"],
     }
     _write_json(folder / "config.json", config)
     _write_tensors(folder / "model.safetensors", to_hugging_face(_state(content.model)))
@@ -195,7 +202,10 @@ def _write_image_processor(folder: Path, content: Export) -> None:
 
 
 def _write_tokenizer(folder: Path, content: Export) -> None:
-    """Captions get the ids that they have here; only broken encodings and HTML entities are not mended there."""
+    """Writes the tokenizer for `CLIPTokenizer`.
+
+    It returns the same ids as ours, but does not fix broken encodings and HTML entities.
+    """
     start, end = SPELLED[START], SPELLED[END]
     specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     _write_json(folder / "vocab.json", content.tokenizer.vocabulary, indent=None)
@@ -214,9 +224,9 @@ def _write_tokenizer(folder: Path, content: Export) -> None:
 
 
 def _write_onnx(folder: Path, content: Export) -> None:
-    """`image_encoder.onnx` and `text_encoder.onnx`, each for any number of inputs, and the two parts of a processor.
+    """Writes `image_encoder.onnx` and `text_encoder.onnx`, for any batch size, and the files of a `CLIPProcessor`.
 
-    Features are not L2-normalised; `logit_scale`, before its exponential, is in the metadata of both.
+    Features are not L2-normalised. The metadata of both models contains `logit_scale`, before its exponential.
     """
     height, width = content.architecture.resolution
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=content.architecture.text_length)
@@ -236,12 +246,12 @@ def _write_onnx_model(
     path: Path, encoder: nn.Module, inputs: dict[str, Tensor], dimensions: dict[int, Any], settings: dict[str, str]
 ) -> None:
     size = sum(parameter.nbytes for parameter in encoder.parameters())
-    loud = logging.getLogger("torch.onnx")
-    level = loud.level
-    loud.setLevel(logging.ERROR)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of what torch's exporter uses inside
+            warnings.simplefilter("ignore")  # torch's exporter uses deprecated functions
             program = torch.onnx.export(
                 encoder,
                 tuple(inputs.values()),
@@ -253,21 +263,21 @@ def _write_onnx_model(
                 verbose=False,
             )
     finally:
-        loud.setLevel(level)
+        logger.setLevel(level)
     program.model.metadata_props.update(settings)
-    program.save(str(path), external_data=size > ONE_FILE)
+    program.save(str(path), external_data=size > MAX_SINGLE_FILE_BYTES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _state(model: TBPSCLIP) -> dict[str, Tensor]:
-    """Towers and temperature under OpenAI's names."""
+    """Returns the tensors of the encoders and the temperature, under OpenAI's names."""
     return {name: value.contiguous() for name, value in from_ours(model.state_dict()).items()}
 
 
 def _write_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    # Written by Python, whose errors tell of a full disk and whose files others may read.
+    # Written by Python, so that a full disk raises OSError and the file gets the usual permissions.
     path.write_bytes(save(state, metadata={"format": "pt"}))
 
 

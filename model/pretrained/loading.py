@@ -1,4 +1,4 @@
-"""Weights into the model: position embeddings are resized, towers must fit, heads may."""
+"""Copies weights into a model. Position embeddings are resized, encoders must fit, and heads are copied if they fit."""
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,18 @@ from model.tbps_clip import TBPSCLIP
 
 
 def load_weights(model: TBPSCLIP, weights: Weights) -> list[str]:
-    """Puts weights into a model of their architecture, in place; all or nothing.
+    """Copies weights into a model of their architecture, in place.
 
-    Towers and temperature are filled whole. A training head is filled where the weights hold one of its shape; another
-    one stays as it is.
+    Encoders and temperature are copied completely. A training head is copied if the weights contain one of the same
+    shape, otherwise it stays as it is.
 
     Args:
-        model: of any resolution and text length.
-        weights: as read.
+        model: a model with the architecture of the weights, but any resolution and text length.
+        weights: result of `read_weights`.
 
-    Returns: lines for the log: what was resized, and which heads of a checkpoint did not fit.
-    Raises: UserError, with the model unchanged, where the position embeddings cannot be resized.
+    Returns: lines for the log: which position embeddings were resized, and which heads of a checkpoint did not fit.
+
+    Raises UserError if the position embeddings cannot be resized; the model is unchanged then.
     """
     grid = model.image_encoder.grid
     text_length = len(model.text_encoder.positional_embedding)
@@ -40,7 +41,7 @@ def load_weights(model: TBPSCLIP, weights: Weights) -> list[str]:
     if len(text) != text_length:
         notes.append(f"text position embeddings resized from {len(text)} to {text_length} tokens")
 
-    own = model.state_dict()  # these share the memory of the model's parameters
+    own = model.state_dict()  # shares the memory of the model's parameters
     new = to_ours(weights.state | resized)
     for head in HEADS:
         wanted = {name: value for name, value in own.items() if name.startswith(head)}
@@ -48,13 +49,13 @@ def load_weights(model: TBPSCLIP, weights: Weights) -> list[str]:
         fits = _shapes(wanted) == _shapes(offered)
         new |= offered if fits else wanted
         if wanted and weights.heads and not fits:
-            notes.append(f"{head.removesuffix('.')} starts afresh: {weights.name} holds none of its shape")
+            notes.append(f"{head.removesuffix('.')} is not loaded: {weights.name} contains none of its shape")
         if offered and not wanted and head in ADAPTATIONS:
             notes.append(
-                f"warning: {head.removesuffix('.')} of {weights.name} is left out: model.adaptation is another"
+                f"warning: {head.removesuffix('.')} of {weights.name} is not used: model.adaptation has another value"
             )
     if _shapes(new) != _shapes(own):
-        raise ValueError(f"{weights.name} is of another architecture than the model")
+        raise ValueError(f"{weights.name} has another architecture than the model")
     for name, value in own.items():
         value.copy_(new[name])
     return notes
@@ -67,15 +68,16 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def resize_image_position_embedding(
     embedding: Tensor, grid: tuple[int, int], *, source: tuple[int, int] | None
 ) -> Tensor:
-    """Bilinear resizing on the grid of patches; the class token's row is kept.
+    """Resizes position embeddings bilinearly on the grid of patches. The row of the class token stays as it is.
 
     Args:
         embedding: (P + 1, D) float, the class token first, then the patches row by row.
-        grid: (height, width) wanted, in patches.
-        source: that of the embedding; None where nothing tells: it is `grid` if that fits, else a square.
+        grid: (height, width) of the result in patches.
+        source: (height, width) of `embedding` in patches. None if unknown: `grid` if that fits, else a square.
 
     Returns: (height * width + 1, D).
-    Raises: UserError if the P patches are not known to form a grid.
+
+    Raises UserError if the P patches are not known to form a grid.
     """
     patches = len(embedding) - 1
     if source is None:
@@ -83,8 +85,8 @@ def resize_image_position_embedding(
     if source is None:
         raise UserError(
             f"visual.positional_embedding {tuple(embedding.shape)} is for {patches} patches, which form no square grid "
-            f"and are not the {grid[0]} × {grid[1]} of the model; set experiment.input_resolution to that of these "
-            "weights"
+            f"and are not the {grid[0]} × {grid[1]} of the model: set experiment.input_resolution to the resolution "
+            "of these weights"
         )
     if source == grid:
         return embedding
@@ -94,20 +96,21 @@ def resize_image_position_embedding(
 
 
 def resize_text_position_embedding(embedding: Tensor, length: int) -> Tensor:
-    """Linear resizing of what lies between the first and the last row; these two are kept.
+    """Resizes position embeddings linearly. The first and the last row stay as they are.
 
     Args:
         embedding: (L, D) float.
-        length: tokens wanted.
+        length: number of tokens of the result.
 
     Returns: (length, D).
-    Raises: UserError if there is nothing between first and last to resize from or to.
+
+    Raises UserError if there is no row between the first and the last, before or after resizing.
     """
     if len(embedding) == length:
         return embedding
     if min(len(embedding), length) < 3:
         raise UserError(
-            f"positional_embedding {tuple(embedding.shape)} cannot be resized to {length} tokens, both need 3 or more; "
+            f"positional_embedding {tuple(embedding.shape)} cannot be resized to {length} tokens; both need 3 or more: "
             f"set experiment.text_length={len(embedding)}"
         )
     between = F.interpolate(embedding[1:-1].T[None], size=length - 2, mode="linear", align_corners=False)

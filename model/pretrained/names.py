@@ -1,5 +1,7 @@
-"""The names of the same tensors in OpenAI's CLIP (and open_clip), in Hugging Face's `CLIPModel`, in the published
-TBPS-CLIP code and here. D width of a tower, E width of the shared space.
+"""Names of the tensors in OpenAI's CLIP (and open_clip), Hugging Face's `CLIPModel`, the published TBPS-CLIP code and
+this project.
+
+D width of an encoder.
 """
 
 import re
@@ -11,7 +13,7 @@ from torch import Tensor
 from misc.errors import UserError, first_of
 
 OURS = (("visual.", "image_encoder."), ("logit_scale", "logit_scale"), ("", "text_encoder."))
-"""How names of OpenAI begin, and ours."""
+"""The beginnings of OpenAI's names, and of ours."""
 
 PUBLISHED = (
     ("visual.", "image_encoder."),
@@ -23,10 +25,10 @@ PUBLISHED = (
         for module in ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_i.", "ln_post.", "mlm_head.")
     ),
 )
-"""How names of the published code begin, and ours; `logit_scale` is the same."""
+"""The beginnings of the published code's names, and of ours; `logit_scale` is the same."""
 
 ADAPTATIONS = ("prompt.", "image_adapter.")
-"""How our names of CoOp's context and of CLIP-Adapter begin, which are evaluated with the towers."""
+"""The beginnings of our names for CoOp's context and for CLIP-Adapter. They are evaluated with the encoders."""
 
 HEADS = (
     "simclr_projector.",
@@ -35,20 +37,20 @@ HEADS = (
     "identity_classifier.",
     *ADAPTATIONS,
 )
-"""How our names of what CLIP does not have begin: the training heads, and what adapts it."""
+"""The beginnings of our names for modules that CLIP does not have: training heads and adaptations."""
 
 TBPS_SCHEMES = ("ours", "published")
-"""Whose names, as `scheme_of` tells it, TBPS-CLIP's own checkpoints have."""
+"""The naming schemes of TBPS-CLIP checkpoints, as `scheme_of` returns them."""
 WHOSE = {"ours": "this project", "published": "the published code"}
-"""In words, where the name of the scheme is none."""
+"""Schemes in words, for messages, if the scheme is not itself the name of a tool."""
 
-# OpenAI's names and Hugging Face's outside of the blocks, but for the projections, which lie transposed there.
+# OpenAI's and Hugging Face's names outside the blocks, except the projections, which Hugging Face transposes.
 _OUTSIDE = {
     "logit_scale": "logit_scale",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # spelled so
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # Hugging Face's spelling
     "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
@@ -73,7 +75,7 @@ _QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")  # one matrix (3 D, D) in Open
 
 
 def from_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The towers and the temperature of `TBPSCLIP` under OpenAI's names; training heads are left out."""
+    """Renames the encoders and the temperature of `TBPSCLIP` to OpenAI's names, and leaves out training heads."""
     renamed = {}
     for name, value in state.items():
         for openai, ours in OURS:
@@ -83,7 +85,7 @@ def from_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under OpenAI's names under those of `TBPSCLIP`."""
+    """Renames tensors from OpenAI's names to those of `TBPSCLIP`."""
     renamed = {}
     for name, value in state.items():
         openai, ours = next(pair for pair in OURS if name.startswith(pair[0]))
@@ -92,7 +94,7 @@ def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ours_from_published(name: str) -> str:
-    """Our name of a tensor in a checkpoint of the published code."""
+    """Returns our name of a tensor in a checkpoint of the published code."""
     for theirs, ours in PUBLISHED:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -100,7 +102,7 @@ def ours_from_published(name: str) -> str:
 
 
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under OpenAI's names, all of one CLIP, under those of Hugging Face's `CLIPModel`; contiguous."""
+    """Renames all tensors of a CLIP from OpenAI's names to those of Hugging Face's `CLIPModel`. All are contiguous."""
     renamed = {}
     for name, value in state.items():
         if name in _OUTSIDE:
@@ -119,16 +121,16 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _block(name: str) -> tuple[str, str, str, str]:
-    """OpenAI's name of a tensor in a block: tower, number of the block, module, and `weight` or `bias`."""
+    """Splits OpenAI's name of a tensor in a block: encoder, number of the block, module, and `weight` or `bias`."""
     tower, number, rest = re.fullmatch(r"((?:visual\.)?transformer\.resblocks)\.(\d+)\.(.+)", name).groups()
     module, kind = re.fullmatch(r"(.+)[._](weight|bias)", rest).groups()
     return tower, number, module, kind
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names of Hugging Face's `CLIPModel` under OpenAI's.
+    """Renames tensors from the names of Hugging Face's `CLIPModel` to OpenAI's.
 
-    Raises: UserError for names that `CLIPModel` does not have, and where a part of an attention's input is missing.
+    Raises UserError if `CLIPModel` does not have a name, or an input projection of an attention is missing.
     """
     outside = {theirs: openai for openai, theirs in _OUTSIDE.items()}
     transposed = {theirs: openai for openai, theirs in _TRANSPOSED.items()}
@@ -155,25 +157,29 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ]
     if unknown or missing:
         problems = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown]
-        raise UserError(f"no whole CLIPModel of Hugging Face: {first_of(problems)}")
+        raise UserError(
+            f"not a complete CLIPModel of Hugging Face: {first_of(problems)}: give a file of the whole model"
+        )
     for (layers, number, kind), found in parts.items():
         in_order = [found[projection] for projection in _QUERY_KEY_VALUE]
         if len({part.shape for part in in_order}) > 1:
-            raise UserError(f"{layers}.{number}.self_attn: its three inputs have different shapes")
+            raise UserError(
+                f"{layers}.{number}.self_attn: its three input projections have different shapes: get the file again"
+            )
         renamed[f"{blocks[layers]}.{number}.attn.in_proj_{kind}"] = torch.cat(in_order)
     return renamed
 
 
 def scheme_of(names: Collection[str]) -> str:
-    """Whose names these are: `OpenAI` (and open_clip), `Hugging Face`, `published` or `ours`.
+    """Returns the naming scheme: `OpenAI` (also open_clip), `Hugging Face`, `published` or `ours`.
 
-    Raises: UserError where they are nobody's, or those of several.
+    Raises UserError if the names belong to no scheme, or to several.
     """
     examples: dict[str, str] = {}
     for name in names:
         if scheme := _scheme(name):
             examples.setdefault(scheme, name)
-    if examples.keys() == {"OpenAI", "published"}:  # they share the names of the image encoder alone
+    if examples.keys() == {"OpenAI", "published"}:  # they share only the names of the image encoder
         of_text = [name for name in names if _scheme(name) == "OpenAI" and not name.startswith("visual.")]
         if not of_text:
             return "published"
@@ -182,12 +188,12 @@ def scheme_of(names: Collection[str]) -> str:
         mixture = " and ".join(f"of {WHOSE.get(scheme, scheme)} ({name})" for scheme, name in sorted(examples.items()))
         raise UserError(f"names {mixture} are mixed: save the state dict of one model")
     if not examples:
-        raise UserError(f"no tensor of a CLIP, but {first_of(list(names))}")
+        raise UserError(f"no tensor of a CLIP, but {first_of(list(names))}: give the weights of a CLIP")
     return next(iter(examples))
 
 
 def _scheme(name: str) -> str | None:
-    """Whose name it is, where it tells; `logit_scale` is everybody's."""
+    """Returns the scheme of one name; None if the name does not show it, such as `logit_scale`."""
     if name.startswith(("vision_model.", "text_model.", "visual_projection.")) or name == "text_projection.weight":
         return "Hugging Face"
     if name.startswith(("image_encoder.", "text_encoder.", *HEADS)):

@@ -1,6 +1,6 @@
-"""open_clip's registry: a tag such as `openai`, `laion2b_s34b_b88k` or `ViT-L-14/openai` becomes a file.
+"""Finds the file of a tag in open_clip's registry, such as `openai`, `laion2b_s34b_b88k` or `ViT-L-14/openai`.
 
-open_clip downloads it, checks it and keeps it; it is imported only where a tag is used, since that takes seconds.
+open_clip downloads, checks and stores the file. It is imported only if a tag is used, because that takes seconds.
 """
 
 import difflib
@@ -19,23 +19,23 @@ from urllib.parse import urlsplit
 
 from misc.errors import UserError
 from model.pretrained.archives import open_archive
-from model.pretrained.settings import Settings, of_open_clip
+from model.pretrained.settings import Settings, settings_from_open_clip
 
-USUAL_MODEL = "ViT-B-16"
-"""Whose weights a tag without a model means, where it has some: the paper's backbone."""
-CACHE = "~/.cache/clip"
-"""Where open_clip, like OpenAI's own code, keeps what it downloads from a plain address."""
+DEFAULT_MODEL = "ViT-B-16"
+"""The model of a tag without a model, if it has this tag: the paper's backbone."""
+CACHE_FOLDER = "~/.cache/clip"
+"""The folder for downloads from a plain URL, as in open_clip and OpenAI's code."""
 CONNECT_TIMEOUT = 1.0
-"""Seconds in which a server has to answer; the hub's client would try again and again for most of a minute."""
+"""Seconds within which a server must answer. The client of the Hugging Face hub would retry for most of a minute."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the registry: the file, once it is on this machine, and what is known of it.
+    """An entry of the registry.
 
     Attributes:
         name: MODEL/TAG.
-        settings: what the tensors will not tell.
+        settings: the settings that the tensors do not show.
         download: open_clip's own entry, with `url` and `hf_hub`.
     """
 
@@ -45,29 +45,29 @@ class Entry:
 
 
 def may_be_tag(source: str) -> bool:
-    """Whether it looks like TAG or MODEL/TAG, in which there are no dots."""
+    """Whether `source` looks like TAG or MODEL/TAG, which contain no dots."""
     return re.fullmatch(r"(?:[\w-]+/)?[\w-]+", source) is not None
 
 
 def find_entry(source: str) -> Entry:
-    """The entry that a tag means.
+    """Finds the entry of a tag.
 
     Args:
-        source: TAG or MODEL/TAG; `-` and `_` are the same in a tag.
+        source: TAG or MODEL/TAG; `-` and `_` mean the same in a tag.
 
-    Raises: UserError where there is none, several models have it and ViT-B-16 is not among them, or its model is
-        another kind than CLIP.
+    Raises UserError if the tag does not exist, its model is not a CLIP, or several models have the tag and ViT-B-16 is
+    not one of them.
     """
     from open_clip import get_model_config, list_pretrained
     from open_clip.pretrained import get_pretrained_cfg
 
     model, _, tag = source.rpartition("/")
     tag = tag.lower().replace("-", "_")
-    # Each model with QuickGELU stands in the registry twice, once with a suffix.
+    # Each model with QuickGELU appears in the registry twice, once with a suffix.
     pairs = [(m, t) for m, t in list_pretrained() if not m.endswith("-quickgelu")]
     models = [m for m, t in pairs if t == tag and model.removesuffix("-quickgelu") in ("", m)]
-    if not model and USUAL_MODEL in models:
-        models = [USUAL_MODEL]
+    if not model and DEFAULT_MODEL in models:
+        models = [DEFAULT_MODEL]
     if not models:
         known = [f"{m}/{t}" for m, t in pairs] if model else [t for _, t in pairs]
         nearest = difflib.get_close_matches(f"{model}/{tag}" if model else tag, dict.fromkeys(known))
@@ -76,20 +76,24 @@ def find_entry(source: str) -> Entry:
     if len(models) > 1:
         raise UserError(f"several models have this tag: give one of {', '.join(f'{m}/{tag}' for m in models)}")
     download = get_pretrained_cfg(models[0], tag)
-    settings = of_open_clip(get_model_config(models[0]) or {}, download, quick_gelu=download.get("quick_gelu", False))
+    settings = settings_from_open_clip(
+        get_model_config(models[0]) or {}, download, quick_gelu=download.get("quick_gelu", False)
+    )
     return Entry(f"{models[0]}/{tag}", settings, download)
 
 
 def fetch(entry: Entry) -> Path:
-    """The file of an entry: one that was put in its place or downloaded before, or a new download.
+    """Returns the path of an entry's file, and downloads the file if it is not on this machine.
 
-    Raises: UserError, after at most `CONNECT_TIMEOUT`, where no server can be reached; where the download fails or is
-        damaged; and where the file that is there is not that of the entry.
+    Raises UserError if no server answers within `CONNECT_TIMEOUT`, the download fails or is damaged, or the file at the
+    path is another one.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
     url, (repository, names) = entry.download.get("url", ""), _hub_files(entry)
-    local_file = Path(CACHE).expanduser() / (Path(urlsplit(url).path).name if url else entry.name.replace("/", "-"))
+    local_file = Path(CACHE_FOLDER).expanduser() / (
+        Path(urlsplit(url).path).name if url else entry.name.replace("/", "-")
+    )
     if local_file.is_file():
         _check_digest(local_file, url)
         return local_file
@@ -103,7 +107,7 @@ def fetch(entry: Entry) -> Path:
         hosts = " and ".join(filter(None, (urlsplit(server).hostname for server in servers)))
         hosts = hosts or "the Hugging Face hub (HF_HUB_OFFLINE is set)"
         raise UserError(
-            f"{entry.name} is not on this machine, and {hosts} cannot be reached: {_by_hand(entry, local_file)}"
+            f"{entry.name} is not on this machine, and {hosts} cannot be reached: {_manual_download(entry, local_file)}"
         )
     reasons = []
     for server in reached:
@@ -115,13 +119,13 @@ def fetch(entry: Entry) -> Path:
             RuntimeError,
             TypeError,
             ValueError,
-        ) as error:  # all that open_clip lets through
+        ) as error:  # all that open_clip raises
             reasons.append(" ".join(str(error).split()) or type(error).__name__)
-    raise UserError(f"{entry.name} cannot be downloaded ({'; '.join(reasons)}): {_by_hand(entry, local_file)}")
+    raise UserError(f"{entry.name} cannot be downloaded ({'; '.join(reasons)}): {_manual_download(entry, local_file)}")
 
 
 def _hub_files(entry: Entry) -> tuple[str, list[str]]:
-    """The repository on the Hugging Face hub and the names of the file in it, as open_clip looks for them."""
+    """Returns the repository on the Hugging Face hub, and the file names in it that open_clip searches for."""
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
     repository, _, name = entry.download.get("hf_hub", "").rpartition("/")
@@ -129,8 +133,12 @@ def _hub_files(entry: Entry) -> tuple[str, list[str]]:
 
 
 def _check_digest(path: Path, url: str) -> None:
-    """Raises UserError where a file is not that of its address, if this tells: it holds all of the SHA-256 for OpenAI's
-    files, its beginning for those of open_clip's releases."""
+    """Checks the SHA-256 of a file if its URL contains it.
+
+    The URLs of OpenAI's files contain all of it, those of open_clip's releases its first 8 digits.
+
+    Raises UserError if the SHA-256 differs.
+    """
     digest = {"openaipublic": r"/([0-9a-f]{64})/[^/]+$", "mlfoundations": r"-([0-9a-f]{8})\.\w+$"}
     expected = next((re.search(pattern, url) for host, pattern in digest.items() if host in url), None)
     if expected is None:
@@ -140,46 +148,46 @@ def _check_digest(path: Path, url: str) -> None:
     if not found.startswith(expected[1]):
         raise UserError(
             f"{path} is not the file of {url}: its SHA-256 begins with {found[:8]}, not with {expected[1][:8]}: "
-            "remove it, or put the right one in its place"
+            "remove it, or replace it by the right one"
         )
 
 
 def _download_from_hub(entry: Entry) -> Path:
     from open_clip.pretrained import download_pretrained
 
-    return Path(download_pretrained(entry.download, prefer_hf_hub=True))  # the hub's client checks and keeps it
+    return Path(download_pretrained(entry.download, prefer_hf_hub=True))  # the hub's client checks and stores it
 
 
 def _download_from_url(entry: Entry, local_file: Path) -> Path:
-    """open_clip leaves what came of a download that broke off, so it gets a folder of its own."""
+    """Downloads to a temporary folder first, because open_clip leaves a partial file if a download fails."""
     from open_clip.pretrained import download_pretrained_from_url
 
     local_file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=local_file.parent, prefix=f"{local_file.name}.") as folder:
         downloaded = Path(download_pretrained_from_url(entry.download["url"], cache_dir=folder))
-        open_archive(downloaded)  # not every address has a checksum
+        open_archive(downloaded)  # not every URL has a checksum
         downloaded.replace(local_file)
     return local_file
 
 
-def _by_hand(entry: Entry, local_file: Path) -> str:
+def _manual_download(entry: Entry, local_file: Path) -> str:
     repository, names = _hub_files(entry)
-    what = entry.download.get("url") or f"{' or '.join(names)} of https://huggingface.co/{repository}"
-    return f"download {what} on another machine, and put it at {local_file}"
+    file = entry.download.get("url") or f"{' or '.join(names)} of https://huggingface.co/{repository}"
+    return f"download {file} on another machine, and put it at {local_file}"
 
 
 def _reachable(servers: list[str]) -> list[str]:
-    """Those that answer within `CONNECT_TIMEOUT`, in their order."""
+    """Returns the servers that answer within `CONNECT_TIMEOUT`, in their order."""
     reached: dict[str, bool] = {}
 
     def connect(server: str) -> None:
         try:
             socket.create_connection(_host(server), timeout=CONNECT_TIMEOUT).close()
             reached[server] = True
-        except (OSError, ValueError):  # ValueError: a proxy whose address is none
+        except (OSError, ValueError):  # ValueError: invalid address of a proxy
             reached[server] = False
 
-    # Looking up a name has no time limit of its own, so nobody waits for these threads.
+    # Name resolution has no time limit, so these threads are not waited for.
     threads = [threading.Thread(target=connect, args=(server,), daemon=True) for server in servers]
     for thread in threads:
         thread.start()
@@ -190,7 +198,7 @@ def _reachable(servers: list[str]) -> list[str]:
 
 
 def _host(server: str) -> tuple[str, int]:
-    """Host and port that are connected to for an address: those of the proxy, where one is set."""
+    """Returns the host and port to connect to for a URL: those of the proxy, if one is set."""
     parts = urlsplit(server)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if proxy and not urllib.request.proxy_bypass(parts.netloc):

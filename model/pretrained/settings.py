@@ -1,4 +1,4 @@
-"""What the tensors of a CLIP do not tell, and what is written beside them in the forms that have a place for it."""
+"""The settings of a CLIP that its tensors do not show, as other tools and our checkpoints record them."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +11,14 @@ from model.transformer import ACTIVATIONS
 
 @dataclass(frozen=True)
 class Settings:
-    """What is written beside the tensors; None where nothing is.
+    """The settings that are recorded with the tensors; None if a setting is not recorded.
 
     Attributes:
         activation: a key of `ACTIVATIONS`.
-        vision_heads, text_heads: attention heads.
+        vision_heads, text_heads: numbers of attention heads.
         resolution: (height, width) in pixels.
-        preprocessing: of images.
-        sizes: what the tensors tell themselves, as a check; named as in the configuration's section `model`.
+        preprocessing: preprocessing of images.
+        sizes: recorded sizes, to check the tensors; named as in the configuration's section `model`.
     """
 
     activation: str | None = None
@@ -29,23 +29,29 @@ class Settings:
     sizes: dict[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that cannot be: they come from files of others."""
-        for what, values in (("attention heads", (self.vision_heads, self.text_heads)), ("pixels", self.resolution)):
+        """Checks the values, because they can come from a file.
+
+        Raises UserError if a value is invalid.
+        """
+        for unit, values in (("attention heads", (self.vision_heads, self.text_heads)), ("pixels", self.resolution)):
             for value in values or ():
                 if value is not None and not _is_count(value):
-                    raise UserError(f"its settings tell of {value!r} {what}, where a number must be")
+                    raise UserError(f"its settings record {value!r} {unit} instead of a positive integer")
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise UserError(
-                f"its settings tell of the activation {self.activation!r}, not of {' or '.join(ACTIVATIONS)}"
+                f"its settings record the activation {self.activation!r}; it should be {' or '.join(ACTIVATIONS)}"
             )
 
     def check(self, sizes: dict[str, int]) -> None:
-        """Raises UserError where they are of another model than the tensors, whose sizes these are."""
+        """Checks the recorded sizes against `sizes`, those of the tensors.
+
+        Raises UserError if they belong to two models.
+        """
         differing = [f"{key} {value!r}" for key, value in self.sizes.items() if value != sizes[key]]
         if differing:
             found = ", ".join(f"{key} {sizes[key]}" for key, value in self.sizes.items() if value != sizes[key])
             raise UserError(
-                f"its settings tell of {', '.join(differing)}, its tensors of {found}: they are of two models"
+                f"its settings record {', '.join(differing)}, but its tensors have {found}: they belong to two models"
             )
         for heads, width in ((self.vision_heads, sizes["vision_width"]), (self.text_heads, sizes["text_width"])):
             if heads and width % heads:
@@ -57,7 +63,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """What lies under a key, or nothing where that is no section."""
+    """Returns the section under a key, or an empty one if the value is no section."""
     value = config.get(key)
     return value if isinstance(value, dict) else {}
 
@@ -67,12 +73,12 @@ def _channels(values: Any, default: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _present(section: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
-    """The values of a section under our names, where it has them."""
+    """Returns the values that a section contains, under our names."""
     return {ours: section[theirs] for ours, theirs in keys.items() if theirs in section}
 
 
 def _resolution(value: Any) -> tuple[int, int] | None:
-    """(height, width) from one integer or two; None from anything else."""
+    """Returns (height, width) for one integer or two; None for anything else."""
     if isinstance(value, int):
         return value, value
     return (value[0], value[1]) if isinstance(value, list | tuple) and len(value) == 2 else None
@@ -81,12 +87,15 @@ def _resolution(value: Any) -> tuple[int, int] | None:
 # ---- checkpoints of TBPS-CLIP ---------------------------------------------------------------------------------------
 
 
-def of_checkpoint(config: dict[str, Any]) -> Settings:
-    """From the configuration in a checkpoint; the published code, and ours at first, knew QuickGELU alone."""
+def settings_from_checkpoint(config: dict[str, Any]) -> Settings:
+    """Reads the configuration in a checkpoint.
+
+    It has no activation in checkpoints of the published code and in old ones of ours: they all use QuickGELU.
+    """
     model = _section(config, "model")
     sizes = ("patch_size", "vision_width", "vision_layers", "text_width", "text_layers", "embed_dim", "vocab_size")
     dropped, layers = model.get("dropped_text_layers"), model.get("text_layers")
-    if isinstance(dropped, list) and _is_count(layers):  # counted before they were dropped
+    if isinstance(dropped, list) and _is_count(layers):  # the configured number includes the dropped layers
         model = model | {"text_layers": layers - len(dropped)}
     return Settings(
         activation=model.get("activation", QUICK_GELU),
@@ -101,7 +110,7 @@ def of_checkpoint(config: dict[str, Any]) -> Settings:
 # ---- open_clip ------------------------------------------------------------------------------------------------------
 
 
-# What open_clip's configurations may hold of a plain CLIP, and further keys with the value that changes nothing.
+# The keys of a plain CLIP in open_clip's configurations, and other keys with the values that change nothing.
 _PLAIN = {
     "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
     "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size", "patch_dropout"},
@@ -115,35 +124,37 @@ _NO_CHANGE = {
 }
 
 
-def of_open_clip(model: dict[str, Any], preprocess: dict[str, Any], *, quick_gelu: bool | None = None) -> Settings:
-    """From open_clip's configuration of a model.
+def settings_from_open_clip(
+    model: dict[str, Any], preprocess: dict[str, Any], *, quick_gelu: bool | None = None
+) -> Settings:
+    """Reads open_clip's configuration of a model.
 
     Args:
-        model: `model_cfg` of an `open_clip_config.json`, or what `get_model_config` gives.
-        preprocess: `preprocess_cfg`, or the entry of a tag.
-        quick_gelu: what the tag says, whose word counts.
+        model: `model_cfg` of an `open_clip_config.json`, or the result of `get_model_config`.
+        preprocess: `preprocess_cfg`, or the registry's entry of a tag.
+        quick_gelu: the value in the registry's entry, which overrides the one in `model`.
 
-    Raises: UserError where it is another kind of model than CLIP.
+    Raises UserError if it is another kind of model than CLIP.
     """
     vision, text = model.get("vision_cfg"), model.get("text_cfg")
     if not isinstance(vision, dict) or not isinstance(text, dict):
         raise UserError("another kind of model than CLIP (no vision_cfg and text_cfg)")
-    strange = [] if isinstance(vision.get("layers", 12), int) else [f"vision_cfg.layers: {vision['layers']!r}"]
+    unsupported = [] if isinstance(vision.get("layers", 12), int) else [f"vision_cfg.layers: {vision['layers']!r}"]
     for section, allowed in _PLAIN.items():
         for key, value in (model[section] if section else model).items():
             if key not in allowed and value and value not in _NO_CHANGE.get(key, ()):
-                strange.append(f"{section}.{key}".lstrip(".") + f": {value!r}")
-    if strange:
-        raise UserError(f"another kind of model than CLIP ({first_of(strange)})")
+                unsupported.append(f"{section}.{key}".lstrip(".") + f": {value!r}")
+    if unsupported:
+        raise UserError(f"another kind of model than CLIP ({first_of(unsupported)})")
     mode = preprocess.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash"):
-        raise UserError(f"its settings resize images in the mode {mode!r}, not in shortest or squash")
+        raise UserError(f"its settings resize images in the mode {mode!r}; it should be shortest or squash")
     width, head_width = vision.get("width", 768), vision.get("head_width", 64)
-    recorded = _is_count(width) and _is_count(head_width)
+    valid = _is_count(width) and _is_count(head_width)
     quick = model.get("quick_gelu", False) if quick_gelu is None else quick_gelu
     return Settings(
         activation=QUICK_GELU if quick else GELU,
-        vision_heads=width // head_width if recorded else f"{width!r} / {head_width!r}",
+        vision_heads=width // head_width if valid else f"{width!r} / {head_width!r}",
         text_heads=text.get("heads", 8),
         resolution=_resolution(vision.get("image_size", 224)),
         preprocessing=Preprocessing(
@@ -161,36 +172,40 @@ def of_open_clip(model: dict[str, Any], preprocess: dict[str, Any], *, quick_gel
 # ---- Hugging Face ---------------------------------------------------------------------------------------------------
 
 
-def of_hugging_face(model: dict[str, Any], processor: dict[str, Any] | None) -> Settings:
-    """From the `config.json` of a `CLIPModel`, whose defaults are ViT-B/32's, and the settings of its image processor.
+def settings_from_hugging_face(model: dict[str, Any], processor: dict[str, Any] | None) -> Settings:
+    """Reads the settings of a `CLIPModel` and of its image processor.
 
-    Raises: UserError where it is another kind of model, or its towers are computed in another way than CLIP's.
+    Args:
+        model: `config.json` of the model; its defaults are those of ViT-B/32.
+        processor: settings of the image processor, or None.
+
+    Raises UserError if it is another kind of model, or its encoders differ from CLIP's.
     """
     if model.get("model_type") != "clip":
-        raise UserError(f"config.json is of a model of type {model.get('model_type')!r}, not of a CLIPModel (clip)")
-    # Files of old hold a second section for each tower, which overrules the first.
+        raise UserError(f"config.json is for a model of type {model.get('model_type')!r}, not of a CLIPModel (clip)")
+    # Old files contain a second section for each encoder, which overrides the first.
     vision, text = (_section(model, f"{t}_config") | _section(model, f"{t}_config_dict") for t in ("vision", "text"))
     activations = {str(tower.get("hidden_act", QUICK_GELU)) for tower in (vision, text)}
     if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
         found = " and ".join(map(repr, sorted(activations)))
-        raise UserError(f"config.json: hidden_act is {found}, where both towers should have quick_gelu, or both gelu")
+        raise UserError(f"config.json: hidden_act is {found}; both encoders should have quick_gelu, or both gelu")
     epsilons = [tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)]
     if epsilons != [1e-5, 1e-5]:
-        raise UserError(f"config.json: layer_norm_eps is {epsilons!r}, where CLIP has 1e-05")
+        raise UserError(f"config.json: layer_norm_eps is {epsilons!r}; only CLIP's 1e-05 is supported")
     common = {"width": "hidden_size", "layers": "num_hidden_layers"}
     return Settings(
         activation=activations.pop(),
         vision_heads=vision.get("num_attention_heads", 12),
         text_heads=text.get("num_attention_heads", 8),
         resolution=_resolution(vision.get("image_size", 224)),
-        preprocessing=None if processor is None else _of_image_processor(processor),
+        preprocessing=None if processor is None else _preprocessing_of(processor),
         sizes=_present(vision, {"patch_size": "patch_size"} | {f"vision_{key}": name for key, name in common.items()})
         | _present(text, {"vocab_size": "vocab_size"} | {f"text_{key}": name for key, name in common.items()})
         | _present(model, {"embed_dim": "projection_dim"}),
     )
 
 
-def _of_image_processor(processor: dict[str, Any]) -> Preprocessing:
+def _preprocessing_of(processor: dict[str, Any]) -> Preprocessing:
     names = {number: name for name, number in INTERPOLATIONS.items()}
     resample = processor.get("resample", INTERPOLATIONS["bicubic"])
     return Preprocessing(

@@ -1,4 +1,4 @@
-"""The weights of a CLIP, from whatever holds them: a file, a folder, or a tag of open_clip."""
+"""Reads the weights of a CLIP from a file, a folder, or a tag of open_clip."""
 
 import json
 import math
@@ -15,14 +15,19 @@ from misc.errors import UserError, first_of
 from misc.files import is_file, is_folder
 from model.architecture import QUICK_GELU
 from model.preprocessing import CLIP_PREPROCESSING, TBPS_PREPROCESSING, Preprocessing
-from model.pretrained import names, registry, settings
+from model.pretrained import names, registry
 from model.pretrained.archives import EXPECTED, open_archive
-from model.pretrained.settings import Settings
+from model.pretrained.settings import (
+    Settings,
+    settings_from_checkpoint,
+    settings_from_hugging_face,
+    settings_from_open_clip,
+)
 from model.pretrained.sizes import read_sizes
 
 # Entries that are settings or tables of positions, not weights.
-OPENAI_SETTINGS = {"input_resolution", "context_length", "vocab_size"}  # int64 scalars, which its archives alone hold
-POSITIONS = ".position_ids"  # of older files of Hugging Face
+OPENAI_SETTINGS = {"input_resolution", "context_length", "vocab_size"}  # int64 scalars, only in OpenAI's archives
+POSITIONS = ".position_ids"  # in older files of Hugging Face
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HUGGING_FACE_FILES = (
@@ -35,12 +40,12 @@ HUGGING_FACE_FILES = (
 
 @dataclass(frozen=True)
 class Location:
-    """Where weights lie, and what is known of them besides.
+    """The location of weights, and the settings that a registry records for them.
 
     Attributes:
         path: file or folder.
-        name: for messages: the path, with MODEL/TAG in front where it is that of a tag.
-        settings: what a registry told.
+        name: name for messages: the path, after MODEL/TAG if it belongs to a tag.
+        settings: settings from the registry; empty for a path.
     """
 
     path: Path
@@ -50,17 +55,17 @@ class Location:
 
 @dataclass(frozen=True)
 class Weights:
-    """All of a CLIP, checked: every tensor is there, has its shape, and is finite.
+    """The checked weights of a CLIP: every tensor exists, has the right shape, and is finite.
 
     Attributes:
-        name: where they come from.
-        form: what that is, in words.
-        state: tensors under OpenAI's names, float32, on the CPU; nothing depends on the file any more.
-        heads: tensors of training heads under our names, where a checkpoint of TBPS-CLIP has some.
+        name: their source, for messages.
+        form: kind of the source, in words.
+        state: tensors under OpenAI's names, float32, on the CPU, independent of the file.
+        heads: tensors of training heads and adaptations under our names; empty if the source has none.
         sizes: `patch_size`, `vision_width`, `vision_layers`, `text_width`, `text_layers`, `embed_dim` and `vocab_size`.
-        settings: what is written beside the tensors.
-        grid: (height, width) in patches that the position embeddings are for, where that is told or, as of CLIP's own
-            weights, known to be square; else None.
+        settings: settings that are recorded with the tensors.
+        grid: (height, width) of the position embeddings in patches. It is recorded, or assumed to be a square as
+            in CLIP's own weights; None if it is unknown.
     """
 
     name: str
@@ -73,35 +78,35 @@ class Weights:
 
     @property
     def patches(self) -> int:
-        """Of an image."""
+        """The number of patches of an image."""
         return len(self.state["visual.positional_embedding"]) - 1
 
     @property
     def text_length(self) -> int:
-        """Tokens of a caption that the weights are for."""
+        """The maximum number of tokens of a caption."""
         return len(self.state["positional_embedding"])
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Of the images that they were trained on; OpenAI's where nothing tells."""
+        """The preprocessing of the training images; OpenAI's if it is not recorded."""
         return self.settings.preprocessing or CLIP_PREPROCESSING
 
     def activation(self, given: str | None) -> str:
-        """What the weights tell, else what is `given`.
+        """Returns the activation that is recorded with the weights, otherwise the `given` one.
 
-        Raises: UserError where it is neither told nor given: guessing wrong would cost accuracy without a word.
+        Raises UserError if it is neither recorded nor given, because a wrong guess would silently cost accuracy.
         """
         chosen = self.settings.activation or given
         if chosen is None:
             raise UserError(
-                f"{self.name}: nothing in it tells which activation it was trained with: set "
+                f"{self.name}: it does not record the activation that it was trained with: set "
                 "model.activation=quick_gelu (OpenAI, MetaCLIP, DFN) or model.activation=gelu (LAION, DataComp)"
             )
         return chosen
 
 
 def square_grid(patches: int) -> tuple[int, int] | None:
-    """(height, width) of a square of so many patches; None where they form none."""
+    """Returns (height, width) of a square with this number of patches; None if they form no square."""
     side = math.isqrt(max(0, patches))
     return (side, side) if side > 0 and side * side == patches else None
 
@@ -110,55 +115,57 @@ def square_grid(patches: int) -> tuple[int, int] | None:
 
 
 def find_weights(source: str | Path) -> Location:
-    """Where the weights are that the user named; those of a tag are on this machine then.
+    """Finds the weights that the user named, and downloads those of a tag.
 
     Args:
         source: path of a file or folder, or a tag of open_clip, TAG or MODEL/TAG.
 
-    Raises: UserError, naming the source, where there is nothing of that name, or it cannot be downloaded.
+    Raises UserError, with the source, if it is neither a path nor a tag, or cannot be downloaded.
     """
     if is_file(source) or is_folder(source) or not registry.may_be_tag(str(source)):
         return Location(Path(source), str(source))
-    with _naming(str(source)):
+    with _source_in_errors(str(source)):
         entry = registry.find_entry(str(source))
     path = registry.fetch(entry)
     return Location(path, f"{entry.name} ({path})", entry.settings)
 
 
 def read_weights(source: str | Path | Location) -> Weights:
-    """Reads a CLIP in any form, told from the content. No code in a file is run.
+    """Reads the weights of a CLIP. The content decides the form, and code in a file is never run.
 
     Args:
-        source: a file: OpenAI's TorchScript archive; a state dict (torch.save or safetensors; also under `state_dict`
-            and with the prefix `module.`) in the names of OpenAI, open_clip, Hugging Face, the published code or ours;
-            a checkpoint of the published code or of ours. A folder: of Hugging Face's `CLIPModel` or of open_clip. A
-            tag of open_clip.
+        source: one of these.
+            - A file: OpenAI's TorchScript archive, a state dict (`torch.save` or safetensors), or a checkpoint of the
+              published code or ours. The names are those of OpenAI, open_clip, Hugging Face, the published code or
+              ours. A state dict can be under the key `state_dict`, and its names can begin with `module.`.
+            - A folder of Hugging Face's `CLIPModel` or of open_clip.
+            - A tag of open_clip.
 
-    Raises: UserError, naming the source, for everything else, and for what is damaged or incomplete.
+    Raises UserError, with the source, if it is something else, damaged or incomplete.
     """
     location = source if isinstance(source, Location) else find_weights(source)
-    with _naming(location.name):
-        kind, content, recorded = _open(location)
+    with _source_in_errors(location.name):
+        kind, content, settings = _open(location)
         entries, checkpoint = _state_dict(content)
         state = _tensors(entries)
         scheme = names.scheme_of(state)
         if checkpoint is not None and scheme in names.TBPS_SCHEMES:
-            recorded, form = settings.of_checkpoint(checkpoint["config"]), _age(scheme, checkpoint)
+            settings, form = settings_from_checkpoint(checkpoint["config"]), _describe_checkpoint(scheme, checkpoint)
         else:
-            recorded, form = _complete(recorded, scheme, entries), _form(kind, scheme)
+            settings, form = _complete_settings(settings, scheme, entries), _describe_form(kind, scheme)
         state, heads = _to_openai_names(state, scheme)
         sizes = read_sizes({name: tuple(tensor.shape) for name, tensor in state.items()})
-        recorded.check(sizes)
-        grid = _grid(len(state["visual.positional_embedding"]) - 1, sizes["patch_size"], recorded.resolution)
+        settings.check(sizes)
+        grid = _grid(len(state["visual.positional_embedding"]) - 1, sizes["patch_size"], settings.resolution)
         if grid is None and scheme not in names.TBPS_SCHEMES:
             grid = square_grid(len(state["visual.positional_embedding"]) - 1)
         state, heads = _finite_copies(state), _finite_copies(heads)
-    return Weights(location.name, form, state, heads, sizes, recorded, grid)
+    return Weights(location.name, form, state, heads, sizes, settings, grid)
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Puts the source in front of the message of a UserError."""
+def _source_in_errors(name: str) -> Iterator[None]:
+    """Puts the name of the source in front of the message of a UserError."""
     try:
         yield
     except UserError as error:
@@ -166,22 +173,23 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _open(location: Location) -> tuple[str, Any, Settings]:
-    """What kind of file or folder it is, what it holds, and what is told beside the tensors."""
+    """Returns the kind of file or folder, its content, and the settings that are recorded outside the tensors."""
     folder = location.path
     if not is_folder(folder):
         return *open_archive(folder), location.settings
     if (files := _first_file(folder, OPEN_CLIP_FILES)) and is_file(folder / "open_clip_config.json"):
         config = _read_json(folder / "open_clip_config.json")
         sections = (config.get(key) for key in ("model_cfg", "preprocess_cfg"))
-        recorded = settings.of_open_clip(*(section if isinstance(section, dict) else {} for section in sections))
-        return "folder of open_clip", _read_parts(files), recorded
+        settings = settings_from_open_clip(*(section if isinstance(section, dict) else {} for section in sections))
+        return "folder of open_clip", _read_parts(files), settings
     if (files := _first_file(folder, HUGGING_FACE_FILES)) and is_file(folder / "config.json"):
-        recorded = settings.of_hugging_face(_read_json(folder / "config.json"), _image_processor(folder))
-        return "folder of Hugging Face", _read_parts(files), recorded
+        settings = settings_from_hugging_face(_read_json(folder / "config.json"), _image_processor(folder))
+        return "folder of Hugging Face", _read_parts(files), settings
     inside = next(iter(sorted(folder.glob("checkpoint_*.pth"))), None)
-    either, other = f"config.json and {HUGGING_FACE_FILES[0]}", f"open_clip_config.json and {OPEN_CLIP_FILES[0]}"
-    hint = f"give the file {inside}" if inside else f"it should hold {either}, or {other}"
-    raise UserError(f"a folder, but none of Hugging Face or open_clip: {hint}")
+    hugging_face = f"config.json and {HUGGING_FACE_FILES[0]}"
+    open_clip = f"open_clip_config.json and {OPEN_CLIP_FILES[0]}"
+    hint = f"give the file {inside}" if inside else f"it should contain {hugging_face}, or {open_clip}"
+    raise UserError(f"a folder, but not one of Hugging Face or open_clip: {hint}")
 
 
 def _first_file(folder: Path, candidates: tuple[str, ...]) -> Path | None:
@@ -189,10 +197,10 @@ def _first_file(folder: Path, candidates: tuple[str, ...]) -> Path | None:
 
 
 def _image_processor(folder: Path) -> dict[str, Any] | None:
-    """Settings of Hugging Face's image processor: a file of its own, or a section of the one of the whole processor."""
+    """Reads the settings of Hugging Face's image processor: a separate file, or a section of the whole processor's."""
     if is_file(folder / "preprocessor_config.json"):
         return _read_json(folder / "preprocessor_config.json")
-    if is_file(folder / "processor_config.json"):  # as transformers 5 saves it
+    if is_file(folder / "processor_config.json"):  # the format of transformers 5
         section = _read_json(folder / "processor_config.json").get("image_processor")
         return section if isinstance(section, dict) else None
     return None
@@ -204,12 +212,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name} cannot be read ({' '.join(str(error).split())}): get it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path.name} holds a {type(content).__name__} where keys and values should be: get it again")
+        raise UserError(f"{path.name} contains a {type(content).__name__} instead of keys and values: get it again")
     return content
 
 
 def _read_parts(path: Path) -> dict[str, Any]:
-    """The state dict of a file; an index names files that hold a part each."""
+    """Reads the state dict of a file, or of the parts that an index lists."""
     if not path.name.endswith(".index.json"):
         return _state_dict(open_archive(path)[1])[0]
     parts = _read_json(path).get("weight_map")
@@ -218,7 +226,7 @@ def _read_parts(path: Path) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for part in sorted(set(parts.values())):
         if Path(part).name != part or not is_file(path.parent / part):
-            raise UserError(f"{part!r}, which {path.name} names, is not in it: get the folder again")
+            raise UserError(f"{part!r}, which {path.name} lists, is not in the folder: get the folder again")
         state |= _state_dict(open_archive(path.parent / part)[1])[0]
     return state
 
@@ -227,7 +235,7 @@ def _read_parts(path: Path) -> dict[str, Any]:
 
 
 def _state_dict(content: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Names and tensors inside what a file holds, and the rest of what may be a checkpoint of TBPS-CLIP."""
+    """Returns the state dict in the content of a file, and the content if it may be a checkpoint of TBPS-CLIP."""
     checkpoint = None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         checkpoint = content if isinstance(content.get("config"), dict) else None
@@ -235,24 +243,24 @@ def _state_dict(content: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
-        raise UserError(f"no state dict (names to tensors) but a {type(content).__name__}; {EXPECTED}")
+        raise UserError(f"not a state dict (names to tensors) but a {type(content).__name__}; {EXPECTED}")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return content, checkpoint
 
 
 def _tensors(entries: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights among the entries of a state dict, as they lie in the file."""
+    """Returns the weights among the entries of a state dict, unchanged."""
     state = {name: value for name, value in entries.items() if name not in OPENAI_SETTINGS}
     state = {name: value for name, value in state.items() if not name.endswith(POSITIONS)}
-    strange = [f"{name!r} ({_kind(value)})" for name, value in state.items() if not _is_plain(value)]
-    if strange:
-        raise UserError(f"{first_of(strange)}, where floating point tensors must be; {EXPECTED}")
+    unsupported = [f"{name!r} ({_describe_type(value)})" for name, value in state.items() if not _is_dense_float(value)]
+    if unsupported:
+        raise UserError(f"{first_of(unsupported)} instead of floating point tensors; {EXPECTED}")
     return state
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether it is a dense tensor of floating point numbers that are all stored."""
+def _is_dense_float(value: Any) -> bool:
+    """Whether `value` is a dense floating point tensor whose elements are all stored."""
     return (
         isinstance(value, Tensor)
         and value.is_floating_point()
@@ -263,25 +271,25 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _kind(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     return str(value.dtype) if not value.is_floating_point() else "not a dense tensor"
 
 
-def _complete(recorded: Settings, scheme: str, entries: dict[str, Any]) -> Settings:
-    """What a bare state dict tells by its names: whose code it was trained with."""
+def _complete_settings(settings: Settings, scheme: str, entries: dict[str, Any]) -> Settings:
+    """Adds the settings that the names of a bare state dict imply, since they show the code that trained it."""
     if scheme == "published":
         return Settings(QUICK_GELU, preprocessing=TBPS_PREPROCESSING)
     if scheme == "ours":
         return Settings(preprocessing=TBPS_PREPROCESSING)
-    if recorded.activation is None and entries.keys() >= OPENAI_SETTINGS:
+    if settings.activation is None and entries.keys() >= OPENAI_SETTINGS:
         return Settings(QUICK_GELU)
-    return recorded
+    return settings
 
 
 def _to_openai_names(state: dict[str, Tensor], scheme: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Towers and temperature under OpenAI's names, and training heads under ours."""
+    """Returns encoders and temperature under OpenAI's names, and training heads under ours."""
     heads: dict[str, Tensor] = {}
     if scheme == "published":
         state = {names.ours_from_published(name): value for name, value in state.items()}
@@ -291,42 +299,48 @@ def _to_openai_names(state: dict[str, Tensor], scheme: str) -> tuple[dict[str, T
     elif scheme == "Hugging Face":
         state = names.from_hugging_face(state)
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
-        state["logit_scale"] = state["logit_scale"].reshape(())  # some write it with one dimension
+        state["logit_scale"] = state["logit_scale"].reshape(())  # some tools save it with one dimension
     return state, heads
 
 
 def _finite_copies(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In float32 and independent of the file."""
+    """Copies tensors to float32, independent of the file.
+
+    Raises UserError if a value is NaN or infinite.
+    """
     copies = {name: value.detach().to(torch.float32, copy=True) for name, value in state.items()}
     broken = [name for name, value in copies.items() if not value.isfinite().all()]
     if broken:
-        raise UserError(f"NaN or infinity in {first_of(broken)}; use weights from before the training broke down")
+        raise UserError(f"NaN or infinity in {first_of(broken)}: use a checkpoint from before training diverged")
     return copies
 
 
 def _grid(patches: int, patch_size: int, resolution: tuple[int, int] | None) -> tuple[int, int] | None:
-    """(height, width) in patches, where the resolution in pixels is told."""
+    """Returns (height, width) in patches; None if the resolution in pixels is not recorded.
+
+    Raises UserError if the resolution does not fit the number of patches.
+    """
     if resolution is None:
         return None
     grid = (resolution[0] // patch_size, resolution[1] // patch_size)
     if grid[0] * grid[1] != patches:
         raise UserError(
-            f"visual.positional_embedding is for {patches} patches, its settings are for {resolution[0]} × "
-            f"{resolution[1]} pixels, {grid[0]} × {grid[1]} patches: they are of two models"
+            f"visual.positional_embedding is for {patches} patches, but its settings are for {resolution[0]} × "
+            f"{resolution[1]} pixels, {grid[0]} × {grid[1]} patches: they belong to two models"
         )
     return grid
 
 
-# ---- in words -------------------------------------------------------------------------------------------------------
+# ---- words for the log -----------------------------------------------------------------------------------------------
 
 
-def _form(kind: str, scheme: str) -> str:
-    """What was read, for the log."""
+def _describe_form(kind: str, scheme: str) -> str:
+    """Describes the form of the weights, for the log."""
     return kind if kind.startswith("folder") else f"{kind}, names of {names.WHOSE.get(scheme, scheme)}"
 
 
-def _age(scheme: str, checkpoint: dict[str, Any]) -> str:
-    """What kind of checkpoint was read and how long it has been trained, for the log."""
+def _describe_checkpoint(scheme: str, checkpoint: dict[str, Any]) -> str:
+    """Describes a checkpoint and how long it was trained, for the log."""
     if scheme == "published":
         return "checkpoint of the published code"
     progress = checkpoint.get("progress")

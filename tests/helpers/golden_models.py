@@ -1,4 +1,4 @@
-"""Models and inputs of the reference values, made again from their names (see seeded.py)."""
+"""Models and inputs of the reference values, created again from their names (see seeded.py)."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -26,13 +26,13 @@ CAPTIONS = [
 
 
 def load(name: str) -> dict[str, Tensor]:
-    """The arrays of a reference file as tensors (strings as numpy arrays)."""
+    """Loads the arrays of a reference file as tensors (strings as numpy arrays)."""
     with np.load(GOLDEN / name) as arrays:
         return {k: v if v.dtype.kind == "U" else torch.from_numpy(v.copy()) for k, v in arrays.items()}
 
 
 def our_name(openai_name: str) -> str:
-    """Our name of a parameter of the towers, the temperature or the projector."""
+    """Returns our name of a parameter of the encoders, the temperature or the projector."""
     if openai_name == "logit_scale":
         return openai_name
     if openai_name.startswith("visual."):
@@ -74,13 +74,13 @@ TINY_MODEL = {
 
 
 def make_model(**arguments) -> TBPSCLIP:
-    """A TBPSCLIP with random weights, from the sizes of its architecture and further arguments of its constructor."""
+    """Builds a TBPSCLIP with random weights from the sizes of its architecture and other constructor arguments."""
     sizes = {field.name: arguments.pop(field.name) for field in fields(Architecture) if field.name in arguments}
     return TBPSCLIP(Architecture(**sizes), **arguments)
 
 
 def seeded_model(architecture: dict, weights: dict, **arguments) -> TBPSCLIP:
-    """A TBPSCLIP with seeded weights in its towers (and projector), in evaluation mode: no dropout."""
+    """Builds a TBPSCLIP with seeded weights in its encoders (and projector), in evaluation mode: no dropout."""
     model = make_model(**architecture, **arguments)
     state = {our_name(name): torch.as_tensor(value) for name, value in weights.items()}
     for name, parameter in model.named_parameters():
@@ -96,7 +96,7 @@ def tiny_model(**arguments) -> TBPSCLIP:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, name: str = "") -> None:
-    """Largest difference within `tolerance` of the largest reference value."""
+    """Checks that the largest difference is at most `tolerance` times the largest reference value."""
     expected = expected.to(actual.dtype)
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} is not {tuple(expected.shape)}"
     scale = expected.abs().max().clamp(min=1e-12)

@@ -1,7 +1,7 @@
-"""Weights and inputs that anyone can make again: the reference values in this folder were computed on them.
+"""Reproducible weights and inputs, from which the reference values in tests/golden were computed.
 
-`numpy.random.RandomState` is used because its stream is frozen: the same name gives the same array on every
-machine and every numpy version.
+The stream of `numpy.random.RandomState` is frozen: the same name gives the same array on every machine and with every
+version of numpy.
 """
 
 import math
@@ -11,12 +11,12 @@ import numpy as np
 
 
 def normal(name: str, *shape: int) -> np.ndarray:
-    """Standard normal float32 array that depends on `name` alone."""
+    """Returns a standard normal float32 array that depends only on `name` and `shape`."""
     return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A plausible value for the CLIP parameter `name` (OpenAI's key, e.g. `visual.conv1.weight`).
+    """Returns a plausible value for the CLIP parameter `name` (OpenAI's key, for example `visual.conv1.weight`).
 
     Norm gains are 1 + 0.1 n, vectors 0.05 n, embeddings 0.05 n, matrices n / sqrt(fan in), with n = normal(name).
     """
@@ -43,7 +43,7 @@ def clip_shapes(
     context=77,
     vocab=49408,
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of a CLIP ViT under OpenAI's key names, ViT-B/16 by default."""
+    """Returns the shapes of a CLIP ViT under OpenAI's names, ViT-B/16 by default."""
     patches = (resolution[0] // patch) * (resolution[1] // patch)
     shapes = {
         "logit_scale": (),
@@ -93,5 +93,5 @@ TINY = {
 
 
 def clip_weights(**shape_arguments) -> dict[str, np.ndarray]:
-    """State dict of seeded arrays under OpenAI's key names."""
+    """Returns a state dict of seeded arrays under OpenAI's names."""
     return {name: weight(name, shape) for name, shape in clip_shapes(**shape_arguments).items()}

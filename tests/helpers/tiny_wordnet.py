@@ -1,4 +1,4 @@
-"""A WordNet of a few words in the format of WordNet 3's files, for tests."""
+"""A small WordNet database in the format of WordNet 3, for tests."""
 
 import re
 from collections import defaultdict
@@ -12,12 +12,12 @@ def write_wordnet(folder: Path, synsets: Mapping[str, Sequence[tuple[str, list[s
     """Writes `index.*` and `data.*` into a new folder, and returns it.
 
     Args:
-        synsets: for each of noun, verb, adj and adv, the synsets: their type, and their words as they are spelled.
+        synsets: for each of noun, verb, adj and adv, its synsets: a type, and the words in their spelling.
     """
     folder.mkdir()
-    for part, of_part in synsets.items():
+    for part, part_synsets in synsets.items():
         data, offsets = LICENCE, defaultdict(list)
-        for kind, words in of_part:
+        for kind, words in part_synsets:
             offset = f"{len(data.encode()):08d}"
             spelled = " ".join(f"{word} {number % 16:x}" for number, word in enumerate(words))
             data += (

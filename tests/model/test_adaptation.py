@@ -1,4 +1,4 @@
-"""CoOp, CLIP-Adapter, and text layers that are frozen or left out: what is computed, what trains, what is saved."""
+"""CoOp, CLIP-Adapter, and frozen or dropped text layers: what is computed, trained and saved."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.helpers.tiny_dataset import write_tiny_dataset
 from text_utils.tokenizer import END, START, Tokenizer
 
 STILL = ("schedule.lr=1e-12", "schedule.lr_start=0", "schedule.lr_end=0")
-"""Nothing moves by more than rounding."""
+"""No weight changes by more than rounding."""
 PLAIN = ("experiment.ss=false", "experiment.mvs_image=false", "experiment.citc=false")
 
 
@@ -22,35 +22,37 @@ PLAIN = ("experiment.ss=false", "experiment.mvs_image=false", "experiment.citc=f
 
 
 def test_a_context_is_read_as_words_in_front_of_the_caption():
-    """Vectors that are those of three words give the feature of the caption with these words."""
+    """A context of three words' vectors gives the feature of the caption with these words."""
     tower, tokenizer = tiny_model().text_encoder, Tokenizer()
     words = tokenizer.encode("a red coat")[1:-1]
     prompt = ContextPrompt(len(words), tower.token_embedding.weight.shape[1])
     with torch.no_grad():
         prompt.context.copy_(tower.token_embedding.weight[words])
     captions = ["a man", "someone walks by"]
-    to_plain = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokenizer.encode(c)) for c in captions], batch_first=True)
+    without_context = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(tokenizer.encode(c)) for c in captions], batch_first=True
+    )
     for row, caption in enumerate(captions):
         expected = tower(torch.tensor([tokenizer.encode(f"a red coat {caption}")]))
-        assert_close(tower(to_plain, prompt=prompt)[row : row + 1], expected, 1e-6)
+        assert_close(tower(without_context, prompt=prompt)[row : row + 1], expected, 1e-6)
 
 
 @pytest.mark.parametrize("words", [1, 2, 3, 4, 9])
-def test_a_caption_without_room_is_cut_as_the_tokenizer_cuts_it(words):
+def test_a_caption_that_is_too_long_is_truncated_like_the_tokenizer_does(words):
     tokenizer, text_length = Tokenizer(), 8
     prompt = ContextPrompt(3, 4)
     captions = [" ".join(["red"] * words), "red"]
     ids = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(tokenizer.encode(caption, text_length)) for caption in captions], batch_first=True
     )
-    cut = prompt.room(ids, text_length)
+    cut = prompt.truncate(ids, text_length)
     for row, caption in zip(cut, captions, strict=True):
         expected = tokenizer.encode(caption, text_length - 3)
         assert row[: len(expected)].tolist() == expected and not row[len(expected) :].any()
     assert cut.shape[1] <= 5 and (cut[:, 0] == START).all() and (cut == END).sum() == 2
 
 
-def test_the_context_alone_gets_gradients():
+def test_only_the_context_gets_gradients():
     tower = tiny_model().text_encoder
     tower.requires_grad_(False)
     prompt = ContextPrompt(4, tower.token_embedding.weight.shape[1])
@@ -112,7 +114,7 @@ def test_an_adapted_run_changes_its_own_and_is_evaluated_with_it(
     if adaptation == "coop":
         ids = Tokenizer().encode("a pedestrian photo of")[1:-1]
         moved = (after["prompt.context"] - before["text_encoder.token_embedding.weight"][ids]).abs()
-        assert 1e-3 < moved.max() < 3  # from the words, by AdamW's steps
+        assert 1e-3 < moved.max() < 3  # AdamW moved it away from the words
 
     source = adapted.folder / "checkpoint_best.pth"
     outcome = run(*QUICK, *of_dataset(data), "--evaluate", source)
@@ -129,7 +131,7 @@ def test_an_adapted_checkpoint_starts_another_run(train):
     start = f"model.checkpoint={first.folder / 'checkpoint_last.pth'}"
     again = train(start, "model.adaptation=coop", *STILL, name="again")
     assert_close(tensors(again)["prompt.context"], tensors(first)["prompt.context"], 1e-6)
-    assert "context as learned in" in again.outcome.out
+    assert "the context is the one learned in" in again.outcome.out
     shorter = train(start, "model.adaptation=coop", "model.context=a photo", *STILL, name="shorter")
     ids = Tokenizer().encode("a photo")[1:-1]
     words = tensors(shorter)["text_encoder.token_embedding.weight"][ids]

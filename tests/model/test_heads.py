@@ -1,4 +1,4 @@
-"""The heads of masked language modelling and of identity classification against reference values."""
+"""Compares the heads of masked language modelling and identity classification with reference values."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Every loss and its gradients against reference values, and the properties that a loss must have."""
+"""Compares every loss and its gradients with reference values, and checks properties of the losses."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ NAMES = {"nitc": "nitc_loss", "ritc": "ritc_loss", "citc": "citc_loss", "ss": "s
 
 
 def reference_features(golden: dict, rows: slice = slice(None)) -> tuple[dict, Features]:
-    """Leaf tensors of the reference inputs (all rows) and the features that `rows` of them make."""
+    """Returns leaf tensors of the reference inputs (all rows), and the features of `rows` of them."""
     names = ("feat.image", "feat.aug1", "feat.ss1", "feat.ss2", "text", "w1", "b1", "w2", "b2", "logit_scale")
     leaves = {name: golden[name].float().clone().requires_grad_() for name in names}
 
@@ -31,7 +31,7 @@ def reference_features(golden: dict, rows: slice = slice(None)) -> tuple[dict, F
 
 
 def gradients_as_stored(leaves: dict) -> dict:
-    """Gradients under the reference's names; inputs that a loss does not use have a gradient of zero."""
+    """Returns gradients under the names of the reference. The gradient of an unused input is zero."""
     gradient = {name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for name, leaf in leaves.items()}
     images = [gradient[name] for name in ("feat.image", "feat.aug1", "feat.ss1", "feat.ss2")]
     return {
@@ -55,10 +55,10 @@ def test_value_and_gradients_equal_the_reference(name):
     for key, gradient in gradients_as_stored(leaves).items():
         expected = golden[f"{stored}.grad.{key}"]
         if name == "citc" and key == "logit_scale":
-            # C-ITC knows no scale; the reference holds what is left of multiplying by the scale and dividing again.
+            # C-ITC does not use the scale; the reference has a rounding error of multiplying and dividing by it.
             assert expected.abs() < 1e-8
             continue
-        # A sum of terms that cancel keeps the rounding of its terms: R-ITC's scale gradient is 1e-3 of them.
+        # The scale gradient of R-ITC is 1e-3 of its terms, which cancel, so their rounding error is larger in it.
         tolerance = 1e-3 if (name, key) == ("ritc", "logit_scale") else 1e-5
         assert_close(gradient, expected, tolerance, key)
 

@@ -1,4 +1,4 @@
-"""The losses of the study beyond the recipe, each written out once more in plain formulas."""
+"""Compares the losses of the study with plain formulas."""
 
 import dataclasses
 from itertools import product
@@ -34,7 +34,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def one_hot_itc(image: Tensor, text: Tensor) -> Tensor:
-    """CLIP's loss: each image's own caption is the right class, and each caption's own image."""
+    """Computes CLIP's loss: each image should match its own caption, and each caption its own image."""
     logits = SCALE * unit(image) @ unit(text).T
     own = torch.arange(len(image))
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -66,9 +66,9 @@ def test_multi_view_supervision_is_the_mean_over_the_combinations_of_views(image
         second_image=rows("second image") if images else None, second_text=rows("second text") if captions else None
     )
     (found,) = objectives(own, IDENTITIES, 0.0).values()
-    of_images = ["image", "second image"] if images else ["image"]
-    of_captions = ["text", "second text"] if captions else ["text"]
-    each = [one_hot_itc(rows(image), rows(text)) for image, text in product(of_images, of_captions)]
+    image_views = ["image", "second image"] if images else ["image"]
+    caption_views = ["text", "second text"] if captions else ["text"]
+    each = [one_hot_itc(rows(image), rows(text)) for image, text in product(image_views, caption_views)]
     assert_close(found, sum(each) / len(each), 1e-6)
 
 
@@ -95,7 +95,7 @@ def test_ss_it_is_the_sum_of_both():
 
 
 def test_sdm_is_irra_s_divergence_at_a_fixed_scale():
-    """Σ p · log(p / (q̂ + 1e-8)) of both directions, with 50 times the cosines whatever the temperature is."""
+    """Expects Σ p · log(p / (q̂ + 1e-8)) of both directions, at 50 times the cosines for every temperature."""
     objectives = dataclasses.replace(ALONE, nitc_ratio=0.0, sdm=True)
     assert not objectives.uses_temperature
     (found,) = objectives(features(), IDENTITIES, 0.0).values()
@@ -116,7 +116,7 @@ TABLES = ("image", "text", "second image", "second text", "one", "other")
 
 
 def gradients(ranks: Ranks, detached: bool, objectives: Objectives | None = None) -> dict[str, Tensor]:
-    """Of this rank's rows, for the loss averaged over the ranks."""
+    """Computes the gradients of this rank's rows, for the mean of the loss over the ranks."""
     size = 8 // ranks.world_size
     own = slice(ranks.rank * size, (ranks.rank + 1) * size)
     leaves = {name: rows(name)[own].clone().requires_grad_() for name in TABLES}
@@ -146,7 +146,7 @@ def test_two_ranks_compute_the_same_as_one(tmp_path):
 
 
 def test_detached_gathering_gives_the_same_loss_and_no_gradient_to_other_ranks(tmp_path):
-    """Against an autograd graph in one process, in which each rank sees the other's rows as constants."""
+    """Compares with an autograd graph in one process, in which the rows of the other rank are constants."""
     ranks = run_on_ranks(2, gradients, tmp_path, True)
     alone = gradients(Ranks(0, 1, torch.device("cpu")), detached=False)
     assert_close(sum(rank["loss"] for rank in ranks) / 2, alone["loss"], 1e-9)

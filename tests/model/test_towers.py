@@ -1,4 +1,4 @@
-"""The two encoders against reference values, and their sizes against the paper."""
+"""Compares the two encoders with reference values, and their sizes with the paper."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_vit_b16_equals_the_reference():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_last_block_at_one_token_is_the_whole_block_there(causal, checkpointing):
-    """Outputs and all gradients, in float64; in a causal block, tokens behind the one that is taken have no part."""
+    """Compares outputs and all gradients in float64. In a causal block, later tokens have no effect."""
     torch.manual_seed(0)
     transformer = Transformer(24, 3, 2, activation="quick_gelu").double()
     transformer.grad_checkpointing = checkpointing
@@ -56,7 +56,7 @@ def test_the_last_block_at_one_token_is_the_whole_block_there(causal, checkpoint
 
 
 def test_the_last_block_computes_little_where_one_token_is_wanted():
-    """Of 24 D² operations a token, 4 D² are left, those of keys and values: 5/6 of a block is saved."""
+    """Keys and values need 4 D² of 24 D² operations per token, so 5/6 of the block is saved."""
     transformer = Transformer(64, 1, 1, activation="quick_gelu")
     tokens, position = torch.randn(2, 50, 64), torch.tensor([3, 4])
     counted = []

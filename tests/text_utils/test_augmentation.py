@@ -30,7 +30,7 @@ def synonyms(word: str) -> list[str]:
 
 
 def doubled(word: str) -> list[str]:
-    """The one synonym of each word but a doubled one, so that those can be counted."""
+    """Returns the doubled word as the only synonym of a word of one character, so that replacements can be counted."""
     return [] if len(word) > 1 else [word * 2]
 
 
@@ -42,7 +42,7 @@ def equally_often(found: list[str], expected: set[str]) -> bool:
 
 
 def within_six_sigma(count: int, trials: int, probability: float) -> bool:
-    """Six standard deviations of a binomial count: wrong for a right implementation once in 10^9 seeds."""
+    """Whether a binomial count is within six standard deviations: correct code fails for one in 10^9 seeds."""
     return abs(count - trials * probability) <= 6 * math.sqrt(trials * probability * (1 - probability))
 
 
@@ -95,7 +95,7 @@ def test_empty_and_one_word_captions_survive(caption, expected):
         assert augment(Random(0), caption, back=1.0, delete=probability) == expected
 
 
-def test_the_back_translation_takes_the_place_of_the_caption_at_its_probability():
+def test_the_back_translation_replaces_the_caption_with_its_probability():
     random = Random(0)
     results = [augment(random, "original", "translated", back=0.1) for _ in range(10_000)]
     assert set(results) == {"original", "translated"}
@@ -110,7 +110,7 @@ def test_words_of_the_back_translation_are_deleted_too():
     assert augment(Random(0), "original", "one two three", back=1.0, delete=1.0) in ("one", "two", "three")
 
 
-def test_the_random_state_alone_decides():
+def test_only_the_random_state_decides():
     first, again = (
         [augment(random, CAPTION, "a man in red", back=0.5, delete=0.3) for _ in range(50)]
         for random in (Random(7), Random(7))
@@ -126,7 +126,7 @@ def test_a_missing_back_translation_changes_no_other_draw():
 
 
 class Scripted(Random):
-    """Says the numbers it is given, and has no others."""
+    """A generator that returns the given numbers and has no others."""
 
     def __init__(self, *numbers: float):
         super().__init__()
@@ -162,7 +162,7 @@ def test_a_share_of_the_words_is_replaced(alpha, count):
 
 
 def test_words_are_counted_with_those_that_cannot_be_replaced():
-    """Half of these four words are two, and not one of the two that have a synonym."""
+    """Half of the four words are two words, not one of the two that have a synonym."""
     replaced = synonym_replacement("shirt of red wool", 0.5, Random(0), synonyms)
     assert replaced in ("jersey of crimson wool", "jersey of scarlet wool")
 
@@ -172,7 +172,7 @@ def test_the_replaced_words_are_distinct():
     assert replaced == {"crimson crimson crimson jersey", "scarlet scarlet scarlet jersey"}
 
 
-def test_where_fewer_words_have_a_synonym_all_of_them_are_replaced():
+def test_if_too_few_words_have_a_synonym_all_of_them_are_replaced():
     assert synonym_replacement("The shirt and a hat", 1.0, Random(0), synonyms) == "The jersey and a hat"
 
 
@@ -219,12 +219,12 @@ def test_two_words_swap_their_places():
     ("alpha", "expected"), [(0.0, "shirt red"), (0.5, "shirt red"), (0.99, "shirt red"), (1.0, "red shirt")]
 )
 def test_swaps_are_as_many_as_a_share_of_the_caption(alpha, expected):
-    """Of two words, an odd number of swaps turns them round and an even number turns them back."""
+    """An odd number of swaps exchanges the two words, an even number restores their order."""
     assert random_swap("red shirt", alpha, Random(0)) == expected
 
 
 def test_eda_is_one_of_the_four_equally_often():
-    """With strength 1, the caption of two words tells by what it became: two swaps bring it back."""
+    """With strength 1, the result shows the operation: two swaps restore the order of two words."""
     random = Random(0)
     kinds = []
     for _ in range(4000):
@@ -262,7 +262,7 @@ def test_without_an_operation_the_caption_is_kept():
     ],
 )
 def test_an_operation_is_chosen_by_its_name(operation, function):
-    """After the draw for the back-translation; the ones that need no synonyms do without."""
+    """The draw for the back-translation comes first. Operations that need no synonyms accept None."""
     arguments = (synonyms,) if operation in ("synonym_replacement", "random_insertion", "eda") else ()
     assert (operation in NEEDS_SYNONYMS) == bool(arguments)
     for seed in range(20):
@@ -279,7 +279,7 @@ def test_no_operation_is_left_out():
 
 @pytest.mark.parametrize("operation", TEXT_OPERATIONS)
 def test_the_order_of_a_set_of_words_decides_nothing(operation):
-    """Which differs from process to process."""
+    """The order differs between processes."""
     program = (
         "from random import Random; from text_utils.augmentation import augment_caption\n"
         f"arguments = dict(back_translation_probability=0.1, operation={operation!r}, alpha=0.3)\n"

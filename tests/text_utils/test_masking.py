@@ -8,12 +8,12 @@ from text_utils.tokenizer import END, MASK, START
 
 TOKENS = 200_000
 ORDINARY = 1000
-"""Every token of the long caption below: a random token is the same one time in 49,405 only."""
+"""Every token of the long caption below. A random token equals it only once in 49,405 draws."""
 
 
 @pytest.fixture(scope="module")
 def picked() -> list[int]:
-    """What the picked tokens of a long caption were turned into."""
+    """The results of masking for the picked tokens of a long caption."""
     ids = [START, *[ORDINARY] * TOKENS, END]
     masked, labels = mask_tokens(ids, Random(0))
     assert len(masked) == len(labels) == len(ids)
@@ -25,11 +25,11 @@ def test_share_of_picked_tokens(picked):
     assert within_six_sigma(len(picked), TOKENS, 0.15)
 
 
-def test_what_becomes_of_the_picked(picked):
-    hidden, kept = picked.count(MASK), picked.count(ORDINARY)
-    assert within_six_sigma(hidden, len(picked), 0.8)
+def test_shares_of_masked_replaced_and_kept_tokens(picked):
+    masked, kept = picked.count(MASK), picked.count(ORDINARY)
+    assert within_six_sigma(masked, len(picked), 0.8)
     assert within_six_sigma(kept, len(picked), 0.1)
-    assert within_six_sigma(len(picked) - hidden - kept, len(picked), 0.1)
+    assert within_six_sigma(len(picked) - masked - kept, len(picked), 0.1)
 
 
 def test_random_tokens_are_ordinary_and_uniform(picked):
@@ -61,7 +61,7 @@ def test_an_empty_caption_has_nothing_to_pick():
     assert mask_tokens([START, END], Random(0)) == ([START, END], [IGNORED_LABEL, IGNORED_LABEL])
 
 
-def test_the_ids_given_are_left_alone_and_the_random_state_decides():
+def test_the_given_ids_do_not_change_and_the_random_state_decides():
     ids = [START, *range(300), END]
     first = mask_tokens(ids, Random(3))
     assert ids == [START, *range(300), END]

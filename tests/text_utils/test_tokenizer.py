@@ -16,7 +16,7 @@ from text_utils.tokenizer import END, MASK, START, VOCABULARY_SIZE, Tokenizer
 
 ROWS = json.loads((Path(__file__).parents[1] / "golden" / "captions.json").read_text(encoding="utf-8"))
 LITERAL_SPECIALS = [row["text"] for row in ROWS if "<|" in row["text"]]
-"""The published code obeys what these say; ours must read them as text."""
+"""Captions that contain special tokens. The published code interprets them; ours must read them as text."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_golden_captions(tokenizer, row):
     assert tokenizer.decode(row["ids_77"]) == row["decoded"]
 
 
-def test_golden_file_is_whole():
+def test_golden_file_is_complete():
     assert len(ROWS) == 140
     assert len(LITERAL_SPECIALS) == 2
 
@@ -49,7 +49,7 @@ def test_special_ids_are_spelled_out(tokenizer):
     assert tokenizer.decode([START, MASK, END]) == "<|startoftext|><|mask|><|endoftext|>"
 
 
-def test_the_word_whose_place_the_mask_token_took(tokenizer):
+def test_the_word_whose_token_the_mask_token_replaces(tokenizer):
     assert tokenizer.encode("Dr Jekyll")[-3:] == [43893, 865, END]
     assert tokenizer.decode([43893, 865]) == "jekyll "
 
@@ -69,20 +69,20 @@ def test_characters_that_cannot_be_shown_are_dropped(tokenizer):
     assert tokenizer.encode("\x00red\x07 \x1b[31mshirt\x7f") == tokenizer.encode("red shirt")
 
 
-def test_html_entities_are_mended_twice(tokenizer):
-    """ftfy leaves entities alone in a text that has a `<`."""
+def test_html_entities_are_decoded_twice(tokenizer):
+    """ftfy does not decode entities in a text that contains a `<`."""
     assert tokenizer.encode("a < b &amp;amp; c") == tokenizer.encode("a < b & c")
 
 
 def test_contractions_are_found_in_any_case(tokenizer):
-    """The long s, which `lower` does not turn into s, is one case of s: two words here, not three."""
+    """The long s matches s in any case, though `lower` does not change it: there are two words, not three."""
     assert tokenizer.decode(tokenizer.encode("it'\u017f")[1:-1]) == "it '\u017f "
 
 
 def test_any_text_is_accepted(tokenizer):
     random = Random(0)
     for _ in range(300):
-        # Every code point, lone surrogates too: JSON can hold them.
+        # Every code point, also lone surrogates, which JSON can contain.
         text = "".join(chr(random.randrange(random.choice([0x80, 0x3000, 0x110000]))) for _ in range(30))
         start, *inside, end = tokenizer.encode(text, 1000)
         assert (start, end) == (START, END)
@@ -115,7 +115,7 @@ def test_open_clip_without_its_vocabulary(monkeypatch, tmp_path):
 
 
 def test_merges_are_applied_best_first(monkeypatch, tmp_path):
-    """Worked by hand: of `a b c`, the better merge `b c` is done first, which leaves nothing for `a b`."""
+    """Worked out by hand: in `a b c`, the merge `b c` has priority, so `a b` is not possible any more."""
     with gzip.open(tmp_path / "bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
         file.write("version\nb c</w>\na b\n")
     package = ModuleSpec("open_clip", None, is_package=True)

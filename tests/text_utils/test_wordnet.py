@@ -1,4 +1,4 @@
-"""The reader of WordNet's files, on a small database of our own in their format."""
+"""The reader of WordNet's files, tested with a small database in their format."""
 
 import multiprocessing
 import pickle
@@ -83,7 +83,7 @@ def test_it_works_in_worker_processes(folder, method):
     assert found == [["handbag", "pocket"], ["primary"], []]
 
 
-def test_a_pickle_holds_the_path_and_not_the_database(folder):
+def test_a_pickle_contains_the_path_and_not_the_database(folder):
     assert len(pickle.dumps(WordNet(folder).synonyms)) < 1000
 
 
@@ -148,7 +148,7 @@ def write_bytes_that_are_no_text(folder: Path) -> None:
         write_bytes_that_are_no_text,
     ],
 )
-def test_a_missing_or_broken_database_is_told_with_the_remedy(folder, damage):
+def test_a_missing_or_damaged_database_is_reported_with_the_remedy(folder, damage):
     WordNet(folder)
     damage(folder)
     with pytest.raises(UserError) as caught:
@@ -156,12 +156,12 @@ def test_a_missing_or_broken_database_is_told_with_the_remedy(folder, damage):
     message = str(caught.value)
     assert message.startswith(f"experiment.wordnet: {folder} ")
     assert "apt install wordnet-base" in message and "/usr/share/wordnet" in message and "`dict` folder" in message
-    assert "int()" not in message  # Python's word for it helps nobody
+    assert "int()" not in message  # Python's own message helps nobody
 
 
 @pytest.mark.skipif(not INSTALLED.is_dir(), reason="needs Debian's package wordnet-base")
-def test_the_real_database_says_what_its_own_program_says():
-    """As WordNet 3.0's program `wn WORD -over` lists them."""
+def test_the_real_database_gives_the_synonyms_of_its_own_program():
+    """Expects the synonyms that WordNet 3.0's program `wn WORD -over` lists."""
     wordnet = WordNet(INSTALLED)
     assert wordnet.synonyms("t-shirt") == ["jersey", "tee shirt"]
     assert wordnet.synonyms("backpack") == ["back pack", "haversack", "knapsack", "pack", "packsack", "rucksack"]

@@ -1,4 +1,4 @@
-"""Weights out: what the real libraries compute of an export is what we compute; and in again, the same tensors."""
+"""Exports: the real libraries compute the same features, and reading an export returns the same tensors."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from tests.helpers.seeded import TINY, clip_weights, normal
 from text_utils.tokenizer import Tokenizer
 
 CAPTIONS = [row["text"] for row in json.loads((GOLDEN / "captions.json").read_text(encoding="utf-8"))[:100]]
-"""As people write them; those behind them are traps."""
+"""Captions that people wrote; the later ones in the file are special cases."""
 SQUARE = TINY_MODEL | {"resolution": (64, 64), "text_length": 77}
 TALL = TINY_MODEL | {"resolution": (64, 32), "text_length": 77}
 FORMS = ("openclip", "huggingface", "onnx")
@@ -42,14 +42,14 @@ TOLERANCE = 1e-4
 
 
 class Source(NamedTuple):
-    """A checkpoint, and the model that it is of."""
+    """A checkpoint, and its model."""
 
     path: Path
     model: TBPSCLIP
 
 
 def checkpoint(folder: Path, architecture: dict, activation: str) -> Source:
-    """As a run leaves it, training heads included."""
+    """Writes a checkpoint like that of a run, including training heads."""
     torch.manual_seed(0)
     sizes = {"resolution": architecture["resolution"], "context": architecture["text_length"]}
     own = {"activation": activation, "simclr_widths": [32, 8, 32]}
@@ -78,7 +78,7 @@ def tall(tmp_path) -> Source:
 
 
 def export(form: str, source: Path, folder: Path, *overrides: str) -> str:
-    """As `main.py --export` does it; gives the line for the log."""
+    """Exports like `main.py --export`, and returns the line for the log."""
     weights = read_weights(source)
     model, config, _ = build_saved_model(load_config(overrides=overrides), weights)
     return exporting.export(form, folder, build_export(config, model.eval(), weights, Tokenizer()))
@@ -89,7 +89,7 @@ def images(*size: int, count: int = 5) -> Tensor:
 
 
 def picture() -> Image.Image:
-    """Smooth enough that two ways of resizing agree."""
+    """Returns an image that is so smooth that two ways of resizing agree."""
     coarse = Image.fromarray((255 * np.random.RandomState(0).rand(9, 5, 3)).astype(np.uint8))
     return coarse.resize((90, 210), Image.Resampling.BICUBIC)
 
@@ -148,18 +148,18 @@ def test_transformers_computes_the_same(source, tmp_path):
     assert_image_features(
         source.model, images(64, 64), model.get_image_features(pixel_values=images(64, 64)).pooler_output
     )
-    of_text = model.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    assert_near(of_text.pooler_output, text_features(source.model))
+    text_output = model.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert_near(text_output.pooler_output, text_features(source.model))
     assert model.logit_scale == source.model.logit_scale
     assert model.config.logit_scale_init_value == pytest.approx(source.model.logit_scale.item())
     expected = EvaluationView((64, 64))(picture())
     torch.testing.assert_close(inputs["pixel_values"][0], expected, rtol=0, atol=0.02)
-    assert list(processor.image_processor.image_mean) == [0.485, 0.456, 0.406]  # ImageNet's, which it was trained with
+    assert list(processor.image_processor.image_mean) == [0.485, 0.456, 0.406]  # ImageNet's, used in training
     assert list(processor.image_processor.image_std) == [0.229, 0.224, 0.225]
 
 
 def test_transformers_reads_the_tokenizer(tmp_path):
-    """Captions of people get our ids, and so does the word whose token is the mask here."""
+    """It returns our ids, also for the word whose token is our mask token."""
     export("huggingface", checkpoint(tmp_path, SQUARE, "gelu").path, tmp_path / "out")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), Tokenizer()
     long = "a man in a red coat " * 30
@@ -172,32 +172,34 @@ def test_transformers_reads_the_tokenizer(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["square", "tall"])
 def test_onnxruntime_computes_the_same(tmp_path, kind):
-    made = checkpoint(tmp_path, *((SQUARE, "gelu") if kind == "square" else (TALL, "quick_gelu")))
+    trained = checkpoint(tmp_path, *((SQUARE, "gelu") if kind == "square" else (TALL, "quick_gelu")))
     folder = tmp_path / "out"
-    export("onnx", made.path, folder)
-    of_images, of_text = (onnxruntime.InferenceSession(folder / f"{name}_encoder.onnx") for name in ("image", "text"))
+    export("onnx", trained.path, folder)
+    image_session, text_session = (
+        onnxruntime.InferenceSession(folder / f"{name}_encoder.onnx") for name in ("image", "text")
+    )
     size = SQUARE["resolution"] if kind == "square" else TALL["resolution"]
     for count in (1, 2, 5):
-        found = of_images.run(["features"], {"images": images(*size, count=count).numpy()})[0]
-        assert_image_features(made.model, images(*size, count=count), found)
+        found = image_session.run(["features"], {"images": images(*size, count=count).numpy()})[0]
+        assert_image_features(trained.model, images(*size, count=count), found)
 
-    expected, longest = text_features(made.model), int((token_rows() > 0).sum(dim=1).max())
+    expected, longest = text_features(trained.model), int((token_rows() > 0).sum(dim=1).max())
     for token_ids in (token_rows(), token_rows(longest)):
-        assert_near(torch.as_tensor(of_text.run(["features"], {"token_ids": token_ids.numpy()})[0]), expected)
+        assert_near(torch.as_tensor(text_session.run(["features"], {"token_ids": token_ids.numpy()})[0]), expected)
     caption = np.array([Tokenizer().encode(CAPTIONS[0], 77)])
-    alone = of_text.run(["features"], {"token_ids": caption})[0]  # without padding, a batch of one
-    assert_near(torch.as_tensor(alone), expected[:1])
+    single = text_session.run(["features"], {"token_ids": caption})[0]  # without padding, a batch of one
+    assert_near(torch.as_tensor(single), expected[:1])
 
-    metadata = of_text.get_modelmeta().custom_metadata_map
-    assert float(metadata["logit_scale"]) == made.model.logit_scale.item()
+    metadata = text_session.get_modelmeta().custom_metadata_map
+    assert float(metadata["logit_scale"]) == trained.model.logit_scale.item()
     processor = CLIPImageProcessor.from_pretrained(folder)
     pixels = torch.as_tensor(np.asarray(processor(picture())["pixel_values"][0]))
     torch.testing.assert_close(pixels, EvaluationView(size)(picture()), rtol=0, atol=0.02)
 
 
 @pytest.mark.slow
-def test_onnx_models_beyond_the_format_s_two_gigabytes_keep_their_weights_beside(tall, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "ONE_FILE", 0)
+def test_onnx_models_above_two_gigabytes_store_their_weights_in_a_second_file(tall, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "MAX_SINGLE_FILE_BYTES", 0)
     export("onnx", tall.path, tmp_path / "out")
     assert (tmp_path / "out/text_encoder.onnx").stat().st_size < 1_000_000 < 49408 * 48 * 4
     session = onnxruntime.InferenceSession(tmp_path / "out/image_encoder.onnx")
@@ -207,38 +209,38 @@ def test_onnx_models_beyond_the_format_s_two_gigabytes_keep_their_weights_beside
 @pytest.mark.slow
 @torch.no_grad()
 def test_towers_as_wide_as_vit_b16_are_the_same_in_all_three(tmp_path):
-    """Three layers of the twelve: the others would only take four times as long."""
+    """Uses three of the twelve layers: the others would only take four times as long."""
     layers = {"vision_layers": 3, "text_layers": 3}
     model = seeded_model(VIT_B16 | layers, clip_weights(**layers))
     path = tmp_path / "weights.pt"
     torch.save({"model": model.state_dict(), "config": {}}, path)
     for form in FORMS:
         export(form, path, tmp_path / form)
-    of_images = onnxruntime.InferenceSession(tmp_path / "onnx/image_encoder.onnx")
+    image_session = onnxruntime.InferenceSession(tmp_path / "onnx/image_encoder.onnx")
     found = {
         "openclip": open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval().encode_image,
         "huggingface": lambda x: (
             CLIPModel.from_pretrained(tmp_path / "huggingface").get_image_features(x).pooler_output
         ),
-        "onnx": lambda x: torch.as_tensor(of_images.run(None, {"images": x.numpy()})[0]),
+        "onnx": lambda x: torch.as_tensor(image_session.run(None, {"images": x.numpy()})[0]),
     }
     pixels = images(224, 224, count=2)
     for encode in found.values():
         assert_image_features(model, pixels, encode(pixels))
 
     expected, token_ids = text_features(model)[:16], token_rows()[:16]
-    of_text = onnxruntime.InferenceSession(tmp_path / "onnx/text_encoder.onnx")
+    text_session = onnxruntime.InferenceSession(tmp_path / "onnx/text_encoder.onnx")
     theirs = CLIPModel.from_pretrained(tmp_path / "huggingface")
     assert_near(open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval().encode_text(token_ids), expected)
     assert_near(theirs.get_text_features(token_ids, attention_mask=(token_ids > 0).long()).pooler_output, expected)
-    assert_near(torch.as_tensor(of_text.run(None, {"token_ids": token_ids.numpy()})[0]), expected)
+    assert_near(torch.as_tensor(text_session.run(None, {"token_ids": token_ids.numpy()})[0]), expected)
 
 
 # ---- round trips ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["openclip", "huggingface"])
-def test_out_and_in_again_are_the_same_tensors_and_settings(source, tmp_path, form):
+def test_reading_an_export_returns_the_same_tensors_and_settings(source, tmp_path, form):
     export(form, source.path, tmp_path / "out")
     first, second = read_weights(source.path), read_weights(tmp_path / "out")
     assert second.form == {"openclip": "folder of open_clip", "huggingface": "folder of Hugging Face"}[form]
@@ -276,7 +278,7 @@ def test_a_single_file_of_an_export_needs_the_activation_to_be_given(source, tmp
             config_of_weights(load_config(), found)
 
 
-def test_what_transformers_saves_of_an_export_is_the_same_again(source, tmp_path):
+def test_transformers_saves_an_export_without_changes(source, tmp_path):
     export("huggingface", source.path, tmp_path / "out")
     CLIPModel.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     CLIPProcessor.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
@@ -286,16 +288,16 @@ def test_what_transformers_saves_of_an_export_is_the_same_again(source, tmp_path
 
 
 def test_a_published_checkpoint_is_exported(tmp_path):
-    made = checkpoint(tmp_path, SQUARE, "quick_gelu")
+    trained = checkpoint(tmp_path, SQUARE, "quick_gelu")
     state = {
         name.replace("image_encoder.", "visual.").replace("text_encoder.", "encode_text."): value
-        for name, value in made.model.state_dict().items()
+        for name, value in trained.model.state_dict().items()
         if name.startswith(("image_encoder.", "text_encoder.", "logit_scale"))
     }
     config = EasyDict(experiment={"input_resolution": 64, "text_length": 77})
     torch.save({"model": state, "optimizer": {}, "config": config}, tmp_path / "published.pth")
     export("huggingface", tmp_path / "published.pth", tmp_path / "out")
-    assert_same_weights(read_weights(tmp_path / "out"), read_weights(made.path))
+    assert_same_weights(read_weights(tmp_path / "out"), read_weights(trained.path))
 
 
 def test_clip_that_was_not_trained_here_keeps_clip_s_preprocessing(tmp_path):
@@ -351,11 +353,11 @@ MISTAKES = {
     ),
     "folder that exists": (
         lambda source, folder: ("--export", "openclip", folder, f"model.checkpoint={source.path}"),
-        ["exists"],
+        ["already exists"],
     ),
     "file that exists": (
         lambda source, folder: ("--export", "openclip", source.path, f"model.checkpoint={source.path}"),
-        ["checkpoint_best.pth exists"],
+        ["checkpoint_best.pth already exists"],
     ),
     "no weights": (lambda source, folder: ("--export", "onnx", folder / "out", "model.checkpoint=null"), ["null"]),
     "no such weights": (
@@ -384,7 +386,7 @@ MISTAKES = {
     ),
     "a file in its way": (
         lambda source, folder: ("--export", "openclip", source.path / "out", f"model.checkpoint={source.path}"),
-        ["cannot be written", "choose another folder"],
+        ["is not a folder", "choose another folder"],
     ),
 }
 
@@ -415,11 +417,11 @@ def test_packages_that_are_missing_are_named(run, tall, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_disk_that_gets_full_leaves_nothing(run, tmp_path, full_disk, form):
-    made = checkpoint(tmp_path, SQUARE, "gelu")
+    trained = checkpoint(tmp_path, SQUARE, "gelu")
     full_disk(1_000_000)
-    message = only_error(run("--export", form, tmp_path / "out", f"model.checkpoint={made.path}"))
+    message = only_error(run("--export", form, tmp_path / "out", f"model.checkpoint={trained.path}"))
     assert "cannot be written" in message and "free some space" in message
-    assert [path.name for path in tmp_path.iterdir()] == [made.path.name]
+    assert [path.name for path in tmp_path.iterdir()] == [trained.path.name]
 
 
 def test_a_failure_leaves_nothing(tall, tmp_path, monkeypatch):
@@ -433,10 +435,9 @@ def test_a_failure_leaves_nothing(tall, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [tall.path.name]
 
 
-def test_what_a_killed_export_leaves_is_in_nobody_s_way(tall, tmp_path):
-    code = (
-        f"from misc.files import whole_folder\nwith whole_folder(__import__('pathlib').Path({str(tmp_path / 'out')!r}))"
-    )
+def test_the_remains_of_a_killed_export_do_not_matter(tall, tmp_path):
+    code = "from pathlib import Path; from misc.files import atomic_folder\n"
+    code += f"with atomic_folder(Path({str(tmp_path / 'out')!r}))"
     code += " as folder:\n (folder / 'half').write_text('x'); print('there', flush=True); import time; time.sleep(60)"
     writing = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert writing.stdout.readline() == "there\n"
@@ -456,7 +457,7 @@ def test_a_folder_of_the_user_with_such_a_name_is_kept(tall, tmp_path):
     assert (tmp_path / "out.part/precious").exists()
 
 
-def test_of_two_exports_to_one_folder_one_is_whole_and_the_other_told_so(tmp_path):
+def test_one_of_two_exports_to_the_same_folder_fails(tmp_path):
     with pytest.raises(FileExistsError), atomic_folder(tmp_path / "out") as second:
         (second / "second").touch()
         with atomic_folder(tmp_path / "out") as first:
@@ -464,7 +465,7 @@ def test_of_two_exports_to_one_folder_one_is_whole_and_the_other_told_so(tmp_pat
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
 
 
-def test_parents_that_were_made_go_with_a_failure(tmp_path):
+def test_new_parents_are_removed_after_a_failure(tmp_path):
     with pytest.raises(ArithmeticError), atomic_folder(tmp_path / "a/b/out") as folder:
         (folder / "file").touch()
         raise ArithmeticError

@@ -1,4 +1,4 @@
-"""Weights in: forms of files, renaming, resizing, and everything that must be refused."""
+"""Reading weights: forms of files, renaming, resizing, and files that must be refused."""
 
 import math
 import os
@@ -31,7 +31,7 @@ def weights(**changes) -> dict[str, Tensor]:
 
 
 def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As OpenAI's archive: norms and embeddings stay in full precision, all else is half."""
+    """Converts to the precision of OpenAI's archive: norms and embeddings stay in full precision, the rest is half."""
     return {
         name: value if ".ln_" in f".{name}" or "embedding" in name else value.half() for name, value in state.items()
     }
@@ -48,7 +48,7 @@ def load(model: nn.Module, path: Path) -> list[str]:
 
 
 class Holder(nn.Module):
-    """A node of a module tree that only holds parameters."""
+    """A node of a module tree that only contains parameters."""
 
     def hold(self, state: dict[str, Tensor]) -> nn.Module:
         for name, value in state.items():
@@ -65,7 +65,7 @@ class Holder(nn.Module):
 
 
 class TracedHolder(Holder):
-    """Runs, and has a mask outside its state dict as OpenAI's text encoder does."""
+    """A module that runs, and has a mask outside its state dict like OpenAI's text encoder."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class TracedHolder(Holder):
 
 def save_torchscript(state: dict[str, Tensor], path: Path, traced: bool = False) -> Path:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces the end of TorchScript
+        warnings.simplefilter("ignore")  # torch warns that TorchScript is deprecated
         if traced:
             archive = torch.jit.trace(TracedHolder().hold(state), torch.zeros(32, 48))
         else:
@@ -208,7 +208,7 @@ def test_state_dict_is_read_in_every_wrapping(tmp_path, wrap, options):
     assert not any(value.requires_grad for value in found.values())
 
 
-def test_what_was_read_does_not_depend_on_the_file(tmp_path):
+def test_the_weights_do_not_depend_on_the_file_after_reading(tmp_path):
     path = save(weights(), tmp_path / "weights.pt")
     found = read_weights(path).state
     path.write_bytes(b"\0" * path.stat().st_size)
@@ -216,7 +216,7 @@ def test_what_was_read_does_not_depend_on_the_file(tmp_path):
 
 
 class Sabotage:
-    """Creates a folder where it is unpickled carelessly."""
+    """An object that creates a folder when it is unpickled without checks."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -243,7 +243,7 @@ def write_sabotaged_archive(path: Path, victim: Path) -> None:
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, write):
     victim, path = tmp_path / "victim", tmp_path / "weights.pt"
     pickle.loads(pickle.dumps(Sabotage(victim)))
-    assert victim.exists()  # it does harm when it runs
+    assert victim.exists()  # it does harm if it runs
     victim.rmdir()
     write(path, victim)
     with pytest.raises(UserError) as error:
@@ -255,7 +255,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, write):
 def test_missing_file_and_folder_are_refused(tmp_path):
     for path, reason in (
         (tmp_path / "none.pt", "No such file"),
-        (tmp_path, "a folder, but none of Hugging Face or open"),
+        (tmp_path, "a folder, but not one of Hugging Face or open"),
     ):
         with pytest.raises(UserError) as error:
             read_weights(path)
@@ -357,7 +357,7 @@ def test_names_of_the_model_become_openai_s_and_back():
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def test_archive_is_loaded_into_encoders_and_temperature_alone(tmp_path):
+def test_archive_is_loaded_only_into_encoders_and_temperature(tmp_path):
     state = halved(weights())
     path = save_torchscript(state, tmp_path / "ViT-B-16.pt")
     model = build_model(resolution=(64, 64))
@@ -407,7 +407,7 @@ def test_position_embeddings_are_resized_and_logged(tmp_path):
     assert torch.equal(model.text_encoder.positional_embedding, resize_text_position_embedding(text, 24))
 
 
-def test_what_cannot_be_resized_is_refused_and_the_model_is_unchanged(tmp_path):
+def test_weights_that_cannot_be_resized_are_refused_and_the_model_is_unchanged(tmp_path):
     model = build_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     path = save(weights(resolution=(96, 32)), tmp_path / "weights.pt")
@@ -442,7 +442,7 @@ def test_heads_that_the_model_does_not_have_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("identities", [None, 9], ids=["no head", "of other size"])
-def test_a_head_that_does_not_fit_starts_afresh(tmp_path, identities):
+def test_a_head_that_does_not_fit_is_not_loaded(tmp_path, identities):
     architecture = TINY_MODEL | {"text_width": 16, "text_heads": 1, "simclr_widths": [32, 8, 32]}
     source, target = make_model(**architecture, identities=identities), build_model()
     fresh = {name: value.clone() for name, value in target.state_dict().items()}
@@ -455,7 +455,7 @@ def test_a_head_that_does_not_fit_starts_afresh(tmp_path, identities):
     assert not torch.equal(target.state_dict()["simclr_projector.0.weight"], fresh["simclr_projector.0.weight"])
 
 
-# ---- what is not one whole CLIP -------------------------------------------------------------------------------------
+# ---- incomplete and other weights -----------------------------------------------------------------------------------
 
 
 def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
@@ -466,7 +466,7 @@ REFUSED = {
     "vocabulary": (lambda: weights(vocab=60), ["vocabulary", "60", "49408", "token_embedding.weight"]),
     "towers of different width": (
         lambda: weights() | {"visual.proj": torch.ones(64, 16)},
-        ["the two towers end in different widths", "visual.proj (64, 16)", "text_projection (16, 32)"],
+        ["the two encoders end in different widths", "visual.proj (64, 16)", "text_projection (16, 32)"],
     ),
     "vision width": (lambda: weights() | {"visual.proj": torch.ones(65, 32)}, ["disagree on the vision_width"]),
     "patches that are not square": (
@@ -499,7 +499,7 @@ REFUSED = {
     ),
     "nothing": (
         lambda: weights() | {"visual.proj": torch.ones(64, 0)},
-        ["visual.proj is (64, 0), which holds nothing"],
+        ["visual.proj is (64, 0), so the tensor is empty"],
     ),
     "a name of two lines": (lambda: weights() | {"visual.a\nb": torch.ones(1)}, ["visual.a b is unknown"]),
     "a number of a block without end": (
@@ -533,7 +533,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_one_whole_clip_is_refused(tmp_path, case):
+def test_anything_but_one_complete_clip_is_refused(tmp_path, case):
     build_state, words = REFUSED[case]
     path = save(build_state(), tmp_path / "weights.pt")
     with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""Tags of open_clip: which weights they mean, where these are looked for, and what happens without a network."""
+"""Tags of open_clip: their weights, the search for the file, and the behaviour without a network."""
 
 import hashlib
 import os
@@ -35,14 +35,14 @@ NARROW = {
     "vision_cfg": {"image_size": 224, "layers": 1, "width": 96, "head_width": 8, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 8, "layers": 1},
 }
-"""What open_clip tells of ViT-B-16 where a test says so: no test needs 600 MB of weights."""
+"""A small replacement for open_clip's configuration of ViT-B-16, so that no test needs 600 MB of weights."""
 
 
 def weights() -> dict[str, torch.Tensor]:
     return {name: torch.as_tensor(value) for name, value in clip_weights(**SIZES).items()}
 
 
-# ---- which weights a tag means --------------------------------------------------------------------------------------
+# ---- the weights of a tag -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_a_tag_that_means_no_clip_is_refused(source, words):
     assert message.startswith(f"{source}: ") and all(word in message for word in words) and "\n" not in message
 
 
-# ---- where its file is looked for -----------------------------------------------------------------------------------
+# ---- the search for the file ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """A user who has downloaded nothing, on a machine without a network."""
+    """The home of a user who has downloaded nothing, on a machine without a network."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -110,7 +110,7 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_without_a_network_the_place_of_the_file_is_told(home, monkeypatch):
+def test_without_a_network_the_path_of_the_file_is_reported(home, monkeypatch):
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: NARROW)
     place = home / ".cache/clip/ViT-B-16-laion2b_s34b_b88k"
     with pytest.raises(UserError) as caught:
@@ -126,7 +126,7 @@ def test_without_a_network_the_place_of_the_file_is_told(home, monkeypatch):
 
 
 def test_a_server_that_never_answers_is_not_waited_for(home, monkeypatch):
-    """Looking up a name, and connecting through some firewalls, hangs for minutes."""
+    """Name resolution, and connections through some firewalls, can hang for minutes."""
     ended = threading.Event()
 
     def hang(*_, **__):
@@ -148,7 +148,7 @@ def test_a_hub_that_the_user_has_turned_off_is_not_asked(home, monkeypatch):
         fetch(find_entry("laion2b_s34b_b88k"))
 
 
-def test_a_proxy_whose_address_is_none_is_no_network(home, monkeypatch):
+def test_a_proxy_with_an_invalid_address_counts_as_no_network(home, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:abc")
     with pytest.raises(UserError, match="huggingface.co cannot be reached"):
         fetch(find_entry("laion2b_s34b_b88k"))
@@ -166,7 +166,7 @@ def test_a_file_that_is_not_the_one_of_its_tag_is_refused_and_kept(home):
     assert hashlib.sha256(place.read_bytes()).hexdigest() == digest
 
 
-def test_a_tag_whose_file_holds_another_model_is_refused(home):
+def test_a_tag_whose_file_contains_another_model_is_refused(home):
     place = home / ".cache/clip/ViT-B-16-laion2b_s34b_b88k"
     place.parent.mkdir(parents=True)
     narrow = clip_weights(**SIZES | {"vision_width": 64})
@@ -181,9 +181,9 @@ def test_a_tag_whose_file_holds_another_model_is_refused(home):
 
 @contextmanager
 def server(files: dict[str, bytes], sent: int | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Serves files as a plain web server and as the Hugging Face hub do, or so many bytes of each.
+    """Serves files like a plain web server and the Hugging Face hub; with `sent`, only this many bytes of each.
 
-    Gives its address and what was asked for.
+    Yields its address, and the list of requests.
     """
     asked = []
 
@@ -233,8 +233,8 @@ def test_a_file_at_a_plain_address_is_downloaded_checked_and_kept(home, tmp_path
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_of_a_download_that_broke_off_nothing_is_kept(home, tmp_path, cut):
-    """open_clip itself keeps it, and would take it for the weights from then on."""
+def test_nothing_is_kept_of_an_interrupted_download(home, tmp_path, cut):
+    """open_clip itself keeps it, and would use it as the weights from then on."""
     torch.save(weights(), tmp_path / "weights.pt")
     content = (tmp_path / "weights.pt").read_bytes()
     with server({"/b16.pt": content}, sent=len(content) // 2 if cut else None) as (address, _):
@@ -247,7 +247,7 @@ def test_of_a_download_that_broke_off_nothing_is_kept(home, tmp_path, cut):
     assert not list((home / ".cache/clip").iterdir())
 
 
-def test_where_the_hub_does_not_have_it_the_plain_address_is_asked(home, tmp_path, monkeypatch):
+def test_the_plain_address_is_asked_if_the_hub_does_not_have_the_file(home, tmp_path, monkeypatch):
     torch.save(weights(), tmp_path / "weights.pt")
     content = (tmp_path / "weights.pt").read_bytes()
     with server({"/b16.pt": content}) as (address, _):
@@ -271,7 +271,7 @@ def test_a_file_that_the_server_does_not_have_is_refused(home):
 
 
 def main(*arguments: str, home: Path, hub: str, **environment: str) -> Outcome:
-    """`main.py` of a user with this home and this hub."""
+    """Runs `main.py` for a user with this home and this hub."""
     own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": hub, "no_proxy": "127.0.0.1"}
     narrow = (
         f"import open_clip, sys; open_clip.get_model_config = lambda name: {NARROW}; import main; sys.exit(main.main())"
@@ -297,14 +297,15 @@ def test_a_tag_is_downloaded_from_the_hub_once(tmp_path):
         outcome = main(*arguments, home=tmp_path, hub=hub)
         assert outcome.status == 0, outcome
         assert (
-            "weights of ViT-B-16/laion2b_s34b_b88k" in outcome.out and "activation: gelu (as they tell)" in outcome.out
+            "weights of ViT-B-16/laion2b_s34b_b88k" in outcome.out
+            and "activation: gelu (recorded with the weights)" in outcome.out
         )
         assert f"GET {path}" in asked
     found = read_weights(out)
     assert all(torch.equal(found.state[name], value) for name, value in weights().items())
     assert found.settings.activation == "gelu"
 
-    # The server is gone, and the file is there.
+    # The server has stopped, but the file is on this machine.
     again = main(
         "--export", "openclip", str(tmp_path / "again"), "model.checkpoint=laion2b_s34b_b88k", home=tmp_path, hub=hub
     )
@@ -313,7 +314,7 @@ def test_a_tag_is_downloaded_from_the_hub_once(tmp_path):
     assert "127.0.0.1 cannot be reached" in only_error(missing) and not (tmp_path / "other").exists()
 
 
-def test_open_clip_is_imported_for_tags_alone():
+def test_open_clip_is_imported_only_for_tags():
     """Its import takes seconds."""
     code = "import sys, main; sys.exit('open_clip' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

@@ -1,4 +1,4 @@
-"""Weights in, whatever form they have: the real libraries write them, and the features are theirs."""
+"""Reading all forms of weights: the real libraries write them, and our features must equal theirs."""
 
 import json
 import pickle
@@ -36,7 +36,7 @@ SMALL = {key: TINY_MODEL[key] for key in TOWER_KEYS}
 
 
 def architecture(found: Weights) -> dict:
-    """As a model is built from it."""
+    """Returns the architecture of the model that is built from the weights."""
     saved = config_of_weights(load_config(), found)
     return {key: saved.model[key] for key in TOWER_KEYS}
 
@@ -53,14 +53,14 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def features(found: Weights, *overrides: str) -> tuple[Tensor, Tensor]:
-    """What our model computes with the weights that were read."""
+    """Computes the features of our model with the weights."""
     model, _, _ = build_saved_model(load_config(overrides=overrides), found)
     images, token_ids = inputs()
     return model.eval().encode_image(images), model.encode_text(token_ids)
 
 
 def hugging_face_model(activation: str) -> CLIPModel:
-    """Random weights; heads that are not those of 64 channels, to be told by the configuration alone."""
+    """Builds a model with random weights. Its heads do not have 64 channels, so only its configuration shows them."""
     torch.manual_seed(0)
     both = {"num_hidden_layers": 2, "hidden_act": activation, "projection_dim": 32}
     vision = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
@@ -69,15 +69,15 @@ def hugging_face_model(activation: str) -> CLIPModel:
     model = CLIPModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))  # no zero biases, no equal norms
+            parameter.add_(0.05 * torch.randn_like(parameter))  # so that no bias is zero and no two norms are equal
     return model
 
 
 @torch.no_grad()
 def hugging_face_features(model: CLIPModel) -> tuple[Tensor, Tensor]:
     images, token_ids = inputs()
-    of_text = model.get_text_features(input_ids=token_ids, attention_mask=(token_ids > 0).long())
-    return model.get_image_features(pixel_values=images).pooler_output, of_text.pooler_output
+    text_output = model.get_text_features(input_ids=token_ids, attention_mask=(token_ids > 0).long())
+    return model.get_image_features(pixel_values=images).pooler_output, text_output.pooler_output
 
 
 def open_clip_model(activation: str) -> open_clip.CLIP:
@@ -133,7 +133,7 @@ def refusal(source: Path) -> str:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_folder_of_hugging_face_tells_all(tmp_path, activation):
+def test_a_folder_of_hugging_face_records_all_settings(tmp_path, activation):
     model = hugging_face_model(activation)
     model.save_pretrained(tmp_path)
     found = read_weights(tmp_path)
@@ -144,13 +144,13 @@ def test_a_folder_of_hugging_face_tells_all(tmp_path, activation):
 
 
 def test_the_two_activations_are_not_the_same():
-    """So the tests above can fail."""
-    quick, to_plain = hugging_face_model("quick_gelu"), hugging_face_model("gelu")
-    assert_differ(hugging_face_features(quick), hugging_face_features(to_plain))
+    """Shows that the tests above can fail."""
+    quick, gelu = hugging_face_model("quick_gelu"), hugging_face_model("gelu")
+    assert_differ(hugging_face_features(quick), hugging_face_features(gelu))
 
 
-def test_a_folder_that_transformers_saved_anew(tmp_path):
-    """It writes the settings of images into another file than we do."""
+def test_a_folder_that_transformers_saved_again(tmp_path):
+    """transformers writes the settings of images to another file than our export."""
     model = hugging_face_model("gelu")
     model.save_pretrained(tmp_path)
     own = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.1, 0.3], "do_center_crop": False, "resample": 2}
@@ -162,7 +162,7 @@ def test_a_folder_that_transformers_saved_anew(tmp_path):
     assert read_weights(tmp_path).preprocessing == expected
 
 
-def test_a_folder_of_old_whose_second_sections_overrule(tmp_path):
+def test_an_old_folder_whose_second_sections_override(tmp_path):
     model = hugging_face_model("gelu")
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -182,14 +182,14 @@ def test_a_broken_index_is_refused(tmp_path, weight_map):
     assert "model.safetensors.index.json" in refusal(tmp_path)
 
 
-def test_json_without_end_is_refused(tmp_path):
+def test_endless_json_is_refused(tmp_path):
     hugging_face_model("gelu").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert "config.json cannot be read" in refusal(tmp_path)
 
 
-def test_of_two_configurations_the_one_with_weights_counts(tmp_path):
-    """Repositories of the hub hold the files of both tools; a download may be of one."""
+def test_the_configuration_that_has_weights_is_used(tmp_path):
+    """Repositories on the hub contain the files of both tools, but a download may have only one."""
     model = hugging_face_model("gelu")
     model.save_pretrained(tmp_path)
     config = {"model_cfg": open_clip_config("gelu"), "preprocess_cfg": {}}
@@ -203,11 +203,11 @@ def test_of_two_configurations_the_one_with_weights_counts(tmp_path):
 def test_a_state_dict_in_hugging_face_names(tmp_path, suffix):
     model = hugging_face_model("gelu")
     path = tmp_path / f"model.{suffix}"
-    state = model.state_dict() | {"text_model.embeddings.position_ids": torch.arange(24)[None]}  # of older files
+    state = model.state_dict() | {"text_model.embeddings.position_ids": torch.arange(24)[None]}  # as in older files
     save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
     found = read_weights(path)
     assert "names of Hugging Face" in found.form and found.settings.activation is None
-    given = ("model.activation=gelu", "model.vision_heads=2", "model.text_heads=3")  # a file alone does not tell
+    given = ("model.activation=gelu", "model.vision_heads=2", "model.text_heads=3")  # a file does not record them
     assert_equal(features(found, *given), hugging_face_features(model))
 
 
@@ -259,15 +259,15 @@ def test_a_folder_of_another_model_is_refused(tmp_path, change, words):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), ["a folder, but none of", "model.safetensors"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["a folder, but not one of", "model.safetensors"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read"]),
-        (lambda folder: (folder / "config.json").write_text("[]"), ["config.json holds a list"]),
-        (lambda folder: (folder / "config.json").unlink(), ["a folder, but none of"]),
+        (lambda folder: (folder / "config.json").write_text("[]"), ["config.json contains a list"]),
+        (lambda folder: (folder / "config.json").unlink(), ["a folder, but not one of"]),
         (lambda folder: cut_off(folder / "model.safetensors"), ["damaged"]),
     ],
     ids=["no weights", "cut off", "no keys", "no configuration", "weights cut off"],
 )
-def test_a_folder_that_is_not_whole_is_refused(tmp_path, spoil, words):
+def test_an_incomplete_folder_is_refused(tmp_path, spoil, words):
     hugging_face_model("quick_gelu").save_pretrained(tmp_path)
     spoil(tmp_path)
     message = refusal(tmp_path)
@@ -295,7 +295,7 @@ def cut_off(path: Path) -> None:
     ],
     ids=["no key", "no projection", "unknown", "other width", "other shape"],
 )
-def test_a_state_dict_of_hugging_face_that_is_not_whole_is_refused(tmp_path, spoil, words):
+def test_an_incomplete_state_dict_of_hugging_face_is_refused(tmp_path, spoil, words):
     state = to_hugging_face(weights())
     spoil(state)
     torch.save(state, tmp_path / "model.bin")
@@ -315,7 +315,7 @@ def test_names_of_hugging_face_and_back_are_the_same_tensors():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_folder_of_open_clip_tells_all(tmp_path, activation):
+def test_a_folder_of_open_clip_records_all_settings(tmp_path, activation):
     model = open_clip_folder(tmp_path / "model", activation)
     found = read_weights(tmp_path / "model")
     assert found.form == "folder of open_clip"
@@ -326,7 +326,7 @@ def test_a_folder_of_open_clip_tells_all(tmp_path, activation):
 
 @pytest.mark.parametrize("wrap", [dict, lambda state: {"epoch": 3, "name": "run", "state_dict": state}])
 def test_a_training_checkpoint_of_open_clip(tmp_path, wrap):
-    """As its own training writes it under DistributedDataParallel."""
+    """open_clip writes it when it trains with DistributedDataParallel."""
     state = open_clip_model("gelu").state_dict()
     torch.save(wrap({f"module.{name}": value for name, value in state.items()}), tmp_path / "epoch_3.pt")
     found = read_weights(tmp_path / "epoch_3.pt")
@@ -383,7 +383,7 @@ def test_a_folder_of_open_clip_with_broken_settings_is_refused(tmp_path, config,
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14"])
 def test_the_architecture_is_read_from_the_tensors(name):
-    """The expected sizes are open_clip's; the tensors are not stored, only their shapes count."""
+    """Expects open_clip's sizes. Only the shapes matter, so there are no tensors."""
     theirs = open_clip.get_model_config(name)
     vision, text = theirs["vision_cfg"], theirs["text_cfg"]
     shapes = clip_shapes(
@@ -409,10 +409,10 @@ def test_the_architecture_is_read_from_the_tensors(name):
     assert usual_heads(sizes["text_width"]) == text["heads"]
 
 
-# ---- what the configuration has to say ------------------------------------------------------------------------------
+# ---- weights and configuration --------------------------------------------------------------------------------------
 
 
-def settled(path: Path, *overrides: str):
+def resolved(path: Path, *overrides: str):
     fixed = ("experiment.input_resolution=64",)
     return resolve_architecture(load_config(overrides=(*fixed, *overrides)), read_weights(path))
 
@@ -424,45 +424,45 @@ def state_dict(tmp_path) -> Path:
     return path
 
 
-def test_an_activation_that_nothing_tells_must_be_given(state_dict):
+def test_an_activation_that_is_not_recorded_must_be_given(state_dict):
     with pytest.raises(UserError) as error:
-        settled(state_dict)
+        resolved(state_dict)
     message = str(error.value)
     assert all(word in message for word in (str(state_dict), "model.activation=quick_gelu", "model.activation=gelu"))
     for activation in ACTIVATIONS:
-        config = settled(state_dict, f"model.activation={activation}")
+        config = resolved(state_dict, f"model.activation={activation}")
         assert config.model.activation == activation
         notes = weight_notes(config, read_weights(state_dict))
         assert f"activation: {activation} (given as model.activation)" in notes
 
 
-def test_an_activation_that_is_told_is_logged_and_not_overruled(tmp_path):
+def test_a_recorded_activation_is_logged_and_not_overridden(tmp_path):
     open_clip_folder(tmp_path / "model", "gelu")
-    config = settled(tmp_path / "model")
+    config = resolved(tmp_path / "model")
     notes = weight_notes(config, read_weights(tmp_path / "model"))
-    assert "activation: gelu (as they tell)" in notes
+    assert "activation: gelu (recorded with the weights)" in notes
     with pytest.raises(
         UserError, match=r"model.activation: quick_gelu does not fit .*activation gelu: set model.*=auto"
     ):
-        settled(tmp_path / "model", "model.activation=quick_gelu")
+        resolved(tmp_path / "model", "model.activation=quick_gelu")
 
 
-def test_the_architecture_of_the_weights_takes_the_place_of_auto(state_dict):
-    config = settled(state_dict, "model.activation=gelu", "model.vision_heads=2")
-    expected = SMALL | {"activation": "gelu", "text_heads": 1}  # 64 channels, for want of better
+def test_the_architecture_of_the_weights_replaces_auto(state_dict):
+    config = resolved(state_dict, "model.activation=gelu", "model.vision_heads=2")
+    expected = SMALL | {"activation": "gelu", "text_heads": 1}  # 64 channels, because nothing else is known
     assert {key: config.model[key] for key in SMALL} == expected
     assert config.experiment.simclr_mlp == [32, 128, 32]
 
 
-def test_all_contradictions_are_told_at_once(state_dict):
+def test_all_contradictions_are_reported_together(state_dict):
     with pytest.raises(UserError) as error:
-        settled(state_dict, "model.activation=gelu", "model.patch_size=32", "experiment.simclr_mlp=[256, 128, 256]")
+        resolved(state_dict, "model.activation=gelu", "model.patch_size=32", "experiment.simclr_mlp=[256, 128, 256]")
     message = str(error.value)
     assert "[256, 128, 256]" in message and f"model.patch_size: 32 does not fit {state_dict}" in message
 
 
-def test_what_a_configuration_says_of_other_weights_is_not_used_to_evaluate(tmp_path):
-    """The demo's configuration, say, and a CLIP of another size: neither its heads nor its activation are meant."""
+def test_a_configuration_for_other_weights_is_not_used_to_evaluate(tmp_path):
+    """For example the demo's configuration and a CLIP of another size: its heads and its activation are ignored."""
     open_clip_folder(tmp_path / "model", "gelu")
     state = tmp_path / "weights.pt"
     torch.save(weights(), state)
@@ -474,7 +474,7 @@ def test_what_a_configuration_says_of_other_weights_is_not_used_to_evaluate(tmp_
     assert notes[-1].startswith("warning: model.activation: quick_gelu is not used")
 
 
-def test_heads_that_cannot_be_are_asked_for(tmp_path):
+def test_impossible_heads_must_be_given(tmp_path):
     sizes = SIZES | {"vision_width": 200}
     torch.save({name: torch.as_tensor(value) for name, value in clip_weights(**sizes).items()}, tmp_path / "weights.pt")
     found = read_weights(tmp_path / "weights.pt")
@@ -492,13 +492,16 @@ def test_heads_that_cannot_be_are_asked_for(tmp_path):
         ("model.vision_layers=12", ["model.vision_layers: 12", "vision_layers 2"]),
         ("model.embed_dim=512", ["model.embed_dim: 512", "embed_dim 32"]),
         ("experiment.simclr_mlp=[512, 128, 512]", ["experiment.simclr_mlp", "model.embed_dim: 32"]),
-        ("experiment.input_resolution=72", ["experiment.input_resolution: 72", "multiples of model.patch_size: 16"]),
+        (
+            "experiment.input_resolution=72",
+            ["experiment.input_resolution: [72, 72]", "multiples of model.patch_size: 16"],
+        ),
         ("model.vision_heads=5", ["width 64", "5 do not divide it", "model.vision_heads"]),
     ],
 )
 def test_a_configuration_that_contradicts_the_weights_is_refused(state_dict, override, words):
     with pytest.raises(UserError) as error:
-        settled(state_dict, "model.activation=gelu", override)
+        resolved(state_dict, "model.activation=gelu", override)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message
 
@@ -549,7 +552,7 @@ def published_name(ours: str) -> str:
 
 
 def published(model: nn.Module, config: object, path: Path) -> Path:
-    """A file as the published code writes it, after a training step."""
+    """Writes a checkpoint like the published code, after a training step."""
     optimizer = torch.optim.AdamW(model.parameters())
     sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad).backward()
     optimizer.step()
@@ -562,7 +565,7 @@ def test_a_published_checkpoint_is_read_with_its_easydict(tmp_path):
     model = make_model(**PUBLISHED, simclr_widths=[32, 16, 32], masked_language_depth=1, identities=5)
     path = published(model, EasyDict(PUBLISHED_CONFIG), tmp_path / "checkpoint_best.pth")
     with pytest.raises(pickle.UnpicklingError, match=r"easydict\.EasyDict"):
-        torch.load(path, weights_only=True)  # so it needs the class
+        torch.load(path, weights_only=True)  # so plain torch.load needs the class
     found = read_weights(path)
     assert found.form == "checkpoint of the published code"
     assert architecture(found) == {key: PUBLISHED[key] for key in SMALL}
@@ -575,13 +578,13 @@ def test_a_published_checkpoint_is_read_with_its_easydict(tmp_path):
 
 
 def test_every_name_of_the_published_code_is_known():
-    """The reference names the text encoder's parameters as CLIP does; checkpoints put `encode_text.` in front."""
+    """The reference has CLIP's names for the text encoder; checkpoints have `encode_text.` in front of them."""
     golden = json.loads((GOLDEN / "parameter_groups.json").read_text())
     with torch.device("meta"):
         model = make_model(**VIT_B16, simclr_widths=[512, 128, 512], masked_language_depth=4, identities=11003)
-    of_text = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+    text_names = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
     found = {
-        ours_from_published(f"encode_text.{name}" if name.startswith(of_text) else name): golden["shapes"][name]
+        ours_from_published(f"encode_text.{name}" if name.startswith(text_names) else name): golden["shapes"][name]
         for name in (*golden["trained"], *golden["frozen"])
     }
     assert found == {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -601,7 +604,7 @@ def test_a_published_checkpoint_is_evaluated_with_its_architecture(tmp_path):
 
 
 class Intruder:
-    """A pickle that makes a file when it is loaded."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -611,15 +614,15 @@ class Intruder:
 
 
 def test_code_beside_an_easydict_is_not_run(tmp_path):
-    made = tmp_path / "made by the file"
-    config = EasyDict(PUBLISHED_CONFIG | {"device": Intruder(made)})
+    created = tmp_path / "created by the file"
+    config = EasyDict(PUBLISHED_CONFIG | {"device": Intruder(created)})
     path = published(make_model(**PUBLISHED), config, tmp_path / "published.pth")
     assert "io.open" in refusal(path)
-    assert not made.exists()
+    assert not created.exists()
 
 
-def test_a_published_checkpoint_that_does_not_tell_its_grid(tmp_path):
-    """Its 8 patches form no square; training can still start from them at the resolution that fits."""
+def test_a_published_checkpoint_that_does_not_record_its_grid(tmp_path):
+    """Its 8 patches form no square, but training can still start from them at the right resolution."""
     model = make_model(**PUBLISHED)
     found = read_weights(published(model, EasyDict(experiment={"text_length": 24}), tmp_path / "published.pth"))
     assert found.grid is None
@@ -630,7 +633,7 @@ def test_a_published_checkpoint_that_does_not_tell_its_grid(tmp_path):
     assert load_weights(make_model(**PUBLISHED), found) == []
 
 
-def test_a_grid_of_a_checkpoint_that_only_looks_square_is_resized_from_its_own(tmp_path):
+def test_a_grid_that_only_looks_square_is_resized_from_the_recorded_one(tmp_path):
     """128 × 32 pixels are 8 × 2 patches, as many as 4 × 4."""
     sizes = TINY_MODEL | {"resolution": (128, 32)}
     config = {"experiment": {"input_resolution": [128, 32]}, "model": {"vision_heads": 2, "text_heads": 3}}
@@ -660,14 +663,14 @@ def test_a_checkpoint_with_broken_settings_is_refused(tmp_path, config, words):
 @pytest.mark.parametrize(
     "config", [{}, {"model": [1], "experiment": None}, {"experiment": {"input_resolution": "big"}}]
 )
-def test_a_checkpoint_that_tells_little_is_read(tmp_path, config):
+def test_a_checkpoint_with_few_settings_is_read(tmp_path, config):
     torch.save({"model": make_model(**TINY_MODEL).state_dict(), "config": config}, tmp_path / "x.pth")
     found = read_weights(tmp_path / "x.pth")
     assert found.settings == Settings("quick_gelu", preprocessing=TBPS_PREPROCESSING) and found.grid is None
 
 
-def test_a_bare_state_dict_of_ours_keeps_what_its_names_tell(tmp_path):
-    """Whose code trained it, and so with which pixels; not its activation, nor that its 8 × 2 patches are no 4 × 4."""
+def test_the_names_of_a_bare_state_dict_of_ours_imply_its_preprocessing(tmp_path):
+    """They do not imply its activation, nor that its 16 patches are 8 × 2 and not 4 × 4."""
     model = make_model(**TINY_MODEL | {"resolution": (128, 32)})
     torch.save(model.state_dict(), tmp_path / "x.pt")
     found = read_weights(tmp_path / "x.pt")
@@ -687,7 +690,7 @@ def test_a_checkpoint_of_others_that_looks_like_ours(tmp_path, other):
     assert found.form == "torch.save, names of OpenAI" and found.settings == Settings()
 
 
-def test_a_folder_of_a_run_tells_which_file_to_give(tmp_path):
+def test_for_a_folder_of_a_run_the_file_to_give_is_named(tmp_path):
     (tmp_path / "checkpoint_best.pth").touch()
     assert str(tmp_path / "checkpoint_best.pth") in refusal(tmp_path)
 
