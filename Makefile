@@ -1,5 +1,5 @@
 # make demo: trains and evaluates TBPS-CLIP on generated pedestrians; works on a fresh machine.
-# make test: runs all tests. make lint: checks the style.
+# make test: runs all tests. make lint: checks the style and the types.
 # make bench: measures speed next to the published way of doing the same work; prints tables, writes benchmarks.json.
 # make soak: kills a training KILLS times (about ten seconds each), and compares it with an undisturbed training.
 
@@ -35,3 +35,4 @@ soak: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -54,6 +54,8 @@ class ImageAdapter(nn.Module):
         ratio: share of the MLP in the result (paper: 0.4).
     """
 
+    ratio: Tensor
+
     def __init__(self, width: int, ratio: float):
         super().__init__()
         self.register_buffer("ratio", torch.tensor(ratio))  # saved in checkpoints, because the features depend on it

@@ -46,17 +46,18 @@ class MaskedLanguageHead(nn.Module):
         self.ln_pre_t = nn.LayerNorm(width)
         self.ln_pre_i = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
+        dense, fc = nn.Linear(width, width), nn.Linear(width, vocab_size)
         self.mlm_head = nn.Sequential()
-        self.mlm_head.add_module("dense", nn.Linear(width, width))
+        self.mlm_head.add_module("dense", dense)
         self.mlm_head.add_module("gelu", QuickGELU())
         self.mlm_head.add_module("ln", nn.LayerNorm(width))
-        self.mlm_head.add_module("fc", nn.Linear(width, vocab_size))
+        self.mlm_head.add_module("fc", fc)
         self.cross_modal_transformer.initialise()
         nn.init.normal_(self.cross_attn.in_proj_weight, std=width**-0.5)
         residual_deviation = width**-0.5 * (2 * depth) ** -0.5
         nn.init.normal_(self.cross_attn.out_proj.weight, std=residual_deviation)
-        nn.init.normal_(self.mlm_head.dense.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(self.mlm_head.fc.weight, std=residual_deviation)
+        nn.init.normal_(dense.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(fc.weight, std=residual_deviation)
 
     def forward(self, text_tokens: Tensor, image_tokens: Tensor, valid: Tensor, picked: Tensor) -> Tensor:
         """Computes logits over the vocabulary for the picked tokens.

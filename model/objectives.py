@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import losses
-from model.tbps_clip import Features
+from model.tbps_clip import Features, needed
 from model.transformer import to_float32
 from text_utils.masking import IGNORED_LABEL
 
@@ -167,7 +167,7 @@ class Objectives:
         """Counts the tokens that MLM predicts, as a mean over all ranks: 0-dim float32. Returns None without MLM."""
         if not self.needs_masked_captions:
             return None
-        own = (masked_labels != IGNORED_LABEL).sum().float()
+        own = (needed(masked_labels) != IGNORED_LABEL).sum().float()
         return self.gather(own[None]).mean()
 
 
@@ -251,10 +251,10 @@ def _nitc(self: Objectives, batch: Contrast) -> Tensor:
         labels = losses.pair_distribution(rows, len(batch.all_identities), self.rank * rows, like=batch.image)
     images, texts = [(batch.image, batch.all_images)], [(batch.text, batch.all_texts)]
     if self.mvs_image:
-        second = normalise_rows(batch.features.second_image)
+        second = normalise_rows(needed(batch.features.second_image))
         images.append((second, self.gather(second)))
     if self.mvs_text:
-        second = normalise_rows(batch.features.second_text)
+        second = normalise_rows(needed(batch.features.second_text))
         texts.append((second, self.gather(second)))
     views = []
     for number, ((image, all_images), (text, all_texts)) in enumerate(product(images, texts)):
@@ -264,7 +264,7 @@ def _nitc(self: Objectives, batch: Contrast) -> Tensor:
             for direction in directions
         )
         views.append((image_to_text + text_to_image) / 2)
-    return sum(views) / len(views)
+    return reduce(add, views) / len(views)
 
 
 def _ritc(self: Objectives, batch: Contrast) -> Tensor:
@@ -290,11 +290,11 @@ def _citc(self: Objectives, batch: Contrast) -> Tensor:
 
 
 def _ss(self: Objectives, batch: Contrast) -> Tensor:
-    return _self_supervised(self, batch.features.simclr)
+    return _self_supervised(self, needed(batch.features.simclr))
 
 
 def _ss_text(self: Objectives, batch: Contrast) -> Tensor:
-    return _self_supervised(self, batch.features.simclr_text)
+    return _self_supervised(self, needed(batch.features.simclr_text))
 
 
 def _self_supervised(self: Objectives, views: tuple[Tensor, Tensor]) -> Tensor:
@@ -304,12 +304,13 @@ def _self_supervised(self: Objectives, views: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _mlm(self: Objectives, part: BatchPart) -> Tensor:
-    labels = part.masked_labels[part.masked_labels != IGNORED_LABEL]
-    return losses.masked_language(to_float32(part.features.masked_logits), labels, part.picked)
+    masked_labels = needed(part.masked_labels)
+    labels = masked_labels[masked_labels != IGNORED_LABEL]
+    return losses.masked_language(to_float32(needed(part.features.masked_logits)), labels, needed(part.picked))
 
 
 def _id(self: Objectives, part: BatchPart) -> Tensor:
-    image_logits, text_logits = map(to_float32, part.features.identity_logits)
+    image_logits, text_logits = map(to_float32, needed(part.features.identity_logits))
     return losses.identity(image_logits, text_logits, part.identities, part.rows)
 
 

@@ -6,6 +6,7 @@ M tokens picked for masked language modelling.
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from model.text_transformer import TextTransformer, valid_tokens
 from model.transformer import Transformer
 from model.vision_transformer import VisionTransformer
 from text_utils.masking import IGNORED_LABEL
+
+Part = TypeVar("Part")
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAXIMUM_SCALE = 100.0
@@ -119,10 +122,11 @@ class TBPSCLIP(nn.Module):
         self.prompt = ContextPrompt(context_length, architecture.text_width) if context_length else None
         self.image_adapter = None if adapter_ratio is None else ImageAdapter(embed_dim, adapter_ratio)
         self.image_encoder.conv1.requires_grad_(not lock_bottom)
-        if adaptations := [module for module in (self.prompt, self.image_adapter) if module is not None]:
+        adaptations = [adaptation for adaptation in (self.prompt, self.image_adapter) if adaptation is not None]
+        if adaptations:
             self.requires_grad_(False)
-            for module in adaptations:
-                module.requires_grad_(True)
+            for adaptation in adaptations:
+                adaptation.requires_grad_(True)
         for module in self.modules():
             if isinstance(module, Transformer):
                 module.grad_checkpointing = grad_checkpointing
@@ -147,10 +151,10 @@ class TBPSCLIP(nn.Module):
     def forward(self, views: Views) -> Features:
         """Encodes all views of a batch, in one pass over the images and one over the captions."""
         batch = len(views.image)
-        masked = views.masked_token_ids is not None
+        masked_token_ids = views.masked_token_ids
         image_views = _present(views.image, views.second_image, *(views.simclr_images or ()))
         text_views = _present(views.token_ids, views.second_token_ids, *(views.simclr_token_ids or ()))
-        if masked:  # only MLM needs the features of all tokens
+        if masked_token_ids is not None:  # only MLM needs the features of all tokens
             encoded = self.image_encoder(torch.cat(image_views), all_tokens=True)
             image_rows = encoded[:, 0] if self.image_adapter is None else self.image_adapter(encoded[:, 0])
         else:
@@ -164,14 +168,14 @@ class TBPSCLIP(nn.Module):
         if views.second_token_ids is not None:
             features.second_text = text_features.pop(0)
         if views.simclr_images is not None:
-            features.simclr = tuple(self.simclr_projector(torch.cat(image_features)).split(batch))
+            features.simclr = tuple(needed(self.simclr_projector)(torch.cat(image_features)).split(batch))
         if views.simclr_token_ids is not None:
-            features.simclr_text = tuple(self.text_simclr_projector(torch.cat(text_features)).split(batch))
-        if masked:
-            features.masked_logits = self.masked_language_head(
-                self.text_encoder(views.masked_token_ids, all_tokens=True),
+            features.simclr_text = tuple(needed(self.text_simclr_projector)(torch.cat(text_features)).split(batch))
+        if masked_token_ids is not None:
+            features.masked_logits = needed(self.masked_language_head)(
+                self.text_encoder(masked_token_ids, all_tokens=True),
                 encoded[:batch],
-                valid=valid_tokens(views.masked_token_ids),
+                valid=valid_tokens(masked_token_ids),
                 picked=views.masked_labels != IGNORED_LABEL,
             )
         if self.identity_classifier is not None:
@@ -180,6 +184,12 @@ class TBPSCLIP(nn.Module):
                 self.identity_classifier(features.text),
             )
         return features
+
+
+def needed(part: Part | None) -> Part:
+    """Returns a view, a feature or a head that an enabled loss needs, and that is therefore there."""
+    assert part is not None
+    return part
 
 
 def _present(*views: Tensor | None) -> list[Tensor]:

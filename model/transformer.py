@@ -5,7 +5,7 @@ unchanged.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -154,8 +154,13 @@ class Transformer(nn.Module):
             ResidualBlock(width, heads, dropout, activation=activation) for _ in range(layers)
         )
 
+    @property
+    def blocks(self) -> list[ResidualBlock]:
+        """The residual blocks, from the input to the output."""
+        return [cast(ResidualBlock, block) for block in self.resblocks]
+
     def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
-        for block in self.resblocks:
+        for block in self.blocks:
             x = self._run(block, x, causal=causal, valid=valid)
         return x
 
@@ -169,7 +174,7 @@ class Transformer(nn.Module):
 
         Returns: (N, D).
         """
-        *blocks, last = self.resblocks
+        *blocks, last = self.blocks
         for block in blocks:
             x = self._run(block, x, causal=causal)
         return self._run(last.pooled, x, position, causal=causal)
@@ -182,8 +187,8 @@ class Transformer(nn.Module):
     def initialise(self) -> None:
         """Draws the weights as in CLIP's text transformer: normal, with residual branches scaled by depth."""
         projection_deviation = self.width**-0.5 * (2 * len(self.resblocks)) ** -0.5
-        for block in self.resblocks:
+        for block in self.blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=projection_deviation)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=projection_deviation)
+            nn.init.normal_(cast(nn.Linear, block.mlp.c_fc).weight, std=(2 * self.width) ** -0.5)
+            nn.init.normal_(cast(nn.Linear, block.mlp.c_proj).weight, std=projection_deviation)

@@ -48,7 +48,9 @@ def build_optimizer(groups: list[dict], *, betas: tuple[float, float], eps: floa
     return torch.optim.AdamW(settings, lr=0.0, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
-def learning_rate(step: int, *, warmup_steps: int, total_steps: int, lr_start: float, lr: float, lr_end: float) -> float:
+def learning_rate(
+    step: int, *, warmup_steps: int, total_steps: int, lr_start: float, lr: float, lr_end: float
+) -> float:
     """Returns the learning rate of iteration `step`, counted from 0 over the whole training.
 
     It rises linearly from `lr_start` to `lr` in the first `warmup_steps`, both values included. Then it falls along a

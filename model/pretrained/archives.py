@@ -7,7 +7,6 @@ import stat
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,10 @@ def _read_head(path: Path) -> bytes:
     expected = "give an existing file or folder of weights, or a tag of open_clip"
     try:
         regular = stat.S_ISREG(path.stat().st_mode)
-        with path.open("rb") if regular else nullcontext() as file:  # opening a pipe would block
-            head = file.read(64) if regular else b""
+        head = b""
+        if regular:  # opening a pipe would block
+            with path.open("rb") as file:
+                head = file.read(64)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{error.strerror}: {expected}") from error
     except OSError as error:

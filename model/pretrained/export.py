@@ -264,6 +264,7 @@ def _write_onnx_model(
             )
     finally:
         logger.setLevel(level)
+    assert program is not None  # only without `dynamo`
     program.model.metadata_props.update(settings)
     program.save(str(path), external_data=size > MAX_SINGLE_FILE_BYTES)
 

@@ -36,7 +36,7 @@ def load_weights(model: TBPSCLIP, weights: Weights) -> list[str]:
         raise UserError(f"{weights.name}: {error}") from error
     notes = []
     source = weights.grid or (grid if weights.patches == grid[0] * grid[1] else square_grid(weights.patches))
-    if source != grid:
+    if source is not None and source != grid:
         notes.append("image position embeddings resized from {} × {} to {} × {} patches".format(*source, *grid))
     if len(text) != text_length:
         notes.append(f"text position embeddings resized from {len(text)} to {text_length} tokens")

@@ -5,12 +5,16 @@ D width of an encoder.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from misc.errors import UserError, first_of
+from model.architecture import QUICK_GELU
+from model.preprocessing import TBPS_PREPROCESSING
+from model.pretrained.settings import Settings
 
 OURS = (("visual.", "image_encoder."), ("logit_scale", "logit_scale"), ("", "text_encoder."))
 """The beginnings of OpenAI's names, and of ours."""
@@ -38,11 +42,6 @@ HEADS = (
     *ADAPTATIONS,
 )
 """The beginnings of our names for modules that CLIP does not have: training heads and adaptations."""
-
-TBPS_SCHEMES = ("ours", "published")
-"""The naming schemes of TBPS-CLIP checkpoints, as `scheme_of` returns them."""
-WHOSE = {"ours": "this project", "published": "the published code"}
-"""Schemes in words, for messages, if the scheme is not itself the name of a tool."""
 
 # OpenAI's and Hugging Face's names outside the blocks, except the projections, which Hugging Face transposes.
 _OUTSIDE = {
@@ -122,9 +121,9 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _block(name: str) -> tuple[str, str, str, str]:
     """Splits OpenAI's name of a tensor in a block: encoder, number of the block, module, and `weight` or `bias`."""
-    tower, number, rest = re.fullmatch(r"((?:visual\.)?transformer\.resblocks)\.(\d+)\.(.+)", name).groups()
-    module, kind = re.fullmatch(r"(.+)[._](weight|bias)", rest).groups()
-    return tower, number, module, kind
+    found = re.fullmatch(r"((?:visual\.)?transformer\.resblocks)\.(\d+)\.(.+)[._](weight|bias)", name)
+    assert found is not None, name
+    return found[1], found[2], found[3], found[4]
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,7 +135,9 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     transposed = {theirs: openai for openai, theirs in _TRANSPOSED.items()}
     blocks = {theirs: openai for openai, theirs in _BLOCKS.items()}
     in_block = {theirs: openai for openai, theirs in _IN_BLOCK.items()}
-    renamed, parts, unknown = {}, {}, []
+    renamed: dict[str, Tensor] = {}
+    parts: dict[tuple[str, str, str], dict[str, Tensor]] = {}
+    unknown = []
     for name, value in state.items():
         found = re.fullmatch(r"((?:vision|text)_model\.encoder\.layers)\.(\d+)\.(.+)\.(weight|bias)", name)
         if name in outside:
@@ -160,8 +161,8 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
         raise UserError(
             f"not a complete CLIPModel of Hugging Face: {first_of(problems)}: give a file of the whole model"
         )
-    for (layers, number, kind), found in parts.items():
-        in_order = [found[projection] for projection in _QUERY_KEY_VALUE]
+    for (layers, number, kind), projections in parts.items():
+        in_order = [projections[projection] for projection in _QUERY_KEY_VALUE]
         if len({part.shape for part in in_order}) > 1:
             raise UserError(
                 f"{layers}.{number}.self_attn: its three input projections have different shapes: get the file again"
@@ -170,35 +171,79 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def scheme_of(names: Collection[str]) -> str:
-    """Returns the naming scheme: `OpenAI` (also open_clip), `Hugging Face`, `published` or `ours`.
+class Scheme(NamedTuple):
+    """A way to name the tensors of a CLIP.
+
+    Attributes:
+        title: whose names these are, for messages.
+        matches: whether a name shows this scheme.
+        convert: returns encoders and temperature under OpenAI's names, and training heads under ours.
+        settings: what the names imply, because they show which code trained the weights; None if nothing.
+    """
+
+    title: str
+    matches: Callable[[str], bool]
+    convert: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    settings: Settings | None = None
+
+    @property
+    def is_tbps_clip(self) -> bool:
+        """Whether these are names of TBPS-CLIP, whose checkpoints contain a configuration."""
+        return self.settings is not None
+
+
+def _split_heads(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    heads = {name: value for name, value in state.items() if name.startswith(HEADS)}
+    return from_ours({name: value for name, value in state.items() if name not in heads}), heads
+
+
+OPENAI_TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
+HUGGING_FACE = ("vision_model.", "text_model.", "visual_projection.", "text_projection.weight")
+SCHEMES: dict[str, Scheme] = {
+    "Hugging Face": Scheme(
+        "Hugging Face", lambda name: name.startswith(HUGGING_FACE), lambda state: (from_hugging_face(state), {})
+    ),
+    "ours": Scheme(
+        "this project",
+        lambda name: name.startswith(("image_encoder.", "text_encoder.", *HEADS)),
+        _split_heads,
+        Settings(preprocessing=TBPS_PREPROCESSING),
+    ),
+    "published": Scheme(
+        "the published code",
+        lambda name: name.startswith(tuple(theirs for theirs, _ in PUBLISHED if theirs != "visual.")),
+        lambda state: _split_heads({ours_from_published(name): value for name, value in state.items()}),
+        Settings(QUICK_GELU, preprocessing=TBPS_PREPROCESSING),
+    ),
+    "OpenAI": Scheme(
+        "OpenAI", lambda name: name.startswith(("visual.", *OPENAI_TEXT)), lambda state: (dict(state), {})
+    ),
+}
+"""By name; the first that matches a name counts. open_clip uses OpenAI's names."""
+
+
+def scheme_of(names: Collection[str]) -> Scheme:
+    """Finds the naming scheme of the tensors of one model.
 
     Raises UserError if the names belong to no scheme, or to several.
     """
     examples: dict[str, str] = {}
     for name in names:
-        if scheme := _scheme(name):
-            examples.setdefault(scheme, name)
+        if key := _scheme_key(name):
+            examples.setdefault(key, name)
     if examples.keys() == {"OpenAI", "published"}:  # they share only the names of the image encoder
-        of_text = [name for name in names if _scheme(name) == "OpenAI" and not name.startswith("visual.")]
+        of_text = [name for name in names if _scheme_key(name) == "OpenAI" and not name.startswith("visual.")]
         if not of_text:
-            return "published"
+            return SCHEMES["published"]
         examples["OpenAI"] = of_text[0]
     if len(examples) > 1:
-        mixture = " and ".join(f"of {WHOSE.get(scheme, scheme)} ({name})" for scheme, name in sorted(examples.items()))
+        mixture = " and ".join(f"of {SCHEMES[key].title} ({name})" for key, name in sorted(examples.items()))
         raise UserError(f"names {mixture} are mixed: save the state dict of one model")
     if not examples:
         raise UserError(f"no tensor of a CLIP, but {first_of(list(names))}: give the weights of a CLIP")
-    return next(iter(examples))
+    return SCHEMES[next(iter(examples))]
 
 
-def _scheme(name: str) -> str | None:
+def _scheme_key(name: str) -> str | None:
     """Returns the scheme of one name; None if the name does not show it, such as `logit_scale`."""
-    if name.startswith(("vision_model.", "text_model.", "visual_projection.")) or name == "text_projection.weight":
-        return "Hugging Face"
-    if name.startswith(("image_encoder.", "text_encoder.", *HEADS)):
-        return "ours"
-    if name.startswith(tuple(theirs for theirs, _ in PUBLISHED if theirs != "visual.")):
-        return "published"
-    of_text = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
-    return "OpenAI" if name.startswith(("visual.", *of_text)) else None
+    return next((key for key, scheme in SCHEMES.items() if scheme.matches(name)), None)

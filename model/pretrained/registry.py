@@ -143,13 +143,20 @@ def _check_digest(path: Path, url: str) -> None:
     expected = next((re.search(pattern, url) for host, pattern in digest.items() if host in url), None)
     if expected is None:
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(path)
     if not found.startswith(expected[1]):
         raise UserError(
             f"{path} is not the file of {url}: its SHA-256 begins with {found[:8]}, not with {expected[1][:8]}: "
             "remove it, or replace it by the right one"
         )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _download_from_hub(entry: Entry) -> Path:

@@ -1,7 +1,7 @@
 """The settings of a CLIP that its tensors do not show, as other tools and our checkpoints record them."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from misc.errors import UserError, first_of
 from model.architecture import GELU, QUICK_GELU
@@ -58,7 +58,7 @@ class Settings:
                 raise UserError(f"its settings are for {heads} attention heads, which do not divide the width {width}")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -150,11 +150,13 @@ def settings_from_open_clip(
     if mode not in ("shortest", "squash"):
         raise UserError(f"its settings resize images in the mode {mode!r}; it should be shortest or squash")
     width, head_width = vision.get("width", 768), vision.get("head_width", 64)
-    valid = _is_count(width) and _is_count(head_width)
+    heads: Any = f"{width!r} / {head_width!r}"  # invalid, which `Settings` reports
+    if _is_count(width) and _is_count(head_width):
+        heads = width // head_width
     quick = model.get("quick_gelu", False) if quick_gelu is None else quick_gelu
     return Settings(
         activation=QUICK_GELU if quick else GELU,
-        vision_heads=width // head_width if valid else f"{width!r} / {head_width!r}",
+        vision_heads=heads,
         text_heads=text.get("heads", 8),
         resolution=_resolution(vision.get("image_size", 224)),
         preprocessing=Preprocessing(

@@ -1,6 +1,7 @@
 """Reads the sizes of a CLIP from the shapes of its tensors, and checks all shapes."""
 
 import re
+from typing import Any, cast
 
 import torch
 
@@ -93,7 +94,7 @@ def _expected_shapes(sizes: dict[str, int], shapes: Shapes) -> Shapes:
             text_length=shapes["positional_embedding"][0],
             vision_heads=1,  # the shapes do not show heads
             text_heads=1,
-            **sizes,
+            **cast(dict[str, Any], sizes),
         )
         model = TBPSCLIP(architecture)
     return {name: tuple(tensor.shape) for name, tensor in from_ours(model.state_dict()).items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from misc.errors import UserError, first_of
 from misc.files import is_file, is_folder
 from model.architecture import QUICK_GELU
-from model.preprocessing import CLIP_PREPROCESSING, TBPS_PREPROCESSING, Preprocessing
+from model.preprocessing import CLIP_PREPROCESSING, Preprocessing
 from model.pretrained import names, registry
 from model.pretrained.archives import EXPECTED, open_archive
 from model.pretrained.settings import (
@@ -149,15 +149,17 @@ def read_weights(source: str | Path | Location) -> Weights:
         entries, checkpoint = _state_dict(content)
         state = _tensors(entries)
         scheme = names.scheme_of(state)
-        if checkpoint is not None and scheme in names.TBPS_SCHEMES:
+        if checkpoint is not None and scheme.is_tbps_clip:
             settings, form = settings_from_checkpoint(checkpoint["config"]), _describe_checkpoint(scheme, checkpoint)
         else:
-            settings, form = _complete_settings(settings, scheme, entries), _describe_form(kind, scheme)
-        state, heads = _to_openai_names(state, scheme)
+            settings, form = _implied_settings(settings, scheme, entries), _describe_form(kind, scheme)
+        state, heads = scheme.convert(state)
+        if "logit_scale" in state and state["logit_scale"].numel() == 1:
+            state["logit_scale"] = state["logit_scale"].reshape(())  # some tools save it with one dimension
         sizes = read_sizes({name: tuple(tensor.shape) for name, tensor in state.items()})
         settings.check(sizes)
         grid = _grid(len(state["visual.positional_embedding"]) - 1, sizes["patch_size"], settings.resolution)
-        if grid is None and scheme not in names.TBPS_SCHEMES:
+        if grid is None and not scheme.is_tbps_clip:
             grid = square_grid(len(state["visual.positional_embedding"]) - 1)
         state, heads = _finite_copies(state), _finite_copies(heads)
     return Weights(location.name, form, state, heads, sizes, settings, grid)
@@ -277,30 +279,13 @@ def _describe_type(value: Any) -> str:
     return str(value.dtype) if not value.is_floating_point() else "not a dense tensor"
 
 
-def _complete_settings(settings: Settings, scheme: str, entries: dict[str, Any]) -> Settings:
-    """Adds the settings that the names of a bare state dict imply, since they show the code that trained it."""
-    if scheme == "published":
-        return Settings(QUICK_GELU, preprocessing=TBPS_PREPROCESSING)
-    if scheme == "ours":
-        return Settings(preprocessing=TBPS_PREPROCESSING)
+def _implied_settings(settings: Settings, scheme: names.Scheme, entries: dict[str, Any]) -> Settings:
+    """Returns the settings that the names of a bare state dict imply, since they show the code that trained it."""
+    if scheme.settings is not None:
+        return scheme.settings
     if settings.activation is None and entries.keys() >= OPENAI_SETTINGS:
         return Settings(QUICK_GELU)
     return settings
-
-
-def _to_openai_names(state: dict[str, Tensor], scheme: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns encoders and temperature under OpenAI's names, and training heads under ours."""
-    heads: dict[str, Tensor] = {}
-    if scheme == "published":
-        state = {names.ours_from_published(name): value for name, value in state.items()}
-    if scheme in names.TBPS_SCHEMES:
-        heads = {name: value for name, value in state.items() if name.startswith(names.HEADS)}
-        state = names.from_ours({name: value for name, value in state.items() if name not in heads})
-    elif scheme == "Hugging Face":
-        state = names.from_hugging_face(state)
-    if "logit_scale" in state and state["logit_scale"].numel() == 1:
-        state["logit_scale"] = state["logit_scale"].reshape(())  # some tools save it with one dimension
-    return state, heads
 
 
 def _finite_copies(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -334,14 +319,14 @@ def _grid(patches: int, patch_size: int, resolution: tuple[int, int] | None) -> 
 # ---- words for the log -----------------------------------------------------------------------------------------------
 
 
-def _describe_form(kind: str, scheme: str) -> str:
+def _describe_form(kind: str, scheme: names.Scheme) -> str:
     """Describes the form of the weights, for the log."""
-    return kind if kind.startswith("folder") else f"{kind}, names of {names.WHOSE.get(scheme, scheme)}"
+    return kind if kind.startswith("folder") else f"{kind}, names of {scheme.title}"
 
 
-def _describe_checkpoint(scheme: str, checkpoint: dict[str, Any]) -> str:
+def _describe_checkpoint(scheme: names.Scheme, checkpoint: dict[str, Any]) -> str:
     """Describes a checkpoint and how long it was trained, for the log."""
-    if scheme == "published":
+    if scheme is names.SCHEMES["published"]:
         return "checkpoint of the published code"
     progress = checkpoint.get("progress")
     steps = progress.get("step", 0) if isinstance(progress, dict) else 0
