@@ -15,8 +15,8 @@ import time
 
 from easydict import EasyDict
 
-from misc.build.data import sheet_options
-from misc.build.run import Run, prepare_run, run_folder
+from misc.builders.data import sheet_options
+from misc.builders.run import Run, prepare_run, run_folder
 from misc.commands.contribution import contribution
 from misc.commands.evaluate import evaluate
 from misc.commands.export import export_weights

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.options import check_output_file, check_positive
-from misc.build.architecture import resolve_architecture
-from misc.build.model import build_model
-from misc.build.training import build_objectives, build_trainer
+from misc.builders.architecture import resolve_architecture
+from misc.builders.model import build_model
+from misc.builders.training import build_objectives, build_trainer
 from misc.config.loading import DEFAULT_CONFIG, load_config
 from misc.data.batches import Batch
 from misc.errors import UserError

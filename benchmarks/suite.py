@@ -29,9 +29,9 @@ from benchmarks import baseline
 from benchmarks.chunks import IDENTITIES, random_batch
 from benchmarks.comparison import HEADER, Comparison, counted, in_turn
 from benchmarks.options import check_output_file, check_positive
-from misc.build.architecture import resolve_architecture
-from misc.build.model import build_model
-from misc.build.training import build_objectives
+from misc.builders.architecture import resolve_architecture
+from misc.builders.model import build_model
+from misc.builders.training import build_objectives
 from misc.config.loading import load_config
 from misc.data.annotations import Split
 from misc.data.batches import collate

@@ -301,7 +301,7 @@ def test_a_folder_that_a_run_is_writing_to_is_refused(run, data, training, tmp_p
 
 def test_a_run_is_locked_before_its_checkpoint_is_read(run, data, monkeypatch, tmp_path):
     """Otherwise the other run could still save, and the resumed run would overwrite that checkpoint."""
-    from misc.build import run as run_builder
+    from misc.builders import run as run_builder
 
     own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", "schedule.epoch=1")
     assert run(*own).status == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from misc.build.architecture import architecture_of
+from misc.builders.architecture import architecture_of
 from misc.config.loading import load_config
 from misc.run.checkpoint import read_checkpoint
 from tests.helpers.runs import Run, finished

@@ -16,7 +16,7 @@ FLOORS = (
     ("model.pretrained", "misc.data"),
     ("misc.run", "misc.config"),
     ("misc.retrieval", "misc.training"),
-    ("misc.study", "misc.build"),
+    ("misc.study", "misc.builders"),
     ("misc.commands", "misc.search"),
     ("main", "search", "benchmarks", "image"),
 )
@@ -104,7 +104,7 @@ def test_every_file_is_in_a_room_that_has_a_docstring():
 @pytest.mark.parametrize(
     ("path", "line", "problem"),
     [
-        ("misc/files.py", "from misc.build import run", "misc.build"),
+        ("misc/files.py", "from misc.builders import run", "misc.builders"),
         ("model/losses.py", "import misc.data.views", "misc.data.views"),
         ("misc/search/engine.py", "from misc.commands.evaluate import evaluate", "misc.commands.evaluate"),
     ],
@@ -114,7 +114,7 @@ def test_an_upward_import_is_found(tmp_path, path, line, problem):
         folder = tmp_path.joinpath(*room.split("."))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").write_text(f'"""{number}"""\n')
-    for module in ("misc/build/run.py", "misc/data/views.py", "misc/commands/evaluate.py", path):
+    for module in ("misc/builders/run.py", "misc/data/views.py", "misc/commands/evaluate.py", path):
         (tmp_path / module).write_text("")
     assert upward_imports(tmp_path) == []
     (tmp_path / path).write_text(f"def later():\n    {line}\n")

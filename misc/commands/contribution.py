@@ -4,9 +4,9 @@ from pathlib import Path
 
 from easydict import EasyDict
 
-from misc.build.data import build_evaluator, read_dataset
-from misc.build.model import build_initial_model, build_saved_model, initial_weights_config, read_any_weights
-from misc.build.run import rank_notes
+from misc.builders.data import build_evaluator, read_dataset
+from misc.builders.model import build_initial_model, build_saved_model, initial_weights_config, read_any_weights
+from misc.builders.run import rank_notes
 from misc.run.log import RunLog
 from misc.study.contribution import contribution_folder, contribution_table, measure_contribution, write_contribution
 from misc.system.distributed import Ranks

@@ -2,9 +2,9 @@
 
 from easydict import EasyDict
 
-from misc.build.data import build_evaluator, read_dataset, sheet_options
-from misc.build.model import build_saved_model, read_any_weights
-from misc.build.run import rank_notes
+from misc.builders.data import build_evaluator, read_dataset, sheet_options
+from misc.builders.model import build_saved_model, read_any_weights
+from misc.builders.run import rank_notes
 from misc.errors import UserError
 from misc.files import atomic_folder
 from misc.retrieval.evaluation import result_lines

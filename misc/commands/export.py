@@ -4,7 +4,7 @@ from pathlib import Path
 
 from easydict import EasyDict
 
-from misc.build.model import build_export, build_saved_model, initial_weights
+from misc.builders.model import build_export, build_saved_model, initial_weights
 from misc.config.rules import RULES
 from misc.errors import UserError
 from misc.run.log import RunLog

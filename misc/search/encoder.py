@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misc.build.architecture import architecture_of
-from misc.build.model import build_saved_model, read_any_weights
+from misc.builders.architecture import architecture_of
+from misc.builders.model import build_saved_model, read_any_weights
 from misc.config.loading import load_config
 from misc.config.rules import RULES, TOWER_KEYS
 from misc.data.batches import pad_tokens

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from misc.build.architecture import resolve_architecture
+from misc.builders.architecture import resolve_architecture
 from misc.config.loading import DEFAULT_CONFIG, load_config, save_config, to_plain
 from misc.config.rules import RULES
 from misc.errors import UserError

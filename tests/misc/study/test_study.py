@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from misc.build.architecture import resolve_architecture
-from misc.build.model import build_model
-from misc.build.training import build_objectives
+from misc.builders.architecture import resolve_architecture
+from misc.builders.model import build_model
+from misc.builders.training import build_objectives
 from misc.config.loading import flatten, load_config
 from misc.config.rules import RULES
 from misc.errors import UserError

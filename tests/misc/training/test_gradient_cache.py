@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from misc.build.training import build_objectives, build_trainer
+from misc.builders.training import build_objectives, build_trainer
 from misc.data.batches import Batch
 from misc.run.progress import EpochRecord, Progress
 from misc.system.precision import Precision

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from misc.build.training import build_objectives, build_trainer
+from misc.builders.training import build_objectives, build_trainer
 from misc.config.loading import load_config
 from misc.data.batches import Batch, pad_tokens
 from misc.system.distributed import Ranks, mean_over_ranks

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from misc.build.architecture import config_of_weights
-from misc.build.model import build_export, build_saved_model
+from misc.builders.architecture import config_of_weights
+from misc.builders.model import build_export, build_saved_model
 from misc.config.loading import load_config
 from misc.data.views import EvaluationView
 from misc.errors import UserError

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from misc.build.architecture import config_of_weights, resolve_architecture
-from misc.build.model import build_saved_model, build_towers, weight_notes
+from misc.builders.architecture import config_of_weights, resolve_architecture
+from misc.builders.model import build_saved_model, build_towers, weight_notes
 from misc.config.loading import load_config
 from misc.config.rules import TOWER_KEYS
 from misc.errors import UserError

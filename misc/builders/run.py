@@ -8,10 +8,10 @@ from typing import TextIO
 from easydict import EasyDict
 from torch.utils.data import DataLoader
 
-from misc.build.architecture import resolve_architecture
-from misc.build.data import build_evaluator, build_loader, read_dataset
-from misc.build.model import build_model, initial_weights
-from misc.build.training import build_objectives, build_trainer
+from misc.builders.architecture import resolve_architecture
+from misc.builders.data import build_evaluator, build_loader, read_dataset
+from misc.builders.model import build_model, initial_weights
+from misc.builders.training import build_objectives, build_trainer
 from misc.config.loading import to_plain
 from misc.retrieval.evaluation import Evaluator
 from misc.run.folder import LAST_CHECKPOINT, hold_run

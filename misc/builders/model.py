@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from easydict import EasyDict
 
-from misc.build.architecture import architecture_of, config_of_weights, resolve_architecture
-from misc.build.training import build_objectives
+from misc.builders.architecture import architecture_of, config_of_weights, resolve_architecture
+from misc.builders.training import build_objectives
 from misc.config.loading import flatten, to_plain
 from misc.config.rules import AUTO, RULES
 from misc.errors import UserError
