@@ -160,7 +160,7 @@ def train(config: EasyDict, ranks: Ranks, interruption: Interruption, *, overwri
 
 
 def end_epoch(run: Run, log: RunLog) -> None:
-    """Evaluates the epoch and keeps the result. A run that is stopped before the last line here repeats all of it."""
+    """Evaluates the epoch and keeps the result. A run that is stopped before this has ended repeats all of it."""
     config, progress, model = run.config, run.progress, run.trainer.bare_model
     record = {
         "epoch": progress.epoch + 1,

@@ -1,5 +1,5 @@
 """Everything around the model: data, training, evaluation, the study, search.
 
-Each folder is a room, and a room imports only rooms below it (tests/test_imports.py). The ground floor is here:
-`errors.py` (mistakes of the user) and `files.py` (files that are written whole or not at all).
+Each folder imports only folders below it (tests/test_imports.py). At the bottom are two files: `errors.py` (mistakes of
+the user) and `files.py` (files that are written completely or not at all).
 """

@@ -87,7 +87,9 @@ def cyclic_contrastive(images: Tensor, texts: Tensor, in_modal_weight: float, cr
     return in_modal_weight * in_modal + cross_modal_weight * cross_modal
 
 
-def nt_xent(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, offset: int, temperature: float):
+def nt_xent(
+    first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, offset: int, temperature: float
+) -> Tensor:
     """Computes SS-I and SS-T: NT-Xent (SimCLR, Chen et al., 2020) between two views of the images or captions.
 
     The negatives are all other samples of both views on all ranks.

@@ -243,19 +243,19 @@ def soft_label_ratio_at(step: int, steps_per_epoch: int, ratio: float) -> float:
 # ---- the terms of the sum -------------------------------------------------------------------------------------------
 
 
-def _nitc(self: Objectives, batch: Contrast) -> Tensor:
+def _nitc(objectives: Objectives, batch: Contrast) -> Tensor:
     """Computes N-ITC: the mean of both directions, over all combinations of an image and a caption view."""
     labels, cosines = batch.matches, batch.cosines
-    if self.nitc_labels == "pair":
+    if objectives.nitc_labels == "pair":
         rows = len(batch.identities)
-        labels = losses.pair_distribution(rows, len(batch.all_identities), self.rank * rows, like=batch.image)
+        labels = losses.pair_distribution(rows, len(batch.all_identities), objectives.rank * rows, like=batch.image)
     images, texts = [(batch.image, batch.all_images)], [(batch.text, batch.all_texts)]
-    if self.mvs_image:
+    if objectives.mvs_image:
         second = normalise_rows(needed(batch.features.second_image))
-        images.append((second, self.gather(second)))
-    if self.mvs_text:
+        images.append((second, objectives.gather(second)))
+    if objectives.mvs_text:
         second = normalise_rows(needed(batch.features.second_text))
-        texts.append((second, self.gather(second)))
+        texts.append((second, objectives.gather(second)))
     views = []
     for number, ((image, all_images), (text, all_texts)) in enumerate(product(images, texts)):
         directions = cosines if number == 0 else (image @ all_texts.T, text @ all_images.T)
@@ -267,49 +267,53 @@ def _nitc(self: Objectives, batch: Contrast) -> Tensor:
     return reduce(add, views) / len(views)
 
 
-def _ritc(self: Objectives, batch: Contrast) -> Tensor:
+def _ritc(objectives: Objectives, batch: Contrast) -> Tensor:
     """Computes R-ITC: the mean of both directions."""
     image_to_text, text_to_image = (
-        losses.reversed_contrastive(batch.features.scale * direction, batch.matches, self.ritc_eps)
+        losses.reversed_contrastive(batch.features.scale * direction, batch.matches, objectives.ritc_eps)
         for direction in batch.cosines
     )
     return (image_to_text + text_to_image) / 2
 
 
-def _sdm(self: Objectives, batch: Contrast) -> Tensor:
+def _sdm(objectives: Objectives, batch: Contrast) -> Tensor:
     """Computes SDM: the sum of both directions, as in IRRA."""
     image_to_text, text_to_image = (
-        losses.reversed_contrastive(self.sdm_scale * direction, batch.matches, self.sdm_eps)
+        losses.reversed_contrastive(objectives.sdm_scale * direction, batch.matches, objectives.sdm_eps)
         for direction in batch.cosines
     )
     return image_to_text + text_to_image
 
 
-def _citc(self: Objectives, batch: Contrast) -> Tensor:
-    return losses.cyclic_contrastive(batch.all_images, batch.all_texts, self.citc_lambda1, self.citc_lambda2)
+def _citc(objectives: Objectives, batch: Contrast) -> Tensor:
+    return losses.cyclic_contrastive(
+        batch.all_images, batch.all_texts, objectives.citc_lambda1, objectives.citc_lambda2
+    )
 
 
-def _ss(self: Objectives, batch: Contrast) -> Tensor:
-    return _self_supervised(self, needed(batch.features.simclr))
+def _ss(objectives: Objectives, batch: Contrast) -> Tensor:
+    return _self_supervised(objectives, needed(batch.features.simclr))
 
 
-def _ss_text(self: Objectives, batch: Contrast) -> Tensor:
-    return _self_supervised(self, needed(batch.features.simclr_text))
+def _ss_text(objectives: Objectives, batch: Contrast) -> Tensor:
+    return _self_supervised(objectives, needed(batch.features.simclr_text))
 
 
-def _self_supervised(self: Objectives, views: tuple[Tensor, Tensor]) -> Tensor:
+def _self_supervised(objectives: Objectives, views: tuple[Tensor, Tensor]) -> Tensor:
     first, second = map(normalise_rows, views)
-    all_first, all_second = self.gather(first), self.gather(second)
-    return losses.nt_xent(first, second, all_first, all_second, self.rank * len(first), self.simclr_temperature)
+    all_first, all_second = objectives.gather(first), objectives.gather(second)
+    return losses.nt_xent(
+        first, second, all_first, all_second, objectives.rank * len(first), objectives.simclr_temperature
+    )
 
 
-def _mlm(self: Objectives, part: BatchPart) -> Tensor:
+def _mlm(objectives: Objectives, part: BatchPart) -> Tensor:
     masked_labels = needed(part.masked_labels)
     labels = masked_labels[masked_labels != IGNORED_LABEL]
     return losses.masked_language(to_float32(needed(part.features.masked_logits)), labels, needed(part.picked))
 
 
-def _id(self: Objectives, part: BatchPart) -> Tensor:
+def _id(objectives: Objectives, part: BatchPart) -> Tensor:
     image_logits, text_logits = map(to_float32, needed(part.features.identity_logits))
     return losses.identity(image_logits, text_logits, part.identities, part.rows)
 

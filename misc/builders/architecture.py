@@ -21,19 +21,21 @@ def architecture_of(config: EasyDict) -> Architecture:
     )
 
 
-def resolve_architecture(config: EasyDict, weights: Weights | None, resumed: dict[str, Any] | None = None) -> EasyDict:
+def resolve_architecture(
+    config: EasyDict, weights: Weights | None, resumed_config: dict[str, Any] | None = None
+) -> EasyDict:
     """Returns a copy of the configuration with a value in place of every `auto`.
 
     Args:
         config: as loaded; it stays as it is.
         weights: the weights that the run starts from; their architecture is used. None: random weights, and ViT-B/16
             for every `auto`.
-        resumed: the configuration of the run that is resumed; its architecture is used.
+        resumed_config: the configuration of the run that is resumed; its architecture is used.
 
     Raises UserError if the configuration contradicts the weights, or itself.
     """
-    if resumed is not None:
-        return _fill_in(config, resumed["model"])
+    if resumed_config is not None:
+        return _fill_in(config, resumed_config["model"])
     if weights is not None:
         return _fill_in(config, _towers_of(config, weights), weights.name)
     defaults = Architecture()

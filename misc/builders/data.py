@@ -20,7 +20,7 @@ from text_utils.tokenizer import Tokenizer
 from text_utils.wordnet import WordNet
 
 
-def read_dataset(config):
+def read_dataset(config: EasyDict) -> tuple[dict[str, Split], list[str]]:
     """Reads and checks the dataset.
 
     Returns: the splits, and lines for the log: their statistics and how they differ from the published ones.
@@ -50,7 +50,11 @@ def read_dataset(config):
 def build_loader(
     config: EasyDict, split: Split, objectives: Objectives, tokenizer: Tokenizer, ranks: Ranks
 ) -> DataLoader:
-    """Builds the loader of this rank's training batches. Set the `epoch` of its batch sampler before each epoch."""
+    """Builds the loader of this rank's training batches. `Trainer.epoch` sets its sampler to an epoch and a step.
+
+    Raises UserError if the training set has too few samples for a global batch, or if synonyms are needed and WordNet
+    is missing.
+    """
     experiment = config.experiment
     sampler = GlobalBatchSampler(
         len(split),

@@ -164,17 +164,17 @@ def initial_weights_config(source: str) -> dict[str, Any]:
 
 
 def build_initial_model(
-    config: EasyDict, ranks: Ranks, source: str, initial: dict[str, Any]
+    config: EasyDict, ranks: Ranks, source: str, settings: dict[str, Any]
 ) -> tuple[TBPSCLIP, list[str]]:
     """Builds the encoders as they were before the training that `source` comes from.
 
     Args:
-        initial: result of `initial_weights_config`.
+        settings: result of `initial_weights_config`.
 
     Returns: the model, and lines for the log.
     """
     config = EasyDict(to_plain(config))
-    for key, value in initial.items():
+    for key, value in settings.items():
         section, name = key.split(".")
         config[section][name] = value
     config.model.text_layers += len(config.model.dropped_text_layers)

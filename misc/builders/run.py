@@ -14,7 +14,7 @@ from misc.builders.model import build_model, initial_weights
 from misc.builders.training import build_objectives, build_trainer
 from misc.config.loading import to_plain
 from misc.retrieval.evaluation import Evaluator
-from misc.run.folder import LAST_CHECKPOINT, hold_run
+from misc.run.folder import LAST_CHECKPOINT, lock_run
 from misc.run.log import RunLog, wandb_project
 from misc.run.progress import Progress
 from misc.system.distributed import Launch, Ranks
@@ -34,7 +34,7 @@ class Run:
         ranks: the rank of this process, and how many there are.
         folder: the run writes all its files here.
         resumed: whether it continues a run that the folder contains.
-        held: the locked log of that run; None on other ranks than 0 and if there is no such run.
+        locked_log: the locked log of that run; None on other ranks than 0 and if there is no such run.
         run_id: identifies the run, so that wandb continues it when it is resumed.
         progress: how far the run has come.
         loader: the training batches of this rank.
@@ -47,7 +47,7 @@ class Run:
     ranks: Ranks
     folder: Path
     resumed: bool
-    held: TextIO | None
+    locked_log: TextIO | None
     run_id: str
     progress: Progress
     loader: DataLoader
@@ -61,7 +61,7 @@ class Run:
         return RunLog(
             self.folder,
             is_main=self.ranks.is_main,
-            held=self.held,
+            locked_log=self.locked_log,
             overwrite=overwrite,
             resume=self.progress if self.resumed else None,
             tensorboard=self.config.log.tensorboard,
@@ -92,7 +92,7 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
     Raises UserError if anything is wrong with the configuration, the data, the weights or the folder.
     """
     folder, launch = run_folder(config), Launch.current()
-    held = hold_run(folder) if ranks.is_main else None
+    locked_log = lock_run(folder) if ranks.is_main else None
     saved = ranks.broadcast_from_main(lambda: find_start(folder, resume=resume, overwrite=overwrite, launch=launch))
     progress = Progress() if saved is None else Progress.from_state(saved["progress"])
     precision = Precision.choose(config.misc.precision, ranks.device)
@@ -124,7 +124,9 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
         trainer.load_state(saved)
         notes.append(f"resumed in epoch {progress.epoch + 1}, after step {progress.step} of {len(loader)}")
     resumed = saved is not None
-    return Run(config, ranks, folder, resumed, held, run_id, progress, loader, trainer, evaluator, checkpoints, notes)
+    return Run(
+        config, ranks, folder, resumed, locked_log, run_id, progress, loader, trainer, evaluator, checkpoints, notes
+    )
 
 
 def rank_notes(ranks: Ranks, precision: Precision) -> list[str]:

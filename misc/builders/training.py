@@ -30,8 +30,11 @@ def build_objectives(config: EasyDict, ranks: Ranks) -> Objectives:
 def build_trainer(
     config: EasyDict, model: TBPSCLIP, objectives: Objectives, steps: int, precision: Precision, ranks: Ranks
 ) -> Trainer:
-    """Builds the trainer: the model on its device (in DistributedDataParallel if there are several ranks), with its
-    optimizer and learning rates."""
+    """Builds the trainer: the model on its device, with its optimizer and learning rates.
+
+    Args:
+        steps: number of steps in an epoch.
+    """
     model = model.to(ranks.device)
     schedule = config.schedule
     groups = parameter_groups(model, weight_decay=schedule.weight_decay, head_ratio=schedule.ratio_factor)

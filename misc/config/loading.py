@@ -23,7 +23,7 @@ BASE = "base"
 
 def load_config(
     path: str | Path = DEFAULT_CONFIG, *, simplified: bool = False, row: Any = None, overrides: tuple[str, ...] = ()
-):
+) -> EasyDict:
     """Reads a configuration file and its base, applies the arguments, and checks the result.
 
     Args:

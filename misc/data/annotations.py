@@ -52,18 +52,20 @@ PUBLISHED_COUNTS = {
 class Split:
     """One split. A training sample is one (image, caption) pair, so the length of a split is its number of captions.
 
-    Captions and back-translations are cleaned, and listed image by image.
+    Attributes:
+        image_paths: per image, relative to the image folder.
+        image_identities: per image. Training identities are renumbered 0..n-1 in order of first appearance; others stay
+            as annotated.
+        captions: cleaned, listed image by image.
+        back_translations: per caption, cleaned; None if it has no back-translation.
+        caption_images: per caption, the index of its image.
     """
 
     image_paths: list[str]
-    """Per image, relative to the image folder."""
     image_identities: list[int]
-    """Per image. Training identities are renumbered 0..n-1 in order of first appearance; others stay as annotated."""
     captions: list[str]
     back_translations: list[str | None]
-    """Per caption; None if it has no back-translation."""
     caption_images: list[int]
-    """Per caption, the index of its image."""
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -54,7 +54,7 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def collate(samples: "list[Sample | UserError]") -> "Batch | UserError":
+def collate(samples: list[Sample | UserError]) -> Batch | UserError:
     """Stacks samples. Captions are padded to the longest one of the batch, not to `text_length`.
 
     If an image could not be decoded, its UserError is returned instead (`batches` raises it).
@@ -63,7 +63,7 @@ def collate(samples: "list[Sample | UserError]") -> "Batch | UserError":
     return decoded if isinstance(decoded, UserError) else _stack_samples(decoded)
 
 
-def _all_or_error(items: "list[Item | UserError]") -> "list[Item] | UserError":
+def _all_or_error(items: list[Item | UserError]) -> list[Item] | UserError:
     """Returns the items, or the first error among them."""
     good: list[Item] = []
     for item in items:
@@ -125,7 +125,7 @@ def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, 
     )
 
 
-def _stack_images(images: "list[Tensor | UserError]") -> "Tensor | UserError":
+def _stack_images(images: list[Tensor | UserError]) -> Tensor | UserError:
     decoded = _all_or_error(images)
     return decoded if isinstance(decoded, UserError) else torch.stack(decoded)
 

@@ -32,8 +32,12 @@ def _number(low: float, high: float) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _odd(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % 2 == 1
+    return _is_integer(value) and value > 0 and value % 2 == 1
 
 
 def _pair(accepts: Callable[[Any, Any], bool]) -> Callable[[Any], bool]:
@@ -46,9 +50,7 @@ def _ascending_shares(low: Any, high: Any) -> bool:
 
 
 def _counts(number: Any, magnitude: Any) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in (number, magnitude)) and (
-        number > 0 and 0 <= magnitude <= 30
-    )
+    return _is_integer(number) and _is_integer(magnitude) and number > 0 and 0 <= magnitude <= 30
 
 
 def _crop(smallest: float, resolution: tuple[int, int]) -> Operation:
@@ -102,7 +104,7 @@ IMAGE_OPERATIONS: dict[str, ImageOperation] = {
     ),
     "trivial_augment": ImageOperation(
         "number of magnitudes, at least 2",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 2,
+        lambda value: _is_integer(value) and value >= 2,
         lambda bins, _: v2.TrivialAugmentWide(num_magnitude_bins=bins),
     ),
 }

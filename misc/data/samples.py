@@ -90,7 +90,7 @@ class TrainingSet(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, draw: Draw) -> "Sample | UserError":
+    def __getitem__(self, draw: Draw) -> Sample | UserError:
         """Returns the sample, or a UserError if an image cannot be decoded (`batches` raises it)."""
         try:
             with single_threaded():
@@ -180,7 +180,7 @@ class EvaluationImages(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> "Tensor | UserError":
+    def __getitem__(self, number: int) -> Tensor | UserError:
         try:
             return self.view(read_image(self.paths[number]))
         except UserError as error:

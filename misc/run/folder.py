@@ -50,7 +50,7 @@ def _is_empty_log(path: Path) -> bool:
     return path.name == LOG and path.stat().st_size == 0
 
 
-def hold_run(folder: Path) -> TextIO | None:
+def lock_run(folder: Path) -> TextIO | None:
     """Locks the run in a folder before it is read, so that nobody changes it meanwhile.
 
     Returns: the open log of the run for `RunLog`, or None if the folder contains no run.

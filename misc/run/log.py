@@ -26,7 +26,7 @@ class RunLog:
     Args:
         folder: folder of the run, created if it is missing. None writes to the screen only.
         is_main: whether this process writes at all.
-        held: the locked log that `hold_run` returned, if the folder already contained a run.
+        locked_log: the locked log that `lock_run` returned, if the folder already contained a run.
         overwrite: replace the run in the folder.
         resume: progress of the run in the folder, to continue it; None starts a new run.
         tensorboard: also log to TensorBoard.
@@ -43,7 +43,7 @@ class RunLog:
         folder: Path | None,
         *,
         is_main: bool = True,
-        held: TextIO | None = None,
+        locked_log: TextIO | None = None,
         overwrite: bool = False,
         resume: Progress | None = None,
         tensorboard: bool = False,
@@ -61,7 +61,7 @@ class RunLog:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.text = held or open_locked_log(self.folder)
+        self.text = locked_log or open_locked_log(self.folder)
         if resume is None:
             check_run_folder(self.folder, overwrite=overwrite)  # again, because the lock was not held before
             _clear(self.folder, self.text)

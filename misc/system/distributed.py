@@ -176,7 +176,7 @@ def _join(device: torch.device, backend: str, url: str) -> Ranks:
         device_id=device if with_nccl else None,
     )
     control = dist.new_group(backend="gloo") if with_nccl else dist.group.WORLD
-    # Every rank is in both groups.
+    # Never None, because every rank is in the group.
     return Ranks(rank, world_size, device, note, cast(dist.ProcessGroup, control))
 
 

@@ -70,9 +70,8 @@ class Interruption:
             yield
         except RuntimeError as error:
             if self.number and ranks.world_size > 1:
-                raise Interrupted(
-                    self.number
-                ) from error  # launchers end all ranks when one dies, which fails a collective
+                # Launchers end all ranks when one ends, so a collective failed because of the signal.
+                raise Interrupted(self.number) from error
             raise
         finally:
             self._deferred = False

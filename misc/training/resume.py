@@ -10,7 +10,7 @@ from misc.config.rules import RULES, TOWER_KEYS
 from misc.errors import UserError, first_of
 from misc.files import partial_path
 from misc.run.checkpoint import read_checkpoint, write_checkpoint
-from misc.run.folder import BEST_CHECKPOINT, LAST_CHECKPOINT, check_run_folder
+from misc.run.folder import BEST_CHECKPOINT, CONFIG, LAST_CHECKPOINT, check_run_folder
 from misc.run.progress import Progress
 from misc.system.distributed import Launch, Ranks
 from misc.training.trainer import Trainer
@@ -99,7 +99,7 @@ class RunIdentity:
         if differences:
             raise UserError(
                 f"the run of {path} cannot be resumed: {'; '.join(sorted(differences))}: use its own configuration, "
-                f"--config {path.parent / 'config.yaml'}, or start a new run"
+                f"--config {path.parent / CONFIG}, or start a new run"
             )
         if self.training_set != saved["training_set"]:
             raise UserError(
