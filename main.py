@@ -38,6 +38,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         if arguments.study in STUDY_TABLES:
+            refuse_other_modes(arguments)
             print_study(arguments.study, arguments.overrides)
             return 0
         config = configure(arguments)
@@ -123,9 +124,14 @@ def configure(arguments: argparse.Namespace) -> EasyDict:
         raise UserError(f"--sheet {arguments.sheet}: only works together with training or --evaluate")
     if arguments.study is None:
         return load_config(arguments.config, simplified=arguments.simplified, overrides=overrides)
-    if arguments.simplified or arguments.evaluate or arguments.contribution or arguments.export:
-        raise UserError("--study trains a row of the paper: leave out --simplified and the other modes")
+    refuse_other_modes(arguments)
     return configure_row(arguments.study, arguments.config, overrides, resume=arguments.resume)
+
+
+def refuse_other_modes(arguments: argparse.Namespace) -> None:
+    """Raises UserError if --study is given together with another mode."""
+    if arguments.simplified or arguments.evaluate or arguments.contribution or arguments.export:
+        raise UserError("--study only works without --simplified and the other modes: leave them out")
 
 
 def train(config: EasyDict, ranks: Ranks, interruption: Interruption, *, overwrite: bool, resume: bool) -> None:

@@ -471,3 +471,21 @@ data:
 def test_names_that_are_given_as_examples_may_not_exist():
     text = "<!-- examples: model/new.py experiment.new -->\n`model/new.py`, `experiment.new=true`, `experiment.newer`"
     assert [problem.name for problem in problems(take_apart(ROOT / "made_up.md", text))] == ["experiment.newer"]
+
+
+def count_lines(name: str) -> int:
+    """Counts the lines of code in a file or folder, without subfolders that have a row of their own in the tree."""
+    path = ROOT / name
+    if path.is_file():
+        files = [path]
+    else:
+        found = path.rglob("*") if name in ("misc/search/", "tests/") else path.glob("*")
+        files = [file for file in found if file.suffix in (".py", ".yaml", ".html", ".css", ".js")]
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
+def test_the_line_counts_of_the_directory_tree_are_about_right():
+    rows = re.findall(r"^(\S+) +~(\d+)  ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) > 15
+    counts = {name: (int(printed), count_lines(name)) for name, printed in rows}
+    assert {name: pair for name, pair in counts.items() if abs(pair[0] - pair[1]) > 0.15 * pair[1]} == {}

@@ -14,13 +14,12 @@ from model.tbps_clip import TBPSCLIP
 
 
 def build_objectives(config: EasyDict, ranks: Ranks) -> Objectives:
-    """Builds the losses. Their settings are the keys of `experiment` that have the name of a field of `Objectives`.
+    """Builds the losses. Every field of `Objectives` is a key of `experiment`, except the two about ranks.
 
     Without `use_gather`, a rank only contrasts its own samples.
     """
-    settings = {
-        field.name: config.experiment[field.name] for field in fields(Objectives) if field.name in config.experiment
-    }
+    names = [field.name for field in fields(Objectives) if field.name not in ("gather", "rank")]
+    settings = {name: config.experiment[name] for name in names}
     if not config.model.use_gather:
         return Objectives(gather=lambda rows: rows, rank=0, **settings)
     gathering = gather if config.model.gather_gradient else gather_detached
@@ -53,7 +52,7 @@ def build_trainer(
             )
             for step in range(schedule.epoch * steps)
         ],
-        softlabel_ratio=config.model.softlabel_ratio,
+        final_soft_label_ratio=config.model.softlabel_ratio,
         precision=precision,
         scaler=precision.scaler(),
         ranks=ranks,

@@ -1,4 +1,4 @@
 """Search in a folder of person pictures: the index, the engines, queries, the server and its page.
 
-The modules may import `misc/builders/` and the rooms below it; only `search.py` imports them. Begin with `searcher.py`.
+They may import `misc/builders/` and the folders below it; only `search.py` imports them. Begin with `searcher.py`.
 """

@@ -36,7 +36,7 @@ class Trainer:
         objectives: the losses.
         optimizer: AdamW with `lr_ratio` in its groups.
         learning_rates: the learning rate of every iteration of the whole training.
-        softlabel_ratio: α of N-ITC after the first epoch.
+        final_soft_label_ratio: α of N-ITC after the first epoch.
         precision, scaler: mixed precision.
         ranks: the rank of this process, and how many there are.
         seed: the seed of the dropout.
@@ -47,7 +47,7 @@ class Trainer:
     objectives: Objectives
     optimizer: torch.optim.Optimizer
     learning_rates: list[float]
-    softlabel_ratio: float
+    final_soft_label_ratio: float
     precision: Precision
     scaler: torch.amp.GradScaler
     ranks: Ranks
@@ -66,7 +66,7 @@ class Trainer:
         """
         set_learning_rate(self.optimizer, self.learning_rates[iteration])
         self.optimizer.zero_grad(set_to_none=True)
-        soft_label_ratio = soft_label_ratio_at(iteration, steps_per_epoch, self.softlabel_ratio)
+        soft_label_ratio = soft_label_ratio_at(iteration, steps_per_epoch, self.final_soft_label_ratio)
         if self.chunk_size is None or self.chunk_size >= len(batch):
             weighted = self._backward(batch, iteration, soft_label_ratio)
         else:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from misc.config.loading import load_config
 from misc.system.distributed import Ranks, gather, gather_detached
 from model.objectives import Objectives
 from model.tbps_clip import Features
@@ -165,3 +166,12 @@ def test_detached_gathering_gives_the_same_loss_and_no_gradient_to_other_ranks(t
         for name in TABLES:
             assert_close(found[name], expected[name], 1e-9)
         assert not torch.allclose(found["image"], alone["image"][own])
+
+
+def test_the_defaults_are_the_recipe():
+    """`Objectives` without settings is the full recipe of config/config.yaml."""
+    experiment = load_config().experiment
+    names = [field.name for field in dataclasses.fields(Objectives) if field.name not in ("gather", "rank")]
+    assert {name: getattr(Objectives(gather=None), name) for name in names} == {
+        name: experiment[name] for name in names
+    }
