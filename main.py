@@ -23,7 +23,7 @@ from misc.commands.export import export_weights
 from misc.commands.study import STUDY_TABLES, configure_row, print_study
 from misc.config.loading import DEFAULT_CONFIG, load_config, save_config
 from misc.errors import DISK_FULL, UserError
-from misc.retrieval.evaluation import result_lines
+from misc.retrieval.evaluation import Retrieval, result_lines
 from misc.retrieval.query_report import write_retrieval
 from misc.run.folder import CONFIG
 from misc.run.log import RunLog
@@ -144,6 +144,8 @@ def train(config: EasyDict, ranks: Ranks, interruption: Interruption, *, overwri
             save_config(config, run.folder / CONFIG)
         for line in run.notes:
             log.line(line)
+        if config.log.initial_evaluation and not progress.started:
+            progress.metrics = evaluate_epoch(run, log, "initial weights").metrics
         while progress.epoch < config.schedule.epoch:
             with interruption.deferred(ranks):
                 run.trainer.epoch(
@@ -175,9 +177,9 @@ def end_epoch(run: Run, log: RunLog) -> None:
         **run.trainer.summary(progress),
     }
     iterations = (progress.epoch + 1) * progress.step
-    retrieval = run.evaluator(model)
-    for line in result_lines(f"epoch {progress.epoch + 1}, {config.data.evaluate_on}", retrieval):
-        log.line(line)
+    if progress.epoch == 0:
+        record |= {f"initial_{name}": value for name, value in progress.metrics.items()}
+    retrieval = evaluate_epoch(run, log, f"epoch {progress.epoch + 1}")
     better = progress.evaluated(retrieval.metrics)
     log.epoch({**record, **retrieval.metrics, "evaluation_seconds": retrieval.seconds}, iterations)
     log.curve()
@@ -186,6 +188,14 @@ def end_epoch(run: Run, log: RunLog) -> None:
     if better:
         run.checkpoints.save_best()
     run.checkpoints.save_last()
+
+
+def evaluate_epoch(run: Run, log: RunLog, title: str) -> Retrieval:
+    """Evaluates the current weights, and logs the table of results."""
+    retrieval = run.evaluator(run.trainer.bare_model)
+    for line in result_lines(f"{title}, {run.config.data.evaluate_on}", retrieval):
+        log.line(line)
+    return retrieval
 
 
 def refuse(error: UserError) -> int:

@@ -209,6 +209,7 @@ RULES: dict[str, Rule] = {
     "log.checkpoint_period": Rule(_integer(0), may_change=True),
     "log.tensorboard": Rule(SWITCH, may_change=True),
     "log.wandb": Rule(SWITCH, may_change=True),
+    "log.initial_evaluation": Rule(SWITCH, may_change=True),
     "log.sheet": Rule(_integer(0), may_change=True),
     "log.sheet_choice": Rule(_choice("random", "hardest"), may_change=True),
     "log.profile": Rule(SWITCH, may_change=True),

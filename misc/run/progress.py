@@ -56,6 +56,11 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     best: float = -1.0
 
+    @property
+    def started(self) -> bool:
+        """Whether the run has made a step, or evaluated its initial weights."""
+        return self.epoch > 0 or self.step > 0 or bool(self.metrics)
+
     def evaluated(self, metrics: dict[str, float]) -> bool:
         """Ends the epoch with the results of its evaluation. Returns: whether they are the best so far."""
         better = metrics["r1"] > self.best
