@@ -1,5 +1,6 @@
 # make demo: trains and evaluates TBPS-CLIP on generated pedestrians; works on a fresh machine.
-# make test: runs all tests. make lint: checks the style and the types.
+# make test: runs all tests. make test-fast: only those that start no process and take about a second at most.
+# make lint: checks the style and the types.
 # make bench: measures speed next to the published way of doing the same work; prints tables, writes benchmarks.json.
 # make soak: kills a training KILLS times (about ten seconds each), and compares it with an undisturbed training.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 KILLS ?= 200
 
-.PHONY: demo test bench soak lint
+.PHONY: demo test test-fast bench soak lint
 
 # Installs again when the requirements change.
 .venv/installed: requirements.txt requirements-search.txt requirements-dev.txt
@@ -17,14 +18,15 @@ KILLS ?= 200
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-demo: .venv/installed
-	@echo "The demo trains simplified TBPS-CLIP (N-ITC and R-ITC) with tiny encoders; the full recipe takes three times as long."
-	$(BIN)/python -m misc.pedestrians data/pedestrians
-	$(BIN)/torchrun --standalone --nproc_per_node=2 main.py --config config/demo.config.yaml --simplified --overwrite
-	@echo "Queries with their first ten results: runs/demo/retrieval.png; the curve: runs/demo/curve.png"
+demo:
+	@$(PYTHON) -m misc.commands.demo $(PYTHON)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# The plugin tests/fast.py marks the tests that start a process.
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -p tests.fast -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks --json benchmarks.json

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.runs import EVERYTHING, Outcome, Run, of_dataset, start
+from tests.helpers.runs import EVERYTHING, Outcome, Run, of_dataset, start_forked
 from tests.helpers.searching import GELU, write_clip, write_people
 from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
+from tests.helpers.trainings import Training
 
 
 @pytest.fixture
@@ -29,9 +30,54 @@ def data(tmp_path_factory) -> TinyDataset:
 def unstopped(data, tmp_path_factory) -> Run:
     """A run with all features on that was never stopped, to compare resumed runs with."""
     folder = tmp_path_factory.mktemp("unstopped") / "run"
-    outcome = start(*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
+    outcome = start_forked(*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}")
     assert outcome.status == 0, outcome.err
     return Run(folder, outcome)
+
+
+@pytest.fixture(scope="session")
+def unstopped_on_two_ranks(data, tmp_path_factory) -> Callable[..., Run]:
+    """A function that returns a run of two ranks with the given arguments, which was never stopped."""
+    runs = {}
+
+    def run(*arguments: str, seconds: float = 300) -> Run:
+        if arguments not in runs:
+            folder = tmp_path_factory.mktemp("unstopped") / "run"
+            own = (*EVERYTHING, *of_dataset(data), f"model.saved_path={folder}", *arguments)
+            outcome = start_forked(*own, ranks=2, seconds=seconds)
+            assert outcome.status == 0, outcome.err
+            runs[arguments] = Run(folder, outcome)
+        return runs[arguments]
+
+    return run
+
+
+@pytest.fixture
+def training(data, tmp_path) -> Iterator[Callable[..., Training]]:
+    """Starts trainings in `tmp_path / "run"`, and kills those that still run when the test ends."""
+    started = []
+
+    def begin(*arguments: str, **options) -> Training:
+        fixed = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}")
+        started.append(Training((*fixed, *arguments), output=tmp_path / "output.txt", **options))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        if each.process.poll() is None:
+            each.kill_all()
+
+
+@pytest.fixture
+def resume(data, tmp_path) -> Callable[..., None]:
+    """Continues the training in `tmp_path / "run"` to its end."""
+
+    def go_on(*arguments: str, ranks: int = 1) -> None:
+        fixed = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}")
+        outcome = start_forked(*fixed, *arguments, "--resume", ranks=ranks)
+        assert outcome.status == 0, outcome.err
+
+    return go_on
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ MISTAKES = (
     ("benchmarks.search", ["--json", "missing/search.json"], "missing/search.json"),
 )
 """Commands, arguments with a mistake, and the part of the message that names it."""
-WITHOUT_ARGUMENTS = {"image/draw_method.py"}
+WITHOUT_ARGUMENTS = {"image/draw_method.py", "misc.commands.demo"}
 
 
 def run_command(command: str) -> int:

@@ -1,10 +1,10 @@
 """The worked examples of docs/extending.md: put into a copy of the project, they train, export and evaluate."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.runs import ARCHITECTURE, QUICK, ROOT, Outcome
+from tests.helpers.fork_server import Call, ForkServer
+from tests.helpers.runs import ARCHITECTURE, QUICK, ROOT, Outcome, run_main
 from tests.helpers.tiny_dataset import write_tiny_dataset
 
 DOCUMENT = ROOT / "docs" / "extending.md"
 CODE = ("main.py", "config", "model", "text_utils", "misc")
+TESTS = ("tests/__init__.py", "tests/helpers")
+"""What the fork server of the copy needs."""
 INSERTION = re.compile(
     r"<!-- insert: (?P<file>\S+) \| (?P<place>after|before|end)(?: \| (?P<anchor>.+?))? -->\n"
     r"```\w+\n(?P<code>.*?)```\n",
@@ -52,7 +55,8 @@ def insertions() -> list[Insertion]:
 def project(tmp_path_factory) -> Path:
     """A copy of the project with every example of the document in it."""
     root = tmp_path_factory.mktemp("extended")
-    for name in CODE:
+    (root / "tests").mkdir()
+    for name in (*CODE, *TESTS):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, root / name)
@@ -62,19 +66,23 @@ def project(tmp_path_factory) -> Path:
     return root
 
 
-def call(project: Path, *arguments: str) -> Outcome:
+@pytest.fixture(scope="module")
+def call(project) -> Iterator[Callable[..., Outcome]]:
     """`main.py` of the copy."""
-    ended = subprocess.run(
-        [sys.executable, "main.py", *arguments], cwd=project, capture_output=True, text=True, timeout=300
-    )
-    return Outcome(ended.returncode, ended.stdout, ended.stderr)
+    server = ForkServer(project)
+
+    def run_copy(*arguments: str) -> Outcome:
+        ended = server([Call(run_main, (["main.py", *arguments],), dict(os.environ), project)])
+        return Outcome(ended.statuses[0], ended.out, ended.err)
+
+    yield run_copy
+    server.close()
 
 
 @pytest.fixture(scope="module")
-def trained(project) -> Path:
+def trained(project, call) -> Path:
     """A run of two steps with the new loss, the new augmentation and the new dataset."""
     outcome = call(
-        project,
         *ARCHITECTURE,
         *QUICK,
         "anno_dir=tiny",
@@ -116,20 +124,20 @@ def test_two_steps_train_with_the_new_loss(trained):
 
 
 @pytest.mark.slow
-def test_a_misspelt_key_of_the_new_loss_is_refused(project):
-    outcome = call(project, "experiment.triplet_margn=0.5")
+def test_a_misspelt_key_of_the_new_loss_is_refused(call):
+    outcome = call("experiment.triplet_margn=0.5")
     assert outcome.status == 2 and "did you mean 'experiment.triplet_margin'" in outcome.err
 
 
 @pytest.mark.slow
-def test_the_new_row_of_the_study_is_listed(project):
-    outcome = call(project, "--study", "list")
+def test_the_new_row_of_the_study_is_listed(call):
+    outcome = call("--study", "list")
     assert outcome.status == 0 and any(line.startswith("losses/triplet") for line in outcome.out.splitlines())
 
 
 @pytest.mark.slow
-def test_the_new_forms_of_weights_are_written_and_read(project, trained):
-    outcome = call(project, "--export", "safetensors", "out", "model.checkpoint=run/checkpoint_best.pth")
+def test_the_new_forms_of_weights_are_written_and_read(call, project, trained):
+    outcome = call("--export", "safetensors", "out", "model.checkpoint=run/checkpoint_best.pth")
     assert outcome.status == 0, outcome.err
     state = load_file(project / "out" / "clip.safetensors")
     assert "visual.proj" in state
@@ -140,7 +148,7 @@ def test_the_new_forms_of_weights_are_written_and_read(project, trained):
         "model.activation=quick_gelu",
         "experiment.input_resolution=[32, 16]",
     )
-    outcome = call(project, "--export", "safetensors", "again", *weights)
+    outcome = call("--export", "safetensors", "again", *weights)
     assert outcome.status == 0, outcome.err
     assert "names of a wrapped CLIP" in outcome.out
     again = load_file(project / "again" / "clip.safetensors")

@@ -29,6 +29,7 @@ from tests.helpers.runs import (
     of_dataset,
     only_error,
     start,
+    start_forked,
 )
 from tests.helpers.seeded import TINY, clip_weights
 from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
@@ -66,7 +67,7 @@ def train(run, data, tmp_path) -> Callable[..., Run]:
 
 @pytest.fixture(scope="module")
 def full(data, tmp_path_factory) -> Run:
-    """Two epochs of the full recipe with `python main.py` and one loader worker."""
+    """Two epochs of the full recipe with `python main.py` and one loader worker, in a process of its own."""
     folder = tmp_path_factory.mktemp("runs") / "full"
     own = (f"model.saved_path={folder}", "schedule.epoch=2", "data.num_workers=1", "log.sheet=3", "log.print_period=5")
     return Run(folder, start(*ARCHITECTURE, *QUICK, *of_dataset(data), *own))
@@ -160,7 +161,7 @@ def test_evaluation_of_the_last_checkpoint_repeats_its_metrics(full, data, run, 
 
 
 def test_two_ranks_evaluate_a_checkpoint_like_one_rank(full, data):
-    outcome = start("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data), ranks=2)
+    outcome = start_forked("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data), ranks=2)
     assert outcome.status == 0, outcome.err
     assert "2 process(es)" in outcome.out
     assert printed_metrics(outcome.out) == [rounded(full.records[-1])]
@@ -168,7 +169,7 @@ def test_two_ranks_evaluate_a_checkpoint_like_one_rank(full, data):
 
 def test_two_ranks_train_without_gathering(data, tmp_path):
     own = ("schedule.epoch=1", "model.use_gather=false", f"model.saved_path={tmp_path / 'run'}", "log.sheet=1")
-    outcome = start(*ARCHITECTURE, *QUICK, *of_dataset(data), *own, ranks=2)
+    outcome = start_forked(*ARCHITECTURE, *QUICK, *of_dataset(data), *own, ranks=2)
     assert outcome.status == 0, outcome.err
     two = Run(tmp_path / "run", outcome)
     assert sorted(path.name for path in two.folder.iterdir()) == sorted(set(RUN_FILES) - {"trace.json"})
@@ -178,29 +179,24 @@ def test_two_ranks_train_without_gathering(data, tmp_path):
 
 
 def test_two_machines_train_like_one_machine(data, tmp_path):
-    """Two torchruns with one process each, like two machines, and one torchrun with two: bit-identical."""
+    """Two torchruns with one process each, like two machines, and two processes of one machine: bit-identical."""
     folders = {nodes: tmp_path / str(nodes) for nodes in (1, 2)}
-    for nodes, folder in folders.items():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            meeting = ("--master_addr=127.0.0.1", f"--master_port={probe.getsockname()[1]}")
-        own = ("schedule.epoch=1", "log.sheet=1", f"model.saved_path={folder}")
-        arguments = (*ARCHITECTURE, *QUICK, *of_dataset(data), *own)
-        torchruns = []
-        for node in range(nodes):
-            run = command(arguments, 2)
-            at = run["args"].index("--standalone")
-            run["args"][at : at + 2] = [
-                f"--nnodes={nodes}",
-                f"--node_rank={node}",
-                f"--nproc_per_node={2 // nodes}",
-                *meeting,
-            ]
-            torchruns.append(subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        for torchrun in torchruns:
-            out, _ = torchrun.communicate(timeout=300)
-            assert torchrun.returncode == 0, out
-    assert_same_run(folders[2], Run(folders[1], Outcome(0, "", "")))
+    own = (*ARCHITECTURE, *QUICK, *of_dataset(data), "schedule.epoch=1", "log.sheet=1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = ("--master_addr=127.0.0.1", f"--master_port={probe.getsockname()[1]}")
+    torchruns = []
+    for node in range(2):
+        run = command((*own, f"model.saved_path={folders[2]}"), 2)
+        at = run["args"].index("--standalone")
+        run["args"][at : at + 2] = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", *meeting]
+        torchruns.append(subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for torchrun in torchruns:
+        out, _ = torchrun.communicate(timeout=300)
+        assert torchrun.returncode == 0, out
+    outcome = start_forked(*own, f"model.saved_path={folders[1]}", ranks=2)
+    assert outcome.status == 0, outcome.err
+    assert_same_run(folders[2], Run(folders[1], outcome))
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +209,7 @@ def on_ranks(tmp_path_factory) -> dict[int, list[dict]]:
     for ranks, workers in ((1, 0), (2, 1), (4, 0)):
         folder = tmp_path_factory.mktemp("runs") / str(ranks)
         batch = (f"data.batch_size={16 // ranks}", f"data.num_workers={workers}", f"model.saved_path={folder}")
-        outcome = start(*ARCHITECTURE, *QUICK, *of_dataset(dataset), *own, *batch, ranks=ranks)
+        outcome = start_forked(*ARCHITECTURE, *QUICK, *of_dataset(dataset), *own, *batch, ranks=ranks)
         assert outcome.status == 0, outcome.err
         found[ranks] = Run(folder, outcome).records
     return found
@@ -515,11 +511,15 @@ def test_the_first_five_missing_images_are_named(run, tiny_dataset, tmp_path):
     assert sixth not in only_error(run(*QUICK, *of_dataset(tiny_dataset), f"model.saved_path={tmp_path / 'run'}"))
 
 
-@pytest.mark.parametrize("mistake", [unknown_key, missing_images], ids=lambda function: function.__name__)
-def test_a_process_reports_a_mistake_in_one_line(tiny_dataset, tmp_path, mistake):
+@pytest.mark.parametrize(
+    ("mistake", "begin"),
+    [(unknown_key, start_forked), (missing_images, start)],
+    ids=lambda function: function.__name__,
+)
+def test_a_process_reports_a_mistake_in_one_line(tiny_dataset, tmp_path, mistake, begin):
     arguments, words = mistake(tiny_dataset, tmp_path)
     saved_path = f"model.saved_path={tmp_path / 'run'}"
-    message = only_error(start(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), saved_path, *arguments))
+    message = only_error(begin(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), saved_path, *arguments))
     assert all(word in message for word in words)
     assert not (tmp_path / "run").exists()
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -15,7 +15,6 @@ from misc.retrieval import metrics
 from misc.system.precision import Precision
 from misc.training.optimizer import build_optimizer, parameter_groups
 from tests.helpers.golden_models import tiny_model
-from tests.helpers.runs import ROOT
 
 OVERRIDES = (
     "experiment.input_resolution=[64, 32]",
@@ -94,14 +93,16 @@ def test_both_run_in_turn_and_the_first_round_does_not_count():
 
 
 @pytest.mark.slow
-def test_the_command_starts():
-    arguments = ["--only", "memory", "--batch", "2", "--rounds", "1", *OVERRIDES]
-    small = "import benchmarks.suite as s; s.RETRIEVALS = (); s.RECIPES = {'full': False}"
-    code = f"{small}; import runpy; runpy.run_module('benchmarks')"
-    finished = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0 and "memory of a step, full, batch 2" in finished.stdout, finished.stderr
+def test_the_command_starts(monkeypatch, capfd):
+    """Also the processes in which it measures memory."""
+    monkeypatch.setattr(benchmarks, "RETRIEVALS", ())
+    monkeypatch.setattr(benchmarks, "RECIPES", {"full": False})
+    arguments = ["--only", "memory", "--batch", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, *OVERRIDES])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("benchmarks", run_name="__main__")
+    out, err = capfd.readouterr()
+    assert ended.value.code == 0 and "memory of a step, full, batch 2" in out, err
 
 
 @pytest.mark.slow

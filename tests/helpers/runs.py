@@ -12,9 +12,10 @@ import torch
 
 from misc.run.checkpoint import read_checkpoint
 from misc.training.trainer import Trainer
+from tests.helpers.fork_server import ROOT, Call
+from tests.helpers.ranks import fork_ranks, fork_server
 from tests.helpers.tiny_dataset import TinyDataset
 
-ROOT = Path(__file__).parents[2]
 ARCHITECTURE = (
     "experiment.input_resolution=[32, 16]",
     "experiment.simclr_mlp=[32, 16, 32]",
@@ -84,21 +85,43 @@ def of_dataset(dataset: TinyDataset) -> list[str]:
     return [f"anno_dir={dataset.anno_dir}", f"image_dir={dataset.image_dir}"]
 
 
+def environment() -> dict[str, str]:
+    """Returns the environment variables of a run: those of this process, and one thread."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_PROJECT"} | {"OMP_NUM_THREADS": "1"}
+
+
 def command(arguments: tuple[str, ...], ranks: int, *torchrun_options: str) -> dict[str, Any]:
     """Returns the arguments of `subprocess` to run `main.py`, under torchrun if there are several ranks."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun_options)
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_PROJECT"}
     return {
         "args": [sys.executable, *(torchrun if ranks > 1 else ()), "main.py", *map(str, arguments)],
         "cwd": ROOT,
-        "env": environment | {"OMP_NUM_THREADS": "1"},
+        "env": environment(),
     }
 
 
 def start(*arguments: str, ranks: int = 1, seconds: float = 300) -> Outcome:
-    """Runs `main.py` in its own process, and waits for it."""
+    """Runs `main.py` in its own process, under torchrun if there are several ranks, and waits for it."""
     finished = subprocess.run(**command(arguments, ranks), capture_output=True, text=True, timeout=seconds)
     return Outcome(finished.returncode, finished.stdout, finished.stderr)
+
+
+def start_forked(*arguments: str, ranks: int = 1, seconds: float = 300) -> Outcome:
+    """Runs `main.py` like `start`, but in forks of a process that has already imported it, and without torchrun."""
+    words = ["main.py", *map(str, arguments)]
+    if ranks == 1:
+        ended = fork_server()([Call(run_main, (words,), environment(), ROOT)], seconds=seconds)
+        return Outcome(ended.statuses[0], ended.out, ended.err)
+    ended = fork_ranks(ranks, run_main, (words,), environment(), seconds)
+    return Outcome(int(any(ended.statuses)), ended.out, ended.err)  # 1 if a rank failed, as torchrun
+
+
+def run_main(words: list[str]) -> int:
+    """Runs `main.py` with these words of a command line in this process."""
+    import main
+
+    sys.argv = words
+    return main.main()
 
 
 def only_error(outcome: Outcome) -> str:

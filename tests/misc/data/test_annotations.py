@@ -433,6 +433,7 @@ def test_unknown_dataset():
 # Speed
 
 
+@pytest.mark.slow
 def test_a_file_of_published_size_is_read_in_seconds(tmp_path):
     """68,126 captions of 25 words take about one second, so ten seconds mean that something is wrong."""
     words = random.Random(0).choices(["Red", "shirt", "black", "jeans", "a", "man,", "walking."], k=10_000)

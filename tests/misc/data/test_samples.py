@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -429,22 +430,31 @@ def loaded(data: TrainingSet, workers: int, batch_size: int = 6, **arguments) ->
     return found
 
 
+@pytest.fixture(scope="module")
+def mixed_set(data) -> Callable[[], TrainingSet]:
+    """A function that builds a training set with MixGen."""
+    augmentation = dataclasses.replace(ALL_VIEWS, mixgen="ori")
+    return lambda: TrainingSet(read_annotations(*data)["train"], data.image_dir, TOKENIZER, augmentation, 0)
+
+
+@pytest.fixture(scope="module")
+def alone(mixed_set) -> list[Batch]:
+    """The batches of one rank without workers."""
+    return loaded(mixed_set(), workers=0, batch_size=12, **MIXING)
+
+
 MIXING = {"mixgen_probability": 0.5, "mixgen_ratio": 0.34}
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 3))])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_and_workers_change_no_sample(training_set, world_size, workers):
+def test_ranks_and_workers_change_no_sample(mixed_set, alone, world_size, workers):
     """Compares every view, token and label of two epochs bit by bit."""
-    augmentation = dataclasses.replace(ALL_VIEWS, mixgen="ori")
-    alone = loaded(training_set(augmentation), workers=0, batch_size=12, **MIXING)
     assert len(alone) == 8
     assert not any(same(batch, other) for batch, other in itertools.combinations(alone, 2))
     ranks = [
-        loaded(
-            training_set(augmentation), workers, batch_size=12 // world_size, rank=rank, world_size=world_size, **MIXING
-        )
+        loaded(mixed_set(), workers, batch_size=12 // world_size, rank=rank, world_size=world_size, **MIXING)
         for rank in range(world_size)
     ]
     for whole, *parts in zip(alone, *ranks, strict=True):

@@ -303,6 +303,7 @@ def test_a_simclr_view_has_the_shape_of_the_model_s_input(size):
     assert ((view >= BLACK - 1e-5) & (view <= (1 - MEAN) / DEVIATION + 1e-5)).all()
 
 
+@pytest.mark.slow
 def test_how_often_a_simclr_view_changes_colours():
     view = SimCLRView((8, 8))
     plain = torch.tensor([0.5, 0.3, 0.2])[:, None, None].expand(3, 12, 12)  # neither cropped, blurred nor flipped
@@ -316,6 +317,7 @@ def test_how_often_a_simclr_view_changes_colours():
     assert_rate(unchanged, times, (1 - 0.8) * (1 - 0.2))
 
 
+@pytest.mark.slow
 def test_how_often_a_simclr_view_is_flipped():
     view = SimCLRView((8, 8))
     ramp = torch.linspace(0.2, 0.8, 24).expand(3, 24, 24)  # brighter to the right for every crop and colour change
@@ -326,6 +328,7 @@ def test_how_often_a_simclr_view_is_flipped():
     assert_rate(flipped, 1500, 0.5)
 
 
+@pytest.mark.slow
 def test_how_often_and_how_much_a_simclr_view_is_blurred(monkeypatch):
     sigmas = []
 

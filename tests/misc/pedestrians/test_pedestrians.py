@@ -210,6 +210,7 @@ def recoloured(item: Item, colours: dict) -> Item:
     return item._replace(colour=max(colours, key=lambda name: np.abs(np.array(colours[name]) - ours).sum()))
 
 
+@pytest.mark.slow
 def test_everything_in_sight_can_be_seen() -> None:
     """The image changes if a thing that a caption may name gets another colour, or is removed."""
     for person, shot in encounters(40):

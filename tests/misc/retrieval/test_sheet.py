@@ -43,7 +43,7 @@ def test_more_images_requested_than_there_are(tiny_dataset, tmp_path):
         hand_made_retrieval(split),
         split,
         tiny_dataset.image_dir,
-        queries=list(range(20)),
+        queries=[0, 13],
         images=12,
     )
     assert Image.open(tmp_path / "sheet.png").width > 100

@@ -3,8 +3,8 @@
 import errno
 import importlib.util
 import json
+import os
 import re
-import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -21,8 +21,8 @@ from misc.run.folder import RUN_FILES, check_run_folder
 from misc.run.log import RunLog, wandb_project
 from misc.run.profiling import peak_memory_gigabytes
 from misc.run.progress import Progress
-
-ROOT = Path(__file__).parents[3]
+from tests.helpers.fork_server import ROOT, Call
+from tests.helpers.ranks import fork_server
 
 
 def record(epoch: int) -> dict[str, float]:
@@ -108,23 +108,18 @@ def test_a_resumed_run_keeps_its_log_and_the_epochs_before_its_checkpoint(tmp_pa
     assert [json.loads(line) for line in lines] == [record(1), record(2), record(3)]
 
 
-OTHER_RUN = """
-import sys
-from pathlib import Path
-from misc.errors import UserError
-from misc.run.progress import Progress
-from misc.run.log import RunLog
-try:
-    RunLog(Path(sys.argv[1]), overwrite=True)
-except UserError as error:
-    print(error)
-"""
+def begin_run(folder: Path) -> None:
+    try:
+        RunLog(folder, overwrite=True)
+    except UserError as error:
+        print(error)
 
 
 def other_run(folder: Path) -> str:
     """Starts a run in the folder from another process, and returns its error message."""
-    arguments = [sys.executable, "-c", OTHER_RUN, str(folder)]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ended = fork_server()([Call(begin_run, (folder,), dict(os.environ), ROOT)])
+    assert ended.statuses == [0], ended.err
+    return ended.out
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):

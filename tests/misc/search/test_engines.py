@@ -161,6 +161,7 @@ def test_faiss_from_the_command_line(make_index, call_search, people):
 # ---- Qdrant, in the local mode of its client ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_qdrant_follows_the_index(make_index, call_search, people, tmp_path):
     pytest.importorskip("qdrant_client", reason="needs requirements-search.txt")
     database = tmp_path / "database"

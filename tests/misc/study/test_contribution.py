@@ -25,7 +25,7 @@ from misc.system.distributed import Ranks
 from misc.system.precision import Precision
 from model.transformer import ResidualBlock, Transformer
 from tests.helpers.golden_models import TINY_MODEL, assert_close, make_model, tiny_model
-from tests.helpers.runs import ARCHITECTURE, QUICK, of_dataset, only_error, start
+from tests.helpers.runs import ARCHITECTURE, QUICK, of_dataset, only_error, start_forked
 from tests.helpers.seeded import TINY, clip_weights, normal
 from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
 from text_utils.tokenizer import Tokenizer
@@ -458,7 +458,7 @@ def test_the_command_writes_the_same_on_one_and_two_ranks(checkpoint, initial, r
     assert_equal_states(initial, make_model(**TINY_MODEL).state_dict())
 
     folder.rename(path.parent / "alone")
-    outcome = start(*command, ranks=2)
+    outcome = start_forked(*command, ranks=2)
     assert outcome.status == 0, outcome.err
     assert written(folder) == alone
     assert outcome.out.count("R@1 of the whole model") == 1

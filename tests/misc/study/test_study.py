@@ -20,7 +20,7 @@ from misc.study.report import write_report
 from misc.study.rows import Row, find_row, read_study, row_folder, study_list
 from misc.system.distributed import Ranks
 from model.tbps_clip import count_trainable
-from tests.helpers.runs import ARCHITECTURE, QUICK, finished, of_dataset, only_error, start
+from tests.helpers.runs import ARCHITECTURE, QUICK, finished, of_dataset, only_error, start_forked
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_wordnet import write_wordnet
 
@@ -116,7 +116,7 @@ def test_rows_that_do_not_train_all_parts_work_on_several_ranks(name, pedestrian
     """If a parameter got no gradient on one rank, the other ranks would wait for it."""
     own = ("data.batch_size=6", "data.train_share=1", "schedule.epoch=1", "schedule.epoch_warmup=0", "log.sheet=0")
     fixed = (*ARCHITECTURE, *QUICK, *of_dataset(pedestrians), *own, f"model.saved_path={tmp_path}")
-    outcome = start("--study", name, *fixed, ranks=2)
+    outcome = start_forked("--study", name, *fixed, ranks=2)
     assert outcome.status == 0, outcome.err
     (record,) = finished(row_folder(tmp_path, name, 1)).records
     assert math.isfinite(record["loss"])

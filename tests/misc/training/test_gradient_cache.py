@@ -207,7 +207,7 @@ def test_with_dropout_the_gradients_belong_to_the_features_of_the_losses(golden)
         second_image=torch.cat([part.second_image for part in parts]),
         simclr=tuple(torch.cat([part.simclr[view] for part in parts]) for view in (0, 1)),
     )
-    ratio = soft_label_ratio_at(1, 1, other.softlabel_ratio)
+    ratio = soft_label_ratio_at(1, 1, other.final_soft_label_ratio)
     sum(other.objectives(features, batch.identities, ratio).values()).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert_same_gradients({name: p.grad for name, p in chunked.named_parameters()}, expected, 1e-5)
@@ -271,6 +271,7 @@ def peak_of_a_step(golden: dict, rows: int, chunk_size: int | None, **architectu
     return kept.peak
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_chunk_and_not_with_the_batch(golden):
     whole = {rows: peak_of_a_step(golden, rows, None) for rows in (16, 32, 64)}
     assert whole[32] > 1.9 * whole[16] and whole[64] > 1.9 * whole[32]

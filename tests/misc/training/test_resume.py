@@ -14,6 +14,7 @@ from misc.config.loading import load_config, to_plain
 from misc.errors import UserError
 from misc.retrieval.evaluation import Evaluator
 from misc.run.checkpoint import read_checkpoint, write_checkpoint
+from misc.run.log import RunLog
 from misc.system.distributed import Ranks
 from misc.system.interruption import Interrupted, Interruption
 from misc.training.resume import CheckpointWriter, RunIdentity
@@ -28,7 +29,7 @@ from tests.helpers.runs import (
     finished,
     of_dataset,
     only_error,
-    start,
+    start_forked,
 )
 from tests.helpers.seeded import clip_weights
 from tests.helpers.tiny_dataset import write_tiny_dataset
@@ -44,8 +45,9 @@ class Crash(BaseException):
 
 
 @pytest.fixture
-def train(run, data, tmp_path) -> Callable[..., Outcome]:
+def train(run, data, monkeypatch, tmp_path) -> Callable[..., Outcome]:
     """Trains two epochs of `EVERYTHING` in this process, into `tmp_path / "run"`."""
+    monkeypatch.setattr(RunLog, "curve", lambda log: None)  # a quarter of the time; `unstopped` has one
     return lambda *arguments: run(*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", *arguments)
 
 
@@ -356,7 +358,7 @@ def test_a_run_is_resumed_with_another_number_of_ranks(run, data, tmp_path, monk
     with monkeypatch.context() as patched, pytest.raises(Crash):
         at_step(patched, 8, crash)
         run(*own, f"model.saved_path={changed}")
-    outcome = start(*own, f"model.saved_path={changed}", "data.batch_size=2", "--resume", ranks=2)
+    outcome = start_forked(*own, f"model.saved_path={changed}", "data.batch_size=2", "--resume", ranks=2)
     assert outcome.status == 0, outcome.err
     assert "resumed in epoch 1, after step 5 of 12" in outcome.out
     for record, expected in zip(finished(changed).records, finished(whole).records, strict=True):

@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import onnxruntime
@@ -37,7 +40,11 @@ CAPTIONS = [row["text"] for row in json.loads((GOLDEN / "captions.json").read_te
 """Captions that people wrote; the later ones in the file are special cases."""
 SQUARE = TINY_MODEL | {"resolution": (64, 64), "text_length": 77}
 TALL = TINY_MODEL | {"resolution": (64, 32), "text_length": 77}
+ACTIVATIONS = {"square": "gelu", "tall": "quick_gelu"}
+SHAPES = {"square": SQUARE, "tall": TALL}
 FORMS = ("openclip", "huggingface", "onnx")
+TOKENIZER = Tokenizer()
+TOKEN_ROWS = [TOKENIZER.encode(caption, 77) for caption in CAPTIONS]
 TOLERANCE = 1e-4
 
 
@@ -48,12 +55,27 @@ class Source(NamedTuple):
     model: TBPSCLIP
 
 
-def checkpoint(folder: Path, architecture: dict, activation: str) -> Source:
-    """Writes a checkpoint like that of a run, including training heads."""
+class Traced(NamedTuple):
+    """An export to ONNX, its source, and what `torch.onnx.export` returned for the image and the text encoder."""
+
+    source: Source
+    folder: Path
+    programs: list[torch.onnx.ONNXProgram]
+
+
+@cache
+def trained_model(shape: str, activation: str) -> TBPSCLIP:
+    """Returns a model with training heads. No test changes it."""
     torch.manual_seed(0)
+    architecture = SHAPES[shape]
     sizes = {"resolution": architecture["resolution"], "context": architecture["text_length"]}
     own = {"activation": activation, "simclr_widths": [32, 8, 32]}
-    model = seeded_model(architecture | own, clip_weights(**TINY | sizes))
+    return seeded_model(architecture | own, clip_weights(**TINY | sizes))
+
+
+def checkpoint(folder: Path, shape: str, activation: str) -> Source:
+    """Writes a checkpoint like that of a run."""
+    architecture, model = SHAPES[shape], trained_model(shape, activation)
     config = {
         "experiment": {
             "input_resolution": list(architecture["resolution"]),
@@ -69,19 +91,46 @@ def checkpoint(folder: Path, architecture: dict, activation: str) -> Source:
 
 @pytest.fixture(params=["quick_gelu", "gelu"])
 def source(request, tmp_path) -> Source:
-    return checkpoint(tmp_path, SQUARE, request.param)
+    return checkpoint(tmp_path, "square", request.param)
 
 
 @pytest.fixture
 def tall(tmp_path) -> Source:
-    return checkpoint(tmp_path, TALL, "quick_gelu")
+    return checkpoint(tmp_path, "tall", "quick_gelu")
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory) -> Callable[[str], Traced]:
+    """A function that exports a square or tall model to ONNX, each once: tracing its encoders takes seconds."""
+
+    @cache
+    def trace(shape: str) -> Traced:
+        folder = tmp_path_factory.mktemp(shape)
+        source = checkpoint(folder, shape, ACTIVATIONS[shape])
+        programs, torch_export = [], torch.onnx.export
+
+        def recorded(*arguments, **options) -> torch.onnx.ONNXProgram:
+            programs.append(torch_export(*arguments, **options))
+            return programs[-1]
+
+        with patch.object(torch.onnx, "export", recorded):
+            export("onnx", source.path, folder / "out")
+        return Traced(source, folder / "out", programs)
+
+    return trace
+
+
+def reuse(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the next export to ONNX, which must be of the same model, write the programs of an earlier one."""
+    programs = iter(traced.programs)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: next(programs))
 
 
 def export(form: str, source: Path, folder: Path, *overrides: str) -> str:
     """Exports like `main.py --export`, and returns the line for the log."""
     weights = read_weights(source)
     model, config, _ = build_saved_model(load_config(overrides=overrides), weights)
-    return exporting.export(form, folder, build_export(config, model.eval(), weights, Tokenizer()))
+    return exporting.export(form, folder, build_export(config, model.eval(), weights, TOKENIZER))
 
 
 def images(*size: int, count: int = 5) -> Tensor:
@@ -95,8 +144,7 @@ def picture() -> Image.Image:
 
 
 def token_rows(length: int = 77) -> Tensor:
-    ids = [Tokenizer().encode(caption, 77) for caption in CAPTIONS]
-    return torch.tensor([row + [0] * (length - len(row)) for row in ids])
+    return torch.tensor([row + [0] * (length - len(row)) for row in TOKEN_ROWS])
 
 
 @torch.no_grad()
@@ -160,25 +208,21 @@ def test_transformers_computes_the_same(source, tmp_path):
 
 def test_transformers_reads_the_tokenizer(tmp_path):
     """It returns our ids, also for the word whose token is our mask token."""
-    export("huggingface", checkpoint(tmp_path, SQUARE, "gelu").path, tmp_path / "out")
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), Tokenizer()
+    export("huggingface", checkpoint(tmp_path, "square", "gelu").path, tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     long = "a man in a red coat " * 30
     for caption in [*CAPTIONS, "Jekyll and Hyde", "", long]:
-        assert theirs(caption, truncation=True)["input_ids"] == ours.encode(caption, 77), caption
+        assert theirs(caption, truncation=True)["input_ids"] == TOKENIZER.encode(caption, 77), caption
     assert len(theirs) == 49408
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (49406, 49407, 49407)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["square", "tall"])
-def test_onnxruntime_computes_the_same(tmp_path, kind):
-    trained = checkpoint(tmp_path, *((SQUARE, "gelu") if kind == "square" else (TALL, "quick_gelu")))
-    folder = tmp_path / "out"
-    export("onnx", trained.path, folder)
-    image_session, text_session = (
-        onnxruntime.InferenceSession(folder / f"{name}_encoder.onnx") for name in ("image", "text")
-    )
-    size = SQUARE["resolution"] if kind == "square" else TALL["resolution"]
+@pytest.mark.parametrize("shape", SHAPES)
+def test_onnxruntime_computes_the_same(traced, shape):
+    trained, folder, _ = traced(shape)
+    image_session, text_session = (session(folder / f"{name}_encoder.onnx") for name in ("image", "text"))
+    size = SHAPES[shape]["resolution"]
     for count in (1, 2, 5):
         found = image_session.run(["features"], {"images": images(*size, count=count).numpy()})[0]
         assert_image_features(trained.model, images(*size, count=count), found)
@@ -186,7 +230,7 @@ def test_onnxruntime_computes_the_same(tmp_path, kind):
     expected, longest = text_features(trained.model), int((token_rows() > 0).sum(dim=1).max())
     for token_ids in (token_rows(), token_rows(longest)):
         assert_near(torch.as_tensor(text_session.run(["features"], {"token_ids": token_ids.numpy()})[0]), expected)
-    caption = np.array([Tokenizer().encode(CAPTIONS[0], 77)])
+    caption = np.array([TOKEN_ROWS[0]])
     single = text_session.run(["features"], {"token_ids": caption})[0]  # without padding, a batch of one
     assert_near(torch.as_tensor(single), expected[:1])
 
@@ -197,13 +241,21 @@ def test_onnxruntime_computes_the_same(tmp_path, kind):
     torch.testing.assert_close(pixels, EvaluationView(size)(picture()), rtol=0, atol=0.02)
 
 
+def session(path: Path) -> onnxruntime.InferenceSession:
+    """Opens an ONNX model for one thread: several would only wait for each other."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options)
+
+
 @pytest.mark.slow
-def test_onnx_models_above_two_gigabytes_store_their_weights_in_a_second_file(tall, tmp_path, monkeypatch):
+def test_onnx_models_above_two_gigabytes_store_their_weights_in_a_second_file(traced, tall, tmp_path, monkeypatch):
+    reuse(traced("tall"), monkeypatch)
     monkeypatch.setattr(exporting, "MAX_SINGLE_FILE_BYTES", 0)
     export("onnx", tall.path, tmp_path / "out")
     assert (tmp_path / "out/text_encoder.onnx").stat().st_size < 1_000_000 < 49408 * 48 * 4
-    session = onnxruntime.InferenceSession(tmp_path / "out/image_encoder.onnx")
-    assert_image_features(tall.model, images(64, 32), session.run(None, {"images": images(64, 32).numpy()})[0])
+    found = session(tmp_path / "out/image_encoder.onnx").run(None, {"images": images(64, 32).numpy()})[0]
+    assert_image_features(tall.model, images(64, 32), found)
 
 
 @pytest.mark.slow
@@ -216,24 +268,22 @@ def test_towers_as_wide_as_vit_b16_are_the_same_in_all_three(tmp_path):
     torch.save({"model": model.state_dict(), "config": {}}, path)
     for form in FORMS:
         export(form, path, tmp_path / form)
-    image_session = onnxruntime.InferenceSession(tmp_path / "onnx/image_encoder.onnx")
-    found = {
-        "openclip": open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval().encode_image,
-        "huggingface": lambda x: (
-            CLIPModel.from_pretrained(tmp_path / "huggingface").get_image_features(x).pooler_output
-        ),
-        "onnx": lambda x: torch.as_tensor(image_session.run(None, {"images": x.numpy()})[0]),
-    }
-    pixels = images(224, 224, count=2)
-    for encode in found.values():
-        assert_image_features(model, pixels, encode(pixels))
+    pixels, token_ids = images(224, 224, count=2), token_rows()[:16]
+    image_features, text_features = model.encode_image(pixels), model.encode_text(token_ids)
 
-    expected, token_ids = text_features(model)[:16], token_rows()[:16]
-    text_session = onnxruntime.InferenceSession(tmp_path / "onnx/text_encoder.onnx")
-    theirs = CLIPModel.from_pretrained(tmp_path / "huggingface")
-    assert_near(open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval().encode_text(token_ids), expected)
-    assert_near(theirs.get_text_features(token_ids, attention_mask=(token_ids > 0).long()).pooler_output, expected)
-    assert_near(torch.as_tensor(text_session.run(None, {"token_ids": token_ids.numpy()})[0]), expected)
+    openclip = open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval()
+    assert_near(openclip.encode_image(pixels), image_features)
+    assert_near(openclip.encode_text(token_ids), text_features)
+    transformers = CLIPModel.from_pretrained(tmp_path / "huggingface")
+    assert_near(transformers.get_image_features(pixels).pooler_output, image_features)
+    found = transformers.get_text_features(token_ids, attention_mask=(token_ids > 0).long()).pooler_output
+    assert_near(found, text_features)
+    for name, inputs, values, expected in (
+        ("image", "images", pixels, image_features),
+        ("text", "token_ids", token_ids, text_features),
+    ):
+        found = session(tmp_path / f"onnx/{name}_encoder.onnx").run(None, {inputs: values.numpy()})[0]
+        assert_near(torch.as_tensor(found), expected)
 
 
 # ---- round trips ----------------------------------------------------------------------------------------------------
@@ -288,7 +338,7 @@ def test_transformers_saves_an_export_without_changes(source, tmp_path):
 
 
 def test_a_published_checkpoint_is_exported(tmp_path):
-    trained = checkpoint(tmp_path, SQUARE, "quick_gelu")
+    trained = checkpoint(tmp_path, "square", "quick_gelu")
     state = {
         name.replace("image_encoder.", "visual.").replace("text_encoder.", "encode_text."): value
         for name, value in trained.model.state_dict().items()
@@ -415,9 +465,11 @@ def test_packages_that_are_missing_are_named(run, tall, tmp_path, monkeypatch):
     assert "pip install onnx onnxscript" in message and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_disk_that_gets_full_leaves_nothing(run, tmp_path, full_disk, form):
-    trained = checkpoint(tmp_path, SQUARE, "gelu")
+@pytest.mark.parametrize("form", ["openclip", "huggingface", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_a_disk_that_gets_full_leaves_nothing(run, tmp_path, full_disk, form, traced, monkeypatch):
+    if form == "onnx":
+        reuse(traced("square"), monkeypatch)
+    trained = checkpoint(tmp_path, "square", "gelu")
     full_disk(1_000_000)
     message = only_error(run("--export", form, tmp_path / "out", f"model.checkpoint={trained.path}"))
     assert "cannot be written" in message and "free some space" in message

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import patch
 
 import open_clip
 import pytest
@@ -23,7 +23,8 @@ from model.pretrained import registry
 from model.pretrained.registry import Entry, fetch, find_entry
 from model.pretrained.settings import Settings
 from model.pretrained.weights import read_weights
-from tests.helpers.runs import ROOT, Outcome, only_error
+from tests.helpers.fork_server import ROOT, Call, ForkServer
+from tests.helpers.runs import Outcome, only_error
 from tests.helpers.seeded import clip_weights
 
 SIZES = {"embed": 32, "resolution": (224, 224), "patch": 16, "vision_width": 96, "vision_layers": 1}
@@ -180,7 +181,7 @@ def test_a_tag_whose_file_contains_another_model_is_refused(home):
 
 
 @contextmanager
-def server(files: dict[str, bytes], sent: int | None = None) -> Iterator[tuple[str, list[str]]]:
+def server(files: dict[str, bytes], sent: int | None = None, port: int = 0) -> Iterator[tuple[str, list[str]]]:
     """Serves files like a plain web server and the Hugging Face hub; with `sent`, only this many bytes of each.
 
     Yields its address, and the list of requests.
@@ -209,7 +210,7 @@ def server(files: dict[str, bytes], sent: int | None = None) -> Iterator[tuple[s
         def log_message(self, *_):
             pass
 
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{running.server_port}", asked
@@ -270,31 +271,54 @@ def test_a_file_that_the_server_does_not_have_is_refused(home):
         fetch(Entry("small/test", Settings("gelu"), {"url": address + "/none.pt", "hf_hub": ""}))
 
 
-def main(*arguments: str, home: Path, hub: str, **environment: str) -> Outcome:
-    """Runs `main.py` for a user with this home and this hub."""
-    own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": hub, "no_proxy": "127.0.0.1"}
-    narrow = (
-        f"import open_clip, sys; open_clip.get_model_config = lambda name: {NARROW}; import main; sys.exit(main.main())"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", narrow, *arguments],
-        cwd=ROOT,
-        env=os.environ | own | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return Outcome(finished.returncode, finished.stdout, finished.stderr)
+class User:
+    """A user with an empty home, who runs `main.py` in new processes. Both imports, of it and open_clip, are made once.
+
+    Attributes:
+        port: the port of this machine at which they expect the Hugging Face hub.
+        imported: those of open_clip and transformers that `import main` has imported.
+    """
+
+    def __init__(self, home: Path):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        hub = f"http://127.0.0.1:{self.port}"
+        own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": hub, "no_proxy": "127.0.0.1"}
+        self.environment = os.environ | own
+        with patch.dict(os.environ, own):  # before the imports, which read them
+            self.server = ForkServer(ROOT)
+        code = "import sys; print(*{'open_clip', 'transformers'} & sys.modules.keys(), 'main' in sys.modules)"
+        ended = self.server([Call(exec, (code,), self.environment, ROOT)])  # first: the next calls import open_clip
+        *self.imported, main = ended.out.split()
+        assert main == "True", ended
+
+    def main(self, *arguments: str) -> Outcome:
+        ended = self.server([Call(main_with_narrow_model, (arguments,), self.environment, ROOT)])
+        return Outcome(ended.statuses[0], ended.out, ended.err)
+
+
+def main_with_narrow_model(arguments: tuple[str, ...]) -> int:
+    import main  # only in a user's process
+
+    open_clip.get_model_config = lambda name: NARROW
+    sys.argv = ["main.py", *arguments]
+    return main.main()
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory) -> Iterator[User]:
+    user = User(tmp_path_factory.mktemp("home"))
+    yield user
+    user.server.close()
 
 
 @pytest.mark.slow
-def test_a_tag_is_downloaded_from_the_hub_once(tmp_path):
+def test_a_tag_is_downloaded_from_the_hub_once(tmp_path, user):
     save_file(weights(), tmp_path / "weights.safetensors")
     path = "/laion/CLIP-ViT-B-16-laion2B-s34B-b88K/resolve/main/open_clip_model.safetensors"
     out = tmp_path / "out"
-    arguments = ("--export", "openclip", str(out), "model.checkpoint=laion2b_s34b_b88k")
-    with server({path: (tmp_path / "weights.safetensors").read_bytes()}) as (hub, asked):
-        outcome = main(*arguments, home=tmp_path, hub=hub)
+    with server({path: (tmp_path / "weights.safetensors").read_bytes()}, port=user.port) as (_, asked):
+        outcome = user.main("--export", "openclip", str(out), "model.checkpoint=laion2b_s34b_b88k")
         assert outcome.status == 0, outcome
         assert (
             "weights of ViT-B-16/laion2b_s34b_b88k" in outcome.out
@@ -306,16 +330,14 @@ def test_a_tag_is_downloaded_from_the_hub_once(tmp_path):
     assert found.settings.activation == "gelu"
 
     # The server has stopped, but the file is on this machine.
-    again = main(
-        "--export", "openclip", str(tmp_path / "again"), "model.checkpoint=laion2b_s34b_b88k", home=tmp_path, hub=hub
-    )
+    again = user.main("--export", "openclip", str(tmp_path / "again"), "model.checkpoint=laion2b_s34b_b88k")
     assert again.status == 0, again
-    missing = main("--export", "openclip", str(tmp_path / "other"), "model.checkpoint=dfn2b", home=tmp_path, hub=hub)
+    missing = user.main("--export", "openclip", str(tmp_path / "other"), "model.checkpoint=dfn2b")
     assert "127.0.0.1 cannot be reached" in only_error(missing) and not (tmp_path / "other").exists()
 
 
-def test_open_clip_is_imported_only_for_tags():
+@pytest.mark.slow
+def test_open_clip_is_imported_only_for_tags(user):
     """Its import takes seconds."""
-    code = "import sys, main; sys.exit('open_clip' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+    assert user.imported == []
     assert not registry.may_be_tag("data/ViT-B-16.pt") and registry.may_be_tag("ViT-B-16/openai")
