@@ -53,7 +53,7 @@ def phases(python: str) -> list[Phase]:
         ),
         Phase(
             "draw",
-            f"draws the images of 1,800 people, with captions, into {PEOPLE}",
+            f"draws four images of each of 1,850 people, with captions, into {PEOPLE}",
             40 if fast else 100,
             (str(BIN / "python"), "-m", "misc.pedestrians", str(PEOPLE)),
         ),
