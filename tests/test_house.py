@@ -40,7 +40,7 @@ def test_names_of_run_files_are_only_in_one_place():
 
 
 def test_existing_paths_are_refused_in_only_one_place():
-    found = {str(path) for path in PRODUCT if "already exists" in (ROOT / path).read_text(encoding="utf-8")}
+    found = {str(path) for path in PRODUCT if "already exists:" in (ROOT / path).read_text(encoding="utf-8")}
     assert found == {"misc/files.py"}
 
 
