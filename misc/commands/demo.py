@@ -54,14 +54,14 @@ def phases(python: str) -> list[Phase]:
         Phase(
             "draw",
             f"draws four images of each of 1,850 people, with captions, into {PEOPLE}",
-            40 if fast else 100,
+            45 if fast else 100,
             (str(BIN / "python"), "-m", "misc.pedestrians", str(PEOPLE)),
         ),
         Phase(
             "train",
             "trains simplified TBPS-CLIP with small encoders from random weights, in two processes, and evaluates each "
             "epoch on people that are not in the training set",
-            330 if fast else 890,
+            450 if fast else 890,
             (*torchrun, "main.py", "--config", "config/demo.config.yaml", "--simplified", "--overwrite"),
         ),
     ]
