@@ -8,17 +8,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 KILLS ?= 200
 
-.PHONY: demo test test-fast bench soak lint
+.PHONY: python demo test test-fast bench soak lint
 
-# Installs again when the requirements change.
-.venv/installed: requirements.txt requirements-search.txt requirements-dev.txt
+python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $$($(PYTHON) --version) is too old, 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+
+# Installs again when the requirements change.
+.venv/installed: requirements.txt requirements-search.txt requirements-dev.txt | python
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-demo:
+demo: python
 	@$(PYTHON) -m misc.commands.demo $(PYTHON)
 
 test: .venv/installed

@@ -14,7 +14,7 @@ from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import EvaluationImages, Sample, TrainingSet
 from misc.data.workers import outlive_signals
 from misc.errors import UserError
-from model.tbps_clip import Views
+from model.tbps_clip import Views, needed
 from text_utils.masking import IGNORED_LABEL
 
 Item = TypeVar("Item")
@@ -77,9 +77,9 @@ def _stack_samples(samples: list[Sample]) -> Batch:
     names = samples[0].images.keys()
     images = {name: torch.stack([sample.images[name] for sample in samples]) for name in names}
     rows = [sample.captions[name] for name in samples[0].captions for sample in samples]
-    # Either all samples are masked, or none.
-    masked_ids = [sample.masked_ids for sample in samples if sample.masked_ids is not None]
-    masked_labels = [sample.masked_labels for sample in samples if sample.masked_labels is not None]
+    masked = samples[0].masked_ids is not None  # then all samples are
+    masked_ids = [needed(sample.masked_ids) for sample in samples if masked]
+    masked_labels = [needed(sample.masked_labels) for sample in samples if masked]
     captions = dict(zip(samples[0].captions, pad_tokens(rows).split(len(samples)), strict=True))
     views = Views(
         image=images["image"],
@@ -88,8 +88,8 @@ def _stack_samples(samples: list[Sample]) -> Batch:
         simclr_images=(images["first_simclr"], images["second_simclr"]) if "first_simclr" in images else None,
         second_token_ids=captions.get("second_caption"),
         simclr_token_ids=(captions["first_simclr"], captions["second_simclr"]) if "first_simclr" in captions else None,
-        masked_token_ids=pad_tokens(masked_ids) if masked_ids else None,
-        masked_labels=pad_tokens(masked_labels, IGNORED_LABEL) if masked_labels else None,
+        masked_token_ids=pad_tokens(masked_ids) if masked else None,
+        masked_labels=pad_tokens(masked_labels, IGNORED_LABEL) if masked else None,
     )
     identities = torch.tensor([sample.identity for sample in samples])
     return Batch(views, identities, [sample.path for sample in samples])

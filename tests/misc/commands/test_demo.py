@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -79,3 +81,19 @@ def test_its_commands_exist():
     assert ".venv/installed:" in (ROOT / "Makefile").read_text() and install.command[-1] == "PYTHON=python3.12"
     assert importlib.util.find_spec(draw.command[2]) is not None
     assert all((ROOT / name).is_file() for name in train.command if name.endswith((".py", ".yaml")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_python_that_is_too_old_is_one_clear_line(tmp_path):
+    """Its syntax may be unknown to that Python, so it is refused before the demo starts."""
+    old = tmp_path / "python3.8"
+    old.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.0 && exit 0\n[ "$1" = -c ] && exit 1\necho started\n'
+    )
+    old.chmod(0o755)
+    ended = subprocess.run(["make", "demo", f"PYTHON={old}"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stdout.splitlines() == [
+        "error: Python 3.8.0 is too old, 3.10 or newer is needed: make PYTHON=python3.12 ..."
+    ]
