@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,10 @@ from tests.helpers.runs import EVERYTHING, Outcome, Run, of_dataset, start_forke
 from tests.helpers.searching import GELU, write_clip, write_people
 from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
 from tests.helpers.trainings import Training
+
+# `make test` passes these on, and a `make` that a test starts would then print more than a user's.
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture
