@@ -11,7 +11,7 @@ from misc.pedestrians.shapes import Point, Shape
 CHEST = (0, 115)  # patterns start here, so that they move with the figure
 
 # Opacity of the black over a pixel, by how much of its neighbourhood towards the light is in the same shape (0 to 255).
-DARKNESS = [round(0.36 * max(0, 255 - level * 1.3)) for level in range(256)]
+DARKNESS = np.array([round(0.36 * max(0, 255 - level * 1.3)) for level in range(256)], dtype=np.uint8)
 
 
 class Canvas:
@@ -33,22 +33,27 @@ class Canvas:
 
     def paint(self, shape: Shape, colour: Colour, pattern: str = "plain", second: Colour = (0, 0, 0)) -> None:
         """Fills a shape, darker towards its edges and away from the light."""
-        outlines = [np.array(outline) @ self.matrix + self.origin for outline in shape]
-        corners = np.concatenate(outlines)
+        points = np.array([point for outline in shape for point in outline]) @ self.matrix + self.origin
+        x, y = points.T.tolist()
         margin = round(3 * self.scale) + 2
-        corner = np.floor(corners.min(0)).astype(int) - margin
-        size = tuple((np.ceil(corners.max(0)).astype(int) + margin - corner).tolist())
+        left, top = math.floor(min(x)) - margin, math.floor(min(y)) - margin
+        size = (math.ceil(max(x)) + margin - left, math.ceil(max(y)) + margin - top)
+        corners = (points - (left, top)).ravel().tolist()
         mask = Image.new("L", size)
         draw = ImageDraw.Draw(mask)
-        for outline in outlines:
-            draw.polygon((outline - corner).ravel().tolist(), fill=255)
+        start = 0
+        for outline in shape:
+            end = start + 2 * len(outline)
+            draw.polygon(corners[start:end], fill=255)
+            start = end
         surface = Image.new("RGB", size, colour)
-        chest = np.array(CHEST) @ self.matrix + self.origin - corner
-        _print_pattern(surface, pattern, second, self.scale, chest)
+        if pattern != "plain":
+            chest = np.array(CHEST) @ self.matrix + self.origin - (left, top)
+            _print_pattern(surface, pattern, second, self.scale, chest)
         towards_light = -max(1, round(self.scale))
         lit = ImageChops.offset(mask.filter(ImageFilter.BoxBlur(2.6 * self.scale)), towards_light, towards_light)
-        surface.paste((0, 0, 0), (0, 0), lit.point(DARKNESS))
-        self.image.paste(surface, tuple(corner.tolist()), mask)
+        surface.paste((0, 0, 0), (0, 0), Image.fromarray(DARKNESS[np.asarray(lit)]))
+        self.image.paste(surface, (left, top), mask)
 
 
 def _print_pattern(surface: Image.Image, pattern: str, colour: Colour, scale: float, anchor: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 Point = tuple[float, float]
 Outline = list[Point]
@@ -10,8 +11,14 @@ Shape = list[Outline]  # everything inside any of the outlines, so + unites two 
 
 def arc(x: float, y: float, radius_x: float, radius_y: float, start: float = 0, end: float = 360) -> Outline:
     """Returns the outline of an ellipse from one angle to another (degrees, counter-clockwise from the right)."""
+    return [(x + radius_x * cosine, y + radius_y * sine) for cosine, sine in _directions(start, end)]
+
+
+@lru_cache(maxsize=None)
+def _directions(start: float, end: float) -> list[Point]:
+    """Returns the cosine and sine of 25 angles, evenly spaced from one angle to another (degrees)."""
     angles = [math.radians(start + (end - start) * step / 24) for step in range(25)]
-    return [(x + radius_x * math.cos(angle), y + radius_y * math.sin(angle)) for angle in angles]
+    return [(math.cos(angle), math.sin(angle)) for angle in angles]
 
 
 def ellipse(x: float, y: float, radius_x: float, radius_y: float) -> Shape:
