@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 Point = tuple[float, float]
 Outline = list[Point]
@@ -14,7 +14,7 @@ def arc(x: float, y: float, radius_x: float, radius_y: float, start: float = 0, 
     return [(x + radius_x * cosine, y + radius_y * sine) for cosine, sine in _directions(start, end)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _directions(start: float, end: float) -> list[Point]:
     """Returns the cosine and sine of 25 angles, evenly spaced from one angle to another (degrees)."""
     angles = [math.radians(start + (end - start) * step / 24) for step in range(25)]
