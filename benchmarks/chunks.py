@@ -96,7 +96,7 @@ def measure_chunks(arguments: argparse.Namespace) -> None:
             flush=True,
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(file: str | Path, overrides: tuple[str, ...], steps: int) -> dict[str, float]:

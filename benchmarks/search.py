@@ -73,7 +73,7 @@ def measure_stages(options: argparse.Namespace) -> None:
             measured[stage] = json.loads(output.splitlines()[-1])
             print(f"{stage}: " + ", ".join(f"{name} {value}" for name, value in measured[stage].items()), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+        options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 def _parse() -> argparse.Namespace:
@@ -182,7 +182,7 @@ def _latency(gallery: Gallery, engine: Engine, options: argparse.Namespace) -> d
 
 def _memory() -> dict[str, float]:
     """Returns the peak memory of the process, and its current memory without cached pages of files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
     return {
         "peak_gigabytes": round(kilobytes["VmHWM"] / 1e6, 2),

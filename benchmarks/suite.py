@@ -464,4 +464,4 @@ def run_benchmarks(names: list[str], setup: Setup, output: Path | None) -> None:
             print(row.line(), flush=True)
             rows.append({"benchmark": name, **dataclasses.asdict(row)})
     if output:
-        output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -1,16 +1,21 @@
 """Files and folders that are written completely or not at all."""
 
 import errno
-import fcntl
 import os
 import shutil
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from filelock import lock_descriptor
+
 from misc.errors import UserError
+
+CAN_REPLACE_OPEN_FILES = os.name == "posix"
+"""Whether the system can replace and remove a file that is open or mapped into memory. Windows cannot."""
 
 
 def is_file(path: str | Path) -> bool:
@@ -49,28 +54,45 @@ def check_new_path(path: Path, option: str, remedy: str) -> Path:
     return path
 
 
-def lock_file(file: IO, lock: Callable[[IO, int], None]) -> str | None:
-    """Locks an open file without waiting.
+_locked_files: "weakref.WeakSet[IO]" = weakref.WeakSet()
+
+
+def lock_file(file: IO) -> str | None:
+    """Locks a file that is open for writing, without waiting.
+
+    The lock lasts until the file is closed or this process ends, however it ends. Child processes do not inherit it.
+    On Windows, nobody else can read the first byte of a locked file, so lock a file of its own.
 
     The file stays open if its file system does not support locks. It is closed if any exception is raised.
 
-    Args:
-        lock: `fcntl.lockf` locks for this process and not its children; `fcntl.flock` locks for every process that
-            shares this open file.
-
     Returns: None, or the reason why this file system cannot lock files.
-    Raises BlockingIOError if another process holds the lock.
+    Raises BlockingIOError if the file is locked already.
     """
     try:
-        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock_descriptor(file.fileno(), blocking=False)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
             return error.strerror
         file.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        raise BlockingIOError(error.errno, error.strerror) from error
+        raise
+    if not locked:
+        file.close()
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    _locked_files.add(file)
     return None
+
+
+def _leave_locks_to_the_parent() -> None:
+    """Replaces the locked files of a forked process. It would hold their locks too, after its parent has ended."""
+    for file in list(_locked_files):
+        if not file.closed:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, file.fileno(), inheritable=False)
+            os.close(nothing)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 def partial_path(path: Path) -> Path:
@@ -115,7 +137,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         part.mkdir()
         yield part
         for file in part.iterdir():
-            with file.open("rb") as written:
+            with file.open("r+b") as written:  # Windows refuses to write a file to the disk that is open for reading
                 os.fsync(written.fileno())
         _sync_folder(part)
         if os.path.lexists(path):
@@ -132,7 +154,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _sync_folder(folder: Path) -> None:
     """Writes a changed file name to the disk. Otherwise a power failure could undo the change."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
     try:
         os.fsync(descriptor)
     finally:

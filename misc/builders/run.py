@@ -3,7 +3,7 @@
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from easydict import EasyDict
 from torch.utils.data import DataLoader
@@ -34,7 +34,7 @@ class Run:
         ranks: the rank of this process, and how many there are.
         folder: the run writes all its files here.
         resumed: whether it continues a run that the folder contains.
-        locked_log: the locked log of that run; None on other ranks than 0 and if there is no such run.
+        lock: the lock of that run's folder; None on other ranks than 0 and if there is no such run.
         run_id: identifies the run, so that wandb continues it when it is resumed.
         progress: how far the run has come.
         loader: the training batches of this rank.
@@ -47,7 +47,7 @@ class Run:
     ranks: Ranks
     folder: Path
     resumed: bool
-    locked_log: TextIO | None
+    lock: IO | None
     run_id: str
     progress: Progress
     loader: DataLoader
@@ -61,7 +61,7 @@ class Run:
         return RunLog(
             self.folder,
             is_main=self.ranks.is_main,
-            locked_log=self.locked_log,
+            lock=self.lock,
             overwrite=overwrite,
             resume=self.progress if self.resumed else None,
             tensorboard=self.config.log.tensorboard,
@@ -92,7 +92,7 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
     Raises UserError if anything is wrong with the configuration, the data, the weights or the folder.
     """
     folder, launch = run_folder(config), Launch.current()
-    locked_log = lock_run(folder) if ranks.is_main else None
+    lock = lock_run(folder) if ranks.is_main else None
     saved = ranks.broadcast_from_main(lambda: find_start(folder, resume=resume, overwrite=overwrite, launch=launch))
     progress = Progress() if saved is None else Progress.from_state(saved["progress"])
     precision = Precision.choose(config.misc.precision, ranks.device)
@@ -125,7 +125,7 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
         notes.append(f"resumed in epoch {progress.epoch + 1}, after step {progress.step} of {len(loader)}")
     resumed = saved is not None
     return Run(
-        config, ranks, folder, resumed, locked_log, run_id, progress, loader, trainer, evaluator, checkpoints, notes
+        config, ranks, folder, resumed, lock, run_id, progress, loader, trainer, evaluator, checkpoints, notes
     )
 
 

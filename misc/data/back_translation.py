@@ -5,14 +5,13 @@ python -m misc.data.back_translation ANNOTATION OUT [--device {auto,cpu,cuda,cud
 """
 
 import argparse
-import fcntl
 import importlib.util
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from misc.data.annotations import read_captions
 from misc.errors import DISK_FULL, UserError
-from misc.files import atomic_file, check_new_path, is_folder, lock_file
+from misc.files import CAN_REPLACE_OPEN_FILES, atomic_file, check_new_path, is_folder, lock_file
 from misc.system.distributed import choose_device
 
 PACKAGES = ("transformers", "sentencepiece")
@@ -182,7 +181,8 @@ def _saved_translations(
             yield translations, save
         finally:
             if not translations:
-                path.unlink(missing_ok=True)
+                with suppress(*(() if CAN_REPLACE_OPEN_FILES else (PermissionError,))):
+                    path.unlink(missing_ok=True)
 
 
 def _open_locked(path: Path) -> BinaryIO:
@@ -192,7 +192,7 @@ def _open_locked(path: Path) -> BinaryIO:
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another OUT") from error
     try:
-        unlocked = lock_file(file, fcntl.flock)
+        unlocked = lock_file(file)
     except BlockingIOError as error:
         raise UserError(f"{path}: another process is writing to it: wait for it, or give another OUT") from error
     if unlocked:

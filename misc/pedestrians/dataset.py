@@ -92,7 +92,7 @@ def draw_dataset(
         portraits = _draw_identities(draw, sum(identities.values()), workers)
         splits = [split for split, count in identities.items() for _ in range(count)]
         _write_annotations(unfinished, splits, portraits)
-        (unfinished / "drawn_with.json").write_text(drawn_with)
+        (unfinished / "drawn_with.json").write_text(drawn_with, encoding="utf-8")
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -111,9 +111,9 @@ def _is_drawn(folder: Path, drawn_with: str) -> bool:
     record = folder / "drawn_with.json"
     if not record.is_file():
         raise UserError(f"{folder} contains something other than these pedestrians: give a new folder, or remove it")
-    if record.read_text() != drawn_with:
+    if record.read_text(encoding="utf-8") != drawn_with:
         raise UserError(
-            f"{folder} was drawn with {record.read_text()}, not with {drawn_with}: give a new folder, or remove it"
+            f"{folder} was drawn with {record.read_text(encoding='utf-8')}, not with {drawn_with}: give a new folder, or remove it"
         )
     return True
 
@@ -153,7 +153,7 @@ def _write_annotations(folder: Path, splits: list[str], drawn: list[list[Portrai
             )
             translated.append({"file_path": portrait.file_path, "captions_bt": portrait.paraphrases})
     for name, entries in (("reid_raw.json", raw), ("back_translation.json", translated)):
-        (folder / name).write_text(json.dumps(entries, indent=1))
+        (folder / name).write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def _tokens(caption: str) -> list[str]:

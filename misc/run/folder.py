@@ -1,10 +1,9 @@
 """The folder of a run: the name of every file in it, and the lock that keeps a second run out."""
 
-import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -22,6 +21,8 @@ LAST_CHECKPOINT = "checkpoint_last.pth"
 BEST_CHECKPOINT = "checkpoint_best.pth"
 RUN_FILES = (CONFIG, METRICS, LOG, CURVE, RETRIEVAL_SHEET, QUERIES, TRACE, LAST_CHECKPOINT, BEST_CHECKPOINT)
 """All files that a run writes, except TensorBoard's event files."""
+LOCK = "lock"
+"""An empty file that is locked as long as a run writes to the folder. It stays there, and means nothing by itself."""
 
 
 def check_run_folder(folder: Path, *, overwrite: bool) -> None:
@@ -50,25 +51,31 @@ def _is_empty_log(path: Path) -> bool:
     return path.name == LOG and path.stat().st_size == 0
 
 
-def lock_run(folder: Path) -> TextIO | None:
+def lock_run(folder: Path) -> IO | None:
     """Locks the run in a folder before it is read, so that nobody changes it meanwhile.
 
-    Returns: the open log of the run for `RunLog`, or None if the folder contains no run.
-    Raises UserError if another run is writing to the folder.
+    Returns: the lock for `RunLog`, or None if the folder contains no run.
+    Raises UserError if another run is writing to the folder, or if it cannot be written to.
     """
-    return open_locked_log(folder) if (folder / LOG).is_file() else None
+    return lock_folder(folder) if (folder / LOG).is_file() else None
 
 
-def open_locked_log(folder: Path) -> TextIO:
-    """Opens the log of a run for appending.
+def lock_folder(folder: Path) -> IO:
+    """Locks the folder of a run.
 
-    This process holds the lock on it until it ends, however it ends; child processes do not inherit the lock.
+    The lock lasts until the returned file is closed or this process ends, however it ends. Child processes do not
+    inherit it.
 
-    Raises UserError if another run is writing to the folder.
+    Raises UserError if another run is writing to the folder, or if it cannot be written to.
     """
-    file = (folder / LOG).open("a", encoding="utf-8", buffering=1)
     try:
-        unlocked = lock_file(file, fcntl.lockf)
+        file = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise UserError(
+            f"model.saved_path: {folder} cannot be written to ({error.strerror}): choose another folder"
+        ) from error
+    try:
+        unlocked = lock_file(file)
     except BlockingIOError as error:
         raise UserError(
             f"model.saved_path: another run is writing to {folder}: stop it, or choose another folder"

@@ -7,26 +7,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from tqdm import tqdm
 
 from misc.errors import UserError
 from misc.files import atomic_file, partial_path
 from misc.run.curve import draw_curve
-from misc.run.folder import CURVE, LOG, METRICS, RUN_FILES, check_run_folder, open_locked_log, read_records
+from misc.run.folder import CURVE, LOG, METRICS, RUN_FILES, check_run_folder, lock_folder, read_records
 from misc.run.progress import Progress
 
 
 class RunLog:
     """The log of a run. It writes files only on rank 0, and only if there is a folder.
 
-    The log file is locked until the process ends, so that no other run can write to the folder.
+    The folder is locked until the log is closed, so that no other run can write to it.
 
     Args:
         folder: folder of the run, created if it is missing. None writes to the screen only.
         is_main: whether this process writes at all.
-        locked_log: the locked log that `lock_run` returned, if the folder already contained a run.
+        lock: the lock that `lock_run` returned, if the folder already contained a run.
         overwrite: replace the run in the folder.
         resume: progress of the run in the folder, to continue it; None starts a new run.
         tensorboard: also log to TensorBoard.
@@ -43,7 +43,7 @@ class RunLog:
         folder: Path | None,
         *,
         is_main: bool = True,
-        locked_log: TextIO | None = None,
+        lock: IO | None = None,
         overwrite: bool = False,
         resume: Progress | None = None,
         tensorboard: bool = False,
@@ -56,17 +56,23 @@ class RunLog:
                 raise UserError(f"log.{name}: the package {name} is not installed: pip install {name}, or turn it off")
         self.is_main = is_main
         self.folder = folder if is_main else None
+        self._lock: IO | None = None
         self.text: TextIO | None = None
         self.writer = self.wandb_run = None
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.text = locked_log or open_locked_log(self.folder)
+        self._lock = lock or lock_folder(self.folder)
         if resume is None:
-            check_run_folder(self.folder, overwrite=overwrite)  # again, because the lock was not held before
-            _clear(self.folder, self.text)
+            try:
+                check_run_folder(self.folder, overwrite=overwrite)  # again, because the lock was not held before
+            except UserError:
+                self._lock.close()
+                raise
+            _clear(self.folder)
         else:
             _keep_epochs(self.folder / METRICS, resume.epoch)
+        self.text = (self.folder / LOG).open("a", encoding="utf-8", buffering=1)
         for name in RUN_FILES:
             partial_path(self.folder / name).unlink(missing_ok=True)
         if tensorboard:
@@ -90,6 +96,8 @@ class RunLog:
             self.writer.close()
         if self.wandb_run:
             self.wandb_run.finish(exit_code=int(exception[0] is not None))
+        if self._lock:
+            self._lock.close()
 
     def line(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one, and appends it to train.log."""
@@ -130,12 +138,10 @@ class RunLog:
             draw_curve(self.folder / CURVE, read_records(self.folder / METRICS))
 
 
-def _clear(folder: Path, log: TextIO) -> None:
-    """Removes the files of the run in a folder, and empties its open log."""
+def _clear(folder: Path) -> None:
+    """Removes the files of the run in a folder."""
     for replaced in (*map(folder.joinpath, RUN_FILES), *folder.glob("events.out.tfevents.*")):
-        if replaced.name != LOG:
-            replaced.unlink(missing_ok=True)
-    log.truncate(0)
+        replaced.unlink(missing_ok=True)
 
 
 def _keep_epochs(metrics: Path, count: int) -> None:

@@ -1,6 +1,6 @@
 """A trace of a few training steps, which shows how long each operation takes. Open it in ui.perfetto.dev."""
 
-import resource
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +11,11 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from misc.files import atomic_file
 from misc.run.folder import TRACE
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 WAIT, WARMUP, ACTIVE = 2, 1, 3
 """Numbers of steps: skipped, because the first ones allocate memory and choose algorithms; warm-up of the profiler;
@@ -42,8 +47,13 @@ def traced_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
 
 
 def peak_memory_gigabytes(device: torch.device) -> float:
-    """Returns the peak memory in 10⁹ bytes: allocated on the GPU, or resident memory of this process on a CPU."""
+    """Returns the peak memory in 10⁹ bytes: allocated on the GPU, or resident memory of this process on a CPU.
+
+    On a CPU under Windows, it is NaN, as Python cannot measure it there.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

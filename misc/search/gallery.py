@@ -9,13 +9,12 @@ N pictures, D width of the shared space.
 """
 
 import bisect
-import fcntl
 import json
 import mmap
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from misc.errors import UserError, first_of
-from misc.files import atomic_file, lock_file, partial_path
+from misc.files import CAN_REPLACE_OPEN_FILES, atomic_file, lock_file, partial_path
 from misc.search.pictures import Picture
 
 FORMAT = 1
@@ -121,7 +120,7 @@ def held_index(index: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{index} cannot be written ({error.strerror}): give another folder with --index") from error
     try:
-        lock_file(file, fcntl.flock)
+        lock_file(file)
     except BlockingIOError as error:
         raise UserError(f"{index} is being written by another process: wait until it has ended") from error
     with file:
@@ -202,7 +201,7 @@ class Encoded:
         self._features: BinaryIO = self._features_path.open("a+b")
         self._pictures: BinaryIO = (index / ENCODED_PICTURES).open("a+b")
         encoder = index / ENCODED_WITH
-        if not encoder.exists() or encoder.read_text() != fingerprint:  # features of another encoder are useless
+        if not encoder.exists() or encoder.read_text(encoding="utf-8") != fingerprint:  # features of another encoder are useless
             self._pictures.truncate(0)
             with atomic_file(encoder) as file:
                 file.write(fingerprint.encode())
@@ -282,11 +281,15 @@ def write_generation(
 
 
 def remove_old(index: Path, info: Info) -> None:
-    """Removes the files of other generations and engines. A process that has them open can still read them."""
+    """Removes the files of other generations and engines. A process that has them open can still read them.
+
+    Windows cannot remove an open file, so it stays there until a later update.
+    """
     current_kinds = ("features", "pictures", info.engine["name"])
     for path, kind, generation in _generation_files(index):
         if generation != info.generation or kind not in current_kinds:
-            path.unlink(missing_ok=True)
+            with suppress(*(() if CAN_REPLACE_OPEN_FILES else (PermissionError,))):
+                path.unlink(missing_ok=True)
 
 
 def _generation_files(index: Path) -> list[tuple[Path, str, int]]:

@@ -114,7 +114,7 @@ class Launch:
 def _start_time(process: int) -> str:
     """Returns when a process started, in ticks since the machine started; empty if the system has no /proc."""
     status = Path(f"/proc/{process}/stat")
-    return status.read_text().rpartition(")")[2].split()[19] if status.is_file() else ""
+    return status.read_text(encoding="utf-8").rpartition(")")[2].split()[19] if status.is_file() else ""
 
 
 def local_rank() -> int:

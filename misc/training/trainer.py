@@ -1,5 +1,6 @@
 """One optimizer step, and one epoch of steps."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -201,15 +202,15 @@ class Trainer:
         """Summarises the epoch that `progress` has just finished, for metrics.jsonl.
 
         Returns: `loss`, `loss_<name>` (means over the epoch and all ranks), `seconds`, `samples_per_second` (of all
-            ranks), `data_wait` (share of the time, 0 to 1), `peak_memory_gigabytes`, and with fp16 `skipped_steps`
-            (since the training began).
+            ranks), `data_wait` (share of the time, 0 to 1), `peak_memory_gigabytes` (unless it is NaN), and with fp16
+            `skipped_steps` (since the training began).
         """
-        memory = {"peak_memory_gigabytes": peak_memory_gigabytes(self.ranks.device)}
+        memory = peak_memory_gigabytes(self.ranks.device)
         skipped = self.skipped_steps((progress.epoch + 1) * progress.step)
         return {
             **progress.record.means(),
             **progress.record.speed(),
-            **memory,
+            **({} if math.isnan(memory) else {"peak_memory_gigabytes": memory}),
             **({"skipped_steps": skipped} if self.scaler.is_enabled() else {}),
         }
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from misc.errors import UserError
+from misc.files import CAN_REPLACE_OPEN_FILES
 
 # First bytes of a torch.save file from before PyTorch 1.6. Newer files are ZIP archives.
 OLD_TORCH_SAVE = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
@@ -106,7 +107,7 @@ def _open_torch(path: Path) -> tuple[str, Any]:
             if damaged := archive.testzip():  # torch itself does not check the checksums
                 raise _Damaged(f"the checksum of {damaged} is wrong")
         # Memory-mapped, so unused parts (such as the state of an optimizer) take no memory.
-        return "torch.save", torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        return "torch.save", torch.load(str(path), map_location="cpu", weights_only=True, mmap=CAN_REPLACE_OPEN_FILES)
 
 
 class _ScriptModule:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from misc.errors import UserError
-from misc.run.folder import RUN_FILES, check_run_folder
+from misc.run.folder import LOCK, RUN_FILES, check_run_folder
 from misc.run.log import RunLog, wandb_project
 from misc.run.profiling import peak_memory_gigabytes
 from misc.run.progress import Progress
@@ -81,10 +81,10 @@ def test_a_new_run_replaces_only_the_files_of_the_old_run(tmp_path):
         (tmp_path / name).write_text("old")
     with pytest.raises(UserError, match="already contains a run"):  # another run wrote it meanwhile
         RunLog(tmp_path)
-    assert content(tmp_path) == sorted((*RUN_FILES, "checkpoint_last.pth.part", *others))
+    assert content(tmp_path) == sorted((*RUN_FILES, LOCK, "checkpoint_last.pth.part", *others))
     with RunLog(tmp_path, overwrite=True) as log:
         log.line("new")
-    assert content(tmp_path) == [*others, "train.log"]
+    assert content(tmp_path) == ["ViT-B-16.pt.part", LOCK, "notes.txt", "train.log"]
     assert all((tmp_path / name).read_text() == "old" for name in others)
     assert (tmp_path / "train.log").read_text() == "new\n"
 
@@ -102,7 +102,7 @@ def test_a_resumed_run_keeps_its_log_and_the_epochs_before_its_checkpoint(tmp_pa
     with RunLog(tmp_path, resume=Progress(epoch=2)) as log:
         log.line("second")
         log.epoch(record(3), 30)
-    assert content(tmp_path) == ["checkpoint_best.pth", "config.yaml", "metrics.jsonl", "train.log"]
+    assert content(tmp_path) == ["checkpoint_best.pth", "config.yaml", LOCK, "metrics.jsonl", "train.log"]
     assert (tmp_path / "train.log").read_text() == "first\nsecond\n"
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [record(1), record(2), record(3)]
@@ -131,10 +131,10 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
 
 
 def test_a_warning_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
-    def without(*_) -> None:
+    def without(*_, **__) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.lockf", without)
+    monkeypatch.setattr("misc.files.lock_descriptor", without)
     with RunLog(tmp_path) as log:
         log.line("written")
     assert (tmp_path / "train.log").read_text() == "written\n"
