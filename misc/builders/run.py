@@ -124,9 +124,7 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
         trainer.load_state(saved)
         notes.append(f"resumed in epoch {progress.epoch + 1}, after step {progress.step} of {len(loader)}")
     resumed = saved is not None
-    return Run(
-        config, ranks, folder, resumed, lock, run_id, progress, loader, trainer, evaluator, checkpoints, notes
-    )
+    return Run(config, ranks, folder, resumed, lock, run_id, progress, loader, trainer, evaluator, checkpoints, notes)
 
 
 def rank_notes(ranks: Ranks, precision: Precision) -> list[str]:

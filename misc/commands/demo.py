@@ -70,7 +70,9 @@ def phases(python: str) -> list[Phase]:
 def has_bf16() -> bool:
     """Whether the CPU has instructions for bf16, as far as Linux shows it."""
     information = Path("/proc/cpuinfo")
-    return information.is_file() and any(name in information.read_text(encoding="utf-8") for name in ("avx512_bf16", "amx_bf16"))
+    return information.is_file() and any(
+        name in information.read_text(encoding="utf-8") for name in ("avx512_bf16", "amx_bf16")
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

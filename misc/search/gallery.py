@@ -116,7 +116,7 @@ def held_index(index: Path) -> Iterator[None]:
             raise UserError(
                 f"{index} is not an index, but contains other files ({first_of(others)}): give another --index"
             )
-        file = (index / LOCK).open("a")
+        file = (index / LOCK).open("ab")
     except OSError as error:
         raise UserError(f"{index} cannot be written ({error.strerror}): give another folder with --index") from error
     try:
@@ -201,7 +201,9 @@ class Encoded:
         self._features: BinaryIO = self._features_path.open("a+b")
         self._pictures: BinaryIO = (index / ENCODED_PICTURES).open("a+b")
         encoder = index / ENCODED_WITH
-        if not encoder.exists() or encoder.read_text(encoding="utf-8") != fingerprint:  # features of another encoder are useless
+        if (
+            not encoder.exists() or encoder.read_text(encoding="utf-8") != fingerprint
+        ):  # features of another encoder are useless
             self._pictures.truncate(0)
             with atomic_file(encoder) as file:
                 file.write(fingerprint.encode())
