@@ -11,7 +11,6 @@ python main.py --export {openclip,huggingface,onnx} OUT [model.checkpoint=CHECKP
 
 import argparse
 import sys
-import time
 
 from easydict import EasyDict
 
@@ -28,7 +27,7 @@ from misc.retrieval.query_report import write_retrieval
 from misc.run.folder import CONFIG
 from misc.run.log import RunLog
 from misc.run.profiling import traced_steps
-from misc.system.distributed import Ranks, join_ranks, local_rank
+from misc.system.distributed import Ranks, join_ranks, local_rank, refuse
 from misc.system.interruption import Interrupted, Interruption
 from model.tbps_clip import count_trainable
 
@@ -196,17 +195,6 @@ def evaluate_epoch(run: Run, log: RunLog, title: str) -> Retrieval:
     for line in result_lines(f"{title}, {run.config.data.evaluate_on}", retrieval):
         log.line(line)
     return retrieval
-
-
-def refuse(error: UserError) -> int:
-    """Prints one line, once: all ranks of a machine meet the same mistake, and the first of them reports it.
-
-    The others wait for the launcher to end them. If it does not, the mistake is theirs only, and they report it.
-    """
-    if local_rank() > 0:
-        time.sleep(5)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 
 from misc.commands import evaluate as evaluate_command
 from misc.run.checkpoint import read_checkpoint
-from misc.run.folder import RUN_FILES
+from misc.run.folder import LOCK, RUN_FILES
 from tests.helpers.runs import (
     ARCHITECTURE,
     METRICS,
@@ -92,7 +92,7 @@ def printed_statistics(out: str) -> dict[str, list[str]]:
 
 def test_a_run_succeeds_and_writes_its_files(full):
     assert full.outcome.status == 0, full.outcome.err
-    assert sorted(path.name for path in full.folder.iterdir()) == sorted(set(RUN_FILES) - {"trace.json"})
+    assert sorted(path.name for path in full.folder.iterdir()) == sorted({*RUN_FILES, LOCK} - {"trace.json"})
     assert full.log == full.outcome.out
 
 
@@ -172,7 +172,7 @@ def test_two_ranks_train_without_gathering(data, tmp_path):
     outcome = start_forked(*ARCHITECTURE, *QUICK, *of_dataset(data), *own, ranks=2)
     assert outcome.status == 0, outcome.err
     two = Run(tmp_path / "run", outcome)
-    assert sorted(path.name for path in two.folder.iterdir()) == sorted(set(RUN_FILES) - {"trace.json"})
+    assert sorted(path.name for path in two.folder.iterdir()) == sorted({*RUN_FILES, LOCK} - {"trace.json"})
     assert two.log == outcome.out and "2 process(es)" in two.log
     (record,) = two.records
     assert record["samples_per_second"] == pytest.approx(48 / record["seconds"], rel=0.01)  # of both ranks: 6 · 2 · 4

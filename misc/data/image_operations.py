@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torchvision.transforms import v2
+
+from misc.data.transforms import v2
 
 Operation = Callable[[Tensor], Tensor]
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
 
 from misc.data.image_operations import Operation
+from misc.data.transforms import InterpolationMode, v2
+from misc.data.transforms import functional as F
 from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
 
 

@@ -111,10 +111,9 @@ def _is_drawn(folder: Path, drawn_with: str) -> bool:
     record = folder / "drawn_with.json"
     if not record.is_file():
         raise UserError(f"{folder} contains something other than these pedestrians: give a new folder, or remove it")
-    if record.read_text(encoding="utf-8") != drawn_with:
-        raise UserError(
-            f"{folder} was drawn with {record.read_text(encoding='utf-8')}, not with {drawn_with}: give a new folder, or remove it"
-        )
+    found = record.read_text(encoding="utf-8")
+    if found != drawn_with:
+        raise UserError(f"{folder} was drawn with {found}, not with {drawn_with}: give a new folder, or remove it")
     return True
 
 

@@ -4,8 +4,10 @@ B rows of this rank, W ranks, G = B · W rows of all ranks.
 """
 
 import os
+import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from misc.errors import UserError
+from misc.system import slurm
 
 Value = TypeVar("Value")
 
@@ -118,27 +121,46 @@ def _start_time(process: int) -> str:
 
 
 def local_rank() -> int:
-    """Returns the number of this process on its machine; 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """Returns the number of this process on its machine; 0 without torchrun and SLURM."""
+    return int((os.environ | slurm.torchrun_variables(os.environ)).get("LOCAL_RANK", 0))
+
+
+def refuse(error: UserError) -> int:
+    """Prints one line, once: all ranks of a machine meet the same mistake, and the first of them reports it.
+
+    The others wait for the launcher to end them. If it does not, the mistake is theirs only, and they report it.
+
+    Returns: the exit status.
+    """
+    if local_rank() > 0:
+        time.sleep(5)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 @contextmanager
 def join_ranks(device: str | int, backend: str, url: str) -> Iterator[Ranks]:
-    """Joins the ranks that torchrun started, and leaves them at the end. Without torchrun there is one rank.
+    """Joins the ranks that torchrun or SLURM's srun started, and leaves them at the end. Otherwise there is one rank.
 
     Args:
-        device: `auto` (a GPU if there is one), `cpu`, `cuda`, or the index of a GPU. Under torchrun each rank takes the
-            GPU of its local rank.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, or the index of a GPU. Under torchrun and srun, each rank
+            takes the GPU of its local rank.
         backend: `nccl` or `gloo`; ranks on the CPU always use gloo.
         url: address at which the ranks meet (torchrun: `env://`).
 
-    Raises UserError if this machine has more ranks than GPUs, or if `device` is `cuda` and there is no GPU.
+    Raises UserError if this machine has more ranks than GPUs, if `device` is `cuda` and there is no GPU, or if torch
+    cannot use the GPU.
     """
+    if tasks := slurm.unused_tasks(os.environ):
+        alone = f"SLURM gives this job {tasks} tasks, but only one runs: start it with `srun python main.py`"
+    else:
+        alone = None
+    os.environ.update(slurm.torchrun_variables(os.environ))
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not distributed:
         chosen, note = _single_device(device)
         _select(chosen)
-        yield Ranks(0, 1, chosen, note)
+        yield Ranks(0, 1, chosen, "; ".join(filter(None, (note, alone))) or None)
         return
 
     chosen = _device_of_local_rank(device, local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -182,7 +204,44 @@ def _join(device: torch.device, backend: str, url: str) -> Ranks:
 
 def _select(device: torch.device) -> None:
     if device.type == "cuda":
+        check_gpu(device)
         torch.cuda.set_device(device)
+
+
+def check_gpu(device: torch.device) -> None:
+    """Checks that the installed torch can use a GPU, before any data is read.
+
+    Raises UserError if torch contains no code for this GPU, or if the driver is too old for torch.
+    """
+    remedy = "install a torch for your GPU and driver (docs/training.md#install), or compute on the CPU with device=cpu"
+    if torch.version.cuda is None:  # ROCm names its code in another way
+        return
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except RuntimeError as error:  # for example an old driver
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"torch {torch.__version__} cannot use {device} ({reason}): {remedy}") from error
+    compiled = torch.cuda.get_arch_list()
+    if not _runs_on(compiled, capability):
+        raise UserError(
+            f"torch {torch.__version__} has no code for {device}, {torch.cuda.get_device_name(device)} "
+            f"(sm_{capability[0]}{capability[1]}), only for {' '.join(compiled)}: {remedy}"
+        )
+
+
+def _runs_on(compiled: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code runs on a GPU of a compute capability.
+
+    Binary code (`sm_86`) runs on the same major version from its minor version on. PTX (`compute_86`) is translated for
+    every later GPU. Code with a letter (`sm_90a`) is only for that version.
+    """
+    for kind, number, letter in re.findall(r"\b(sm|compute)_(\d+)([a-z]?)", " ".join(compiled)):
+        version = (int(number[:-1]), int(number[-1]))
+        if version == capability or (not letter and version <= capability and kind == "compute"):
+            return True
+        if not letter and version[0] == capability[0] and version <= capability:
+            return True
+    return False
 
 
 def _single_device(device: str | int) -> tuple[torch.device, str | None]:
@@ -204,12 +263,12 @@ def _device_of_local_rank(device: str | int, rank: int, local_world_size: int) -
         return torch.device("cpu")
     if gpus == 0:
         raise UserError(NO_GPU)
-    if local_world_size > gpus:
+    if local_world_size > gpus and not slurm.binds_gpus(os.environ):
         raise UserError(
             f"{local_world_size} processes on a machine with {gpus} GPUs: start torchrun with "
-            f"--nproc_per_node={gpus}, or set device=cpu"
+            f"--nproc_per_node={gpus} (srun: --ntasks-per-node={gpus}), or set device=cpu"
         )
-    return torch.device("cuda", rank)
+    return torch.device("cuda", rank % gpus)
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -281,10 +340,10 @@ def _several_ranks() -> bool:
 def choose_device(name: str) -> torch.device:
     """Returns the device of a script's option `--device`: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
 
-    Raises UserError if the name is another one, or if there is no such GPU.
+    Raises UserError if the name is another one, if there is no such GPU, or if torch cannot use it.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -293,4 +352,6 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs: give another one, or cpu")
+    if device.type == "cuda":
+        check_gpu(device)
     return device

@@ -83,7 +83,7 @@ def refusing_open_files(function: Callable) -> Callable:
 def is_open(path: str | Path) -> bool:
     """Whether this process has a file open, or mapped into memory."""
     try:
-        found = os.stat(path)
+        found = Path(path).stat()
     except OSError:
         return False
     if not stat.S_ISREG(found.st_mode):

@@ -1,5 +1,6 @@
 """The device of a rank, and the errors of a wrong one. The collectives are tested in test_ranks.py."""
 
+import re
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from misc.errors import UserError
 from misc.system import distributed
-from misc.system.distributed import Ranks, join_ranks
+from misc.system.distributed import Ranks, choose_device, join_ranks
 from tests.helpers.ranks import run_on_ranks
 
 
@@ -19,6 +20,7 @@ def gpus(monkeypatch):
     def pretend(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(distributed, "check_gpu", lambda device: None)
 
     return pretend
 
@@ -36,6 +38,70 @@ def device_alone(device: str | int) -> tuple[str, str | None]:
 def test_device_without_torchrun(gpus, device, count, taken):
     gpus(count)
     assert device_alone(device) == (taken, None)
+
+
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040).\nPlease update your GPU driver."
+NEW = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """A function that pretends that there is one GPU, and a torch for CUDA with code for some GPUs."""
+
+    def pretend(capability: tuple[int, int], compiled: list[str]) -> None:
+        monkeypatch.setattr(torch.version, "cuda", "12.6")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: compiled)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiled"),
+    [
+        ((7, 5), NEW),
+        ((8, 9), NEW),  # from sm_86: the same major version
+        ((12, 1), NEW),
+        ((13, 0), NEW),  # translated from compute_120
+        ((9, 0), ["sm_90a"]),
+        ((10, 3), ["sm_80", "sm_100"]),
+    ],
+)
+def test_a_torch_with_code_for_the_gpu_is_accepted(one_gpu, capability, compiled):
+    one_gpu(capability, compiled)
+    assert device_alone("auto") == ("cuda:0", None)
+    assert str(choose_device("cuda:0")) == "cuda:0"
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiled"),
+    [
+        ((6, 1), NEW),  # a GTX 1080 with a torch that begins at Turing
+        ((12, 0), ["sm_50", "sm_80", "sm_86", "sm_90"]),  # a new GPU with an old torch
+        ((8, 0), ["sm_86", "compute_90"]),  # a later minor version does not run on an earlier one
+        ((10, 3), ["sm_100a", "compute_90a"]),
+    ],
+)
+def test_a_torch_without_code_for_the_gpu_is_one_clear_line(one_gpu, capability, compiled):
+    one_gpu(capability, compiled)
+    version, name = re.escape(torch.__version__), f"sm_{capability[0]}{capability[1]}"
+    for choose in (device_alone, choose_device):
+        with pytest.raises(UserError, match=rf"torch {version} has no code .*{name}.*{compiled[0]}.*install"):
+            choose("cuda")
+
+
+def test_a_driver_that_is_too_old_is_one_clear_line(one_gpu, monkeypatch):
+    def fail(device: torch.device) -> None:
+        raise RuntimeError(OLD_DRIVER)
+
+    one_gpu((8, 0), NEW)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    for choose in (device_alone, choose_device):
+        with pytest.raises(UserError, match=r"cannot use cuda.*found version 11040\).*docs/training.md#install"):
+            choose("cuda")
 
 
 @pytest.mark.parametrize(("count", "taken"), [(0, "cpu"), (2, "cuda:0")])
