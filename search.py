@@ -272,8 +272,9 @@ def index_folder(options: argparse.Namespace) -> Path:
 
 
 def printable(text: str) -> str:
-    """Returns the text with characters that UTF-8 cannot encode escaped."""
-    return text.encode(errors="backslashreplace").decode()
+    """Returns the text with characters escaped that the terminal cannot show: on Windows, its encoding has few."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 if __name__ == "__main__":

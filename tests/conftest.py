@@ -1,7 +1,6 @@
 """Fixtures that several test files share."""
 
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,10 +103,11 @@ def run(monkeypatch, capfd) -> Iterator[Callable[..., Outcome]]:
 
 
 @pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
-    """A function that limits the size of every file that this process writes, in bytes."""
+def full_disk() -> Iterator[Callable[..., None]]:
+    """A function that limits the size of every file that this process writes, in bytes, or ends the limit."""
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    yield lambda size=limits[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 

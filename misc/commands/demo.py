@@ -4,6 +4,8 @@ It runs before anything is installed, so it only imports Python's own modules.
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-BIN = Path(".venv/bin")
+WINDOWS = os.name == "nt"
+BIN = Path(".venv/Scripts" if WINDOWS else ".venv/bin")
 PEOPLE, RUN = Path("data/pedestrians"), Path("runs/demo")
 SILENCE = 8
 """Seconds without output after which a line reports that the phase is still running."""
@@ -36,33 +39,45 @@ class Phase:
     command: tuple[str, ...]
 
 
-def phases(python: str) -> list[Phase]:
+def phases(python: str, *, make: bool, windows: bool = WINDOWS) -> list[Phase]:
     """Returns the phases of the demo. Their times were measured on CPUs with and without bf16 instructions.
 
     Args:
         python: the interpreter that the environment is made with.
+        make: whether the system has `make`, whose environment the tests share.
+        windows: train in one process, with the same global batch. Torch for Windows may lack what torchrun needs.
     """
     fast = has_bf16()
-    torchrun = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2")
+    interpreter = str(BIN / "python")
+    if windows:
+        trained, training = "one process", (interpreter, "main.py", "data.batch_size=128")
+    else:
+        trained, training = "two processes", (str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "main.py")
+    installed = "installs the packages into .venv (longer if pip must download them: about 3 GB)"
+    pip = (interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    if make:
+        install = [
+            Phase("install", installed, 75, ("make", "--no-print-directory", ".venv/installed", f"PYTHON={python}"))
+        ]
+    else:
+        install = [
+            Phase("create", "creates .venv", 10, (python, "-m", "venv", ".venv")),
+            Phase("install", installed, 75, (*pip, "-r", "requirements.txt", "-r", "requirements-search.txt")),
+        ]
     return [
-        Phase(
-            "install",
-            "installs the packages into .venv (longer if pip must download them: about 3 GB)",
-            75,
-            ("make", "--no-print-directory", ".venv/installed", f"PYTHON={python}"),
-        ),
+        *install,
         Phase(
             "draw",
             f"draws four images of each of 1,850 people, with captions, into {PEOPLE}",
             45 if fast else 100,
-            (str(BIN / "python"), "-m", "misc.pedestrians", str(PEOPLE)),
+            (interpreter, "-m", "misc.pedestrians", str(PEOPLE)),
         ),
         Phase(
             "train",
-            "trains simplified TBPS-CLIP with small encoders from random weights, in two processes, and evaluates each "
+            f"trains simplified TBPS-CLIP with small encoders from random weights, in {trained}, and evaluates each "
             "epoch on people that are not in the training set",
             450 if fast else 890,
-            (*torchrun, "main.py", "--config", "config/demo.config.yaml", "--simplified", "--overwrite"),
+            (*training, "--config", "config/demo.config.yaml", "--simplified", "--overwrite"),
         ),
     ]
 
@@ -82,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the name or path of the Python to install with.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    return run_demo(phases(given[0] if given else sys.executable), RUN)
+    make = shutil.which("make") is not None
+    return run_demo(phases(given[0] if given else sys.executable, make=make), RUN)
 
 
 def run_demo(plan: Sequence[Phase], run: Path) -> int:

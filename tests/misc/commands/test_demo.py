@@ -77,10 +77,25 @@ def test_it_runs_before_anything_is_installed():
 
 
 def test_its_commands_exist():
-    install, draw, train = phases("python3.12")
+    install, draw, train = phases("python3.12", make=True)
     assert ".venv/installed:" in (ROOT / "Makefile").read_text() and install.command[-1] == "PYTHON=python3.12"
     assert importlib.util.find_spec(draw.command[2]) is not None
     assert all((ROOT / name).is_file() for name in train.command if name.endswith((".py", ".yaml")))
+
+
+def test_it_needs_neither_make_nor_torchrun(monkeypatch):
+    """As on Windows. The global batch is the same."""
+    from main import configure, parse_arguments
+
+    create, install, draw, train = phases("py", make=False, windows=True)
+    assert create.command == ("py", "-m", "venv", ".venv")
+    assert all((ROOT / name).is_file() for name in install.command if name.endswith(".txt"))
+    batches = []
+    for command in (train.command, phases("py", make=True, windows=False)[-1].command):
+        monkeypatch.setattr(sys, "argv", list(command[command.index("main.py") :]))
+        batches.append(configure(parse_arguments()).data.batch_size)
+    assert batches[0] == 2 * batches[1]
+    assert all("make" not in phase.command and "torchrun" not in phase.command[0] for phase in (install, draw, train))
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """`search.py index`: the pictures that it finds, second runs, stops and crashes, and mistakes of the user."""
 
+import io
 import json
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from misc.search import indexing
 from misc.search.encoder import Encoder
 from misc.search.gallery import default_index, held_index, open_gallery
 from misc.search.pictures import PictureSet, find_pictures
+from search import printable
 from tests.helpers.runs import Outcome, only_error
 from tests.helpers.searching import GELU, features_one_by_one, gallery_of, paths_of, save_picture, write_clip
 
@@ -33,6 +36,12 @@ def encoded(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(PictureSet, "__getitem__", recorded)
     return paths
+
+
+def test_a_terminal_with_few_characters_shows_the_others_escaped(monkeypatch):
+    """As on Windows, where Python encodes piped output in the code page of the system."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert printable("ü \u4e2d \udcff") == "ü \\u4e2d \\udcff"
 
 
 # ---- which pictures are indexed -------------------------------------------------------------------------------------
