@@ -15,7 +15,7 @@ python:
 		{ echo "error: $$($(PYTHON) --version) is too old, 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 
 # Installs again when the requirements change.
-.venv/installed: requirements.txt requirements-search.txt requirements-dev.txt | python
+.venv/installed: $(wildcard requirements*.txt) | python
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
