@@ -1,6 +1,9 @@
 """Ranks that SLURM started: which variables mean what, and a training of two tasks without torchrun."""
 
 import os
+import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -138,6 +141,32 @@ def test_a_task_that_sees_only_its_own_gpu_takes_it(slurm, monkeypatch):
         _device_of_local_rank("auto", 1, 2)
     slurm({"SLURM_GPUS_ON_NODE": "2", "LOCAL_WORLD_SIZE": "2"})
     assert _device_of_local_rank("auto", 1, 2) == torch.device("cuda", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_batch_script_of_the_documents_resumes_and_is_queued_again(tmp_path):
+    """With an srun that a signal stops in the first job, while the shell gets the signal too."""
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / "docs/training.md").read_text("utf-8"), re.DOTALL)
+    srun = """#!/bin/bash
+echo srun "$@"
+[ -f runs/full/checkpoint_last.pth ] && exit 0
+mkdir -p runs/full && touch runs/full/checkpoint_last.pth
+kill -TERM $PPID
+exit 143
+"""
+    stubs = {"job": script, "srun": srun, "scontrol": '#!/bin/bash\necho scontrol "$@"\n', ".venv/bin/activate": ""}
+    for name, content in stubs.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+        path.chmod(0o755)
+    own = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
+    ended = [subprocess.run(["./job"], cwd=tmp_path, env=own, capture_output=True, text=True) for _ in range(2)]
+    assert [(job.returncode, job.stderr) for job in ended] == [(143, ""), (0, "")]
+    first, second = (job.stdout.splitlines() for job in ended)
+    assert first[0] + " --resume" == second[0] and "main.py" in first[0]
+    assert (first[1:], second[1:]) == (["scontrol requeue 4711"], [])
 
 
 @pytest.mark.slow
