@@ -278,7 +278,7 @@ def _image_path(entry: dict, entry_name: str) -> str:
     if not (isinstance(path, str) and path):
         raise _field_error(entry, entry_name, field, "the path of an image")
     location = Path(path)
-    if location.is_absolute() or ".." in location.parts:
+    if location.anchor or ".." in location.parts:  # under Windows, `/x` and `C:x` are not absolute
         raise _field_error(entry, entry_name, field, "a path inside the image folder, without `..`")
     return path
 

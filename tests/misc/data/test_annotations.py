@@ -1,11 +1,12 @@
 import json
 import random
 import time
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 from PIL import Image
 
+from misc.data import annotations
 from misc.data.annotations import PUBLISHED_COUNTS, Counts, Split, check_images, read_annotations, statistics_table
 from misc.errors import UserError
 
@@ -307,6 +308,16 @@ def test_wrong_fields(tmp_path, field, value):
 def test_errors_in_rstpreid_name_its_own_fields(tmp_path):
     write_json(tmp_path / "data_captions.json", [*RSTP, RSTP[0] | {"img_path": "../a.jpg"}])
     fails(tmp_path, "data_captions.json entry 4", "`img_path: '../a.jpg'`")
+
+
+@pytest.mark.parametrize(
+    "path", ["/a.jpg", "C:a.jpg", "C:\\a.jpg", "\\\\server\\share\\a.jpg", "..\\a.jpg", "a/..\\..\\b.jpg"]
+)
+def test_under_windows_no_path_leads_out_of_the_image_folder(path, monkeypatch):
+    monkeypatch.setattr(annotations, "Path", PureWindowsPath)
+    with pytest.raises(UserError, match="expected a path inside the image folder"):
+        annotations._image_path({"file_path": path}, "entry 1")
+    assert annotations._image_path({"file_path": "cam_a/1.png"}, "entry 1") == "cam_a/1.png"
 
 
 def test_entries_that_are_not_objects(tmp_path):
