@@ -49,6 +49,7 @@ def phases(python: str, *, make: bool, windows: bool = WINDOWS) -> list[Phase]:
     """
     fast = has_bf16()
     interpreter = str(BIN / "python")
+    training: tuple[str, ...]
     if windows:
         trained, training = "one process", (interpreter, "main.py", "data.batch_size=128")
     else:

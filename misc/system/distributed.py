@@ -122,7 +122,8 @@ def _start_time(process: int) -> str:
 
 def local_rank() -> int:
     """Returns the number of this process on its machine; 0 without torchrun and SLURM."""
-    return int((os.environ | slurm.torchrun_variables(os.environ)).get("LOCAL_RANK", 0))
+    variable = "SLURM_LOCALID" if slurm.joined_tasks(os.environ) > 1 else "LOCAL_RANK"
+    return int(os.environ.get(variable, 0))
 
 
 def refuse(error: UserError) -> int:
@@ -148,8 +149,8 @@ def join_ranks(device: str | int, backend: str, url: str) -> Iterator[Ranks]:
         backend: `nccl` or `gloo`; ranks on the CPU always use gloo.
         url: address at which the ranks meet (torchrun: `env://`).
 
-    Raises UserError if this machine has more ranks than GPUs, if `device` is `cuda` and there is no GPU, or if torch
-    cannot use the GPU.
+    Raises UserError if this machine has more ranks than GPUs, if `device` is `cuda` and there is no GPU, if torch
+    cannot use the GPU, or if the port of the address is in use.
     """
     if tasks := slurm.unused_tasks(os.environ):
         alone = f"SLURM gives this job {tasks} tasks, but only one runs: start it with `srun python main.py`"
@@ -179,7 +180,13 @@ def join_ranks(device: str | int, backend: str, url: str) -> Iterator[Ranks]:
 def _join(device: torch.device, backend: str, url: str) -> Ranks:
     """Creates the process group of all ranks."""
     with_nccl = device.type == "cuda" and backend == "nccl"
-    store, rank, world_size = next(dist.rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
+    try:
+        store, rank, world_size = next(dist.rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise UserError(f"port {port} is in use on this machine: set another MASTER_PORT for all processes") from error
     note = None
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
         # torchrun keeps one store for all its attempts. Without its own prefix, an attempt would read the addresses

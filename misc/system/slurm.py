@@ -11,18 +11,24 @@ FIRST_PORT, PORTS = 10_000, 20_000
 """Ports for the ranks to meet at: below those that systems give to outgoing connections."""
 
 
-def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns what torchrun would have set for this task of `srun`.
+def joined_tasks(environment: Mapping[str, str]) -> int:
+    """Returns how many tasks `srun` has started together with this one.
 
-    It is empty if torchrun or another launcher has set its own variables, and if this process is the only task: the
-    shell of `salloc` and a batch script have SLURM's variables too, but no other task joins them.
-
-    Raises UserError if SLURM's variables do not say on which machine the first task is.
+    It is 1 if torchrun or another launcher has set its own variables, which count, and if this process is the only
+    task: the shell of `salloc` and a batch script have SLURM's variables too, but no other task joins them.
     """
     step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))
     if "RANK" in environment or "SLURM_PROCID" not in environment or not step or int(step) >= RESERVED_STEPS:
-        return {}
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1)))
+        return 1
+    return int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1)))
+
+
+def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns what torchrun would have set for this task of `srun`; nothing if it joins no others.
+
+    Raises UserError if SLURM's variables do not say on which machine the first task is.
+    """
+    tasks = joined_tasks(environment)
     if tasks == 1:
         return {}
     local_tasks = _tasks_of_this_node(environment, tasks)
@@ -30,7 +36,8 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if local_tasks < tasks and not hosts and "MASTER_ADDR" not in environment:
         raise UserError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the machine of the first task")
     # Two steps of a job can run at the same time.
-    port = FIRST_PORT + (101 * int(environment.get("SLURM_JOB_ID", 0)) + int(step)) % PORTS
+    step = int(environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", 0)))
+    port = FIRST_PORT + (101 * int(environment.get("SLURM_JOB_ID", 0)) + step) % PORTS
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
@@ -63,9 +70,8 @@ def first_host(hosts: str) -> str:
 
 def unused_tasks(environment: Mapping[str, str]) -> int:
     """Returns how many tasks a job has, if this process was started in it without `srun`; else 0."""
-    alone = "RANK" not in environment and not torchrun_variables(environment)
     tasks = int(environment.get("SLURM_NTASKS", 1))
-    return tasks if alone and tasks > 1 else 0
+    return tasks if "RANK" not in environment and joined_tasks(environment) == 1 and tasks > 1 else 0
 
 
 def binds_gpus(environment: Mapping[str, str]) -> bool:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -108,6 +109,7 @@ def test_without_a_list_of_hosts_the_address_is_asked_for():
     unknown = {name: value for name, value in TASK.items() if "NODELIST" not in name}
     with pytest.raises(UserError, match="SLURM_STEP_NODELIST .*set MASTER_ADDR"):
         torchrun_variables(unknown)
+    assert torchrun_variables(unknown | {"MASTER_ADDR": "node07"})["MASTER_ADDR"] == "node07"
 
 
 @pytest.fixture
@@ -133,6 +135,14 @@ def test_without_srun_a_process_runs_alone_and_says_so(slurm):
 def test_the_local_rank_is_known_before_the_ranks_join(slurm):
     slurm(TASK)
     assert local_rank() == 1
+
+
+def test_a_port_that_is_in_use_is_one_clear_line(slurm):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        slurm({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        with pytest.raises(UserError, match=f"port {port} is in use.*MASTER_PORT"), join_ranks("cpu", "gloo", "env://"):
+            pass
 
 
 def test_a_task_that_sees_only_its_own_gpu_takes_it(slurm, monkeypatch):
