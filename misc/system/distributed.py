@@ -27,6 +27,15 @@ Value = TypeVar("Value")
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Environment variable that gives the ranks of each attempt their own store instead of torchrun's."""
 
+# Newer releases of torch have renamed these collectives. The former names are those of torch 2.4.
+_all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+_reduce_scatter_single = (
+    dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+)
+
+SECONDS_TO_RELEASE = 0.1
+"""How long gloo's threads get to release the tensors of the last collectives. They need microseconds of CPU time."""
+
 NO_GPU = "device: cuda, but torch finds no GPU on this machine: set device=cpu, or install torch for your GPU"
 
 
@@ -173,6 +182,10 @@ def join_ranks(device: str | int, backend: str, url: str) -> Iterator[Ranks]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
         raise
+    # After a collective, gloo's thread releases the tensors; it needs the GIL if Python has dropped them. In torch 2.6,
+    # the main thread holds the GIL while the group's destructor waits for that thread, so both wait for ever: in two of
+    # twelve evaluations on a busy machine. Sleeping gives up the GIL, so the thread finishes first. 2.14 does not hang.
+    time.sleep(SECONDS_TO_RELEASE)
     # Only after success: with nccl this waits for all ranks, which after an error are in another collective.
     dist.destroy_process_group()
 
@@ -288,7 +301,7 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient: Tensor) -> Tensor:
         own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_single(own, gradient.contiguous())
+        _reduce_scatter_single(own, gradient.contiguous())
         return own
 
 
@@ -327,7 +340,7 @@ def gather_strided(rows: Tensor, total: int) -> Tensor:
 
 def _all_gather(rows: Tensor) -> Tensor:
     gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_single(gathered, rows.contiguous())
+    _all_gather_single(gathered, rows.contiguous())
     return gathered
 
 

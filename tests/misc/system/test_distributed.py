@@ -1,6 +1,8 @@
 """The device of a rank, and the errors of a wrong one. The collectives are tested in test_ranks.py."""
 
 import re
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -147,6 +149,25 @@ def test_after_an_error_a_rank_does_not_wait_for_the_others(monkeypatch):
     with join_ranks("cpu", "gloo", "env://"):
         pass
     assert destroyed
+
+
+def test_other_threads_run_before_the_group_is_destroyed(monkeypatch):
+    """Destroying it can wait for a thread of gloo that waits for the GIL: without a pause, both wait for ever."""
+    order, collective_done, interval = [], threading.Event(), sys.getswitchinterval()
+    monkeypatch.setattr(distributed, "_join", lambda device, *_: distributed.Ranks(0, 1, device))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: order.append("destroyed"))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    thread = threading.Thread(target=lambda: collective_done.wait() and order.append("thread"))
+    thread.start()
+    sys.setswitchinterval(60)  # no thread gets the GIL until this one gives it up
+    try:
+        with join_ranks("cpu", "gloo", "env://"):
+            collective_done.set()
+    finally:
+        sys.setswitchinterval(interval)
+    thread.join()
+    assert order == ["thread", "destroyed"]
 
 
 @pytest.mark.parametrize(
