@@ -39,7 +39,8 @@ def build_optimizer(groups: list[dict], *, betas: tuple[float, float], eps: floa
     """Builds AdamW for `parameter_groups`. `set_learning_rate` sets the learning rate before each step."""
     settings = [
         {
-            "params": list(zip(group["names"], group["params"], strict=True)),  # names go into checkpoints
+            "params": group["params"],
+            "param_names": group["names"],  # for checkpoints; where torch itself keeps them, from 2.6 on
             "weight_decay": group["weight_decay"],
             "lr_ratio": group["lr_ratio"],
         }

@@ -7,6 +7,7 @@ import stat
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,30 @@ class _Damaged(Exception):
     """A wrong checksum in an archive."""
 
 
+class _EasyDict:
+    """Replaces the only class in a published checkpoint by a plain dict, so its code is not run either."""
+
+    def __new__(cls) -> OrderedDict:  # type: ignore[misc]
+        return OrderedDict()
+
+
+_EasyDict.__module__, _EasyDict.__name__, _EasyDict.__qualname__ = "easydict", "EasyDict", "EasyDict"
+
+
+@contextmanager
+def _safe_globals(classes: list[Any]) -> Iterator[None]:
+    """Lets `torch.load` use these classes for those of the same names, like `torch.serialization` from torch 2.5 on."""
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals(classes)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def _open_torch(path: Path) -> tuple[str, Any]:
-    # The only class in a published checkpoint. A plain dict replaces it, so its code is not run either.
-    with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
+    with _safe_globals([_EasyDict]):
         if not zipfile.is_zipfile(path):
             return "torch.save", torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
