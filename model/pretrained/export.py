@@ -61,7 +61,7 @@ def export(form: str, folder: Path, content: Export) -> str:
     Returns: a line for the log.
 
     Raises UserError if the form is unknown or does not support the model, the folder exists or cannot be written, or a
-    package is not installed.
+    package is not installed or too old.
     """
     check_export(form, folder, content.architecture.resolution)
     try:
@@ -90,11 +90,21 @@ def check_export(form: str, folder: Path, resolution: tuple[int, int] | None = N
     check_new_path(folder, "--export", "choose another folder")
     if form == "onnx" and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise UserError("--export onnx needs two packages that are not installed: pip install onnx onnxscript")
+    if form == "onnx" and not supports_onnx():
+        raise UserError(
+            f"--export onnx needs torch 2.6 or newer, but this is torch {torch.__version__}: "
+            "pip install --upgrade torch torchvision"
+        )
     if form == "huggingface" and resolution is not None and resolution[0] != resolution[1]:
         raise UserError(
             f"--export huggingface: CLIPModel supports only square images, but this model takes {resolution[0]} × "
             f"{resolution[1]} pixels: export it as openclip or onnx"
         )
+
+
+def supports_onnx() -> bool:
+    """Whether this torch can export to ONNX without TorchScript. Its former exporter knows no `dynamic_shapes`."""
+    return hasattr(torch.onnx.ONNXProgram, "optimize")
 
 
 # ---- open_clip ------------------------------------------------------------------------------------------------------
@@ -229,7 +239,9 @@ def _write_onnx(folder: Path, content: Export) -> None:
     Features are not L2-normalised. The metadata of both models contains `logit_scale`, before its exponential.
     """
     height, width = content.architecture.resolution
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=content.architecture.text_length)
+    # Any number is a limit that suffices. Without one, torch 2.6 fixes the batch size to that of the example.
+    batch = torch.export.Dim("batch", max=2**31 - 1)
+    length = torch.export.Dim("length", min=2, max=content.architecture.text_length)
     images = torch.zeros(2, 3, height, width)
     token_ids = torch.tensor([[START, END, *[0] * (content.architecture.text_length - 2)]] * 2)
     settings = {"logit_scale": repr(content.model.logit_scale.item()), "activation": content.architecture.activation}

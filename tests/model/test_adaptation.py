@@ -121,7 +121,7 @@ def test_an_adapted_run_changes_its_own_and_is_evaluated_with_it(
     assert outcome.status == 0, outcome
     (record,) = adapted.records
     assert "".join(f"{record[name]:7.2f}" for name in METRICS) in outcome.out
-    export = only_error(run("--export", "onnx", tmp_path / "out", f"model.checkpoint={source}"))
+    export = only_error(run("--export", "openclip", tmp_path / "out", f"model.checkpoint={source}"))
     assert "adapted" in export and not (tmp_path / "out").exists()
 
 
