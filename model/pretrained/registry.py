@@ -23,6 +23,14 @@ from model.pretrained.settings import Settings, settings_from_open_clip
 
 DEFAULT_MODEL = "ViT-B-16"
 """The model of a tag without a model, if it has this tag: the paper's backbone."""
+_OPENAI = "https://openaipublic.azureedge.net/clip/models"
+OPENAI_URLS = {
+    "ViT-B-32": f"{_OPENAI}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B-16": f"{_OPENAI}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L-14": f"{_OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    "ViT-L-14-336": f"{_OPENAI}/3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
+}
+"""OpenAI's own files, as in open_clip 3. Its main branch names only the hub, but users have downloaded these files."""
 CACHE_FOLDER = "~/.cache/clip"
 """The folder for downloads from a plain URL, as in open_clip and OpenAI's code."""
 CONNECT_TIMEOUT = 1.0
@@ -76,6 +84,8 @@ def find_entry(source: str) -> Entry:
     if len(models) > 1:
         raise UserError(f"several models have this tag: give one of {', '.join(f'{m}/{tag}' for m in models)}")
     download = get_pretrained_cfg(models[0], tag)
+    if tag == "openai" and not download.get("url"):
+        download = {**download, "url": OPENAI_URLS.get(models[0], "")}
     settings = settings_from_open_clip(
         get_model_config(models[0]) or {}, download, quick_gelu=download.get("quick_gelu", False)
     )

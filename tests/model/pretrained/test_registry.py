@@ -16,6 +16,7 @@ import open_clip
 import pytest
 import torch
 from huggingface_hub import constants
+from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import save_file
 
 from misc.errors import UserError
@@ -155,7 +156,19 @@ def test_a_proxy_with_an_invalid_address_counts_as_no_network(home, monkeypatch)
         fetch(find_entry("laion2b_s34b_b88k"))
 
 
-def test_a_file_that_is_not_the_one_of_its_tag_is_refused_and_kept(home):
+def test_our_addresses_of_openai_are_those_of_open_clip():
+    """Version 3 of open_clip has them."""
+    theirs = {model: get_pretrained_cfg(model, "openai").get("url") for model in registry.OPENAI_URLS}
+    assert all(url in (None, "", registry.OPENAI_URLS[model]) for model, url in theirs.items())
+
+
+@pytest.mark.parametrize("only_hub", [False, True])
+def test_a_file_that_is_not_the_one_of_its_tag_is_refused_and_kept(home, monkeypatch, only_hub):
+    """Also if open_clip names only the hub for OpenAI's weights, as its main branch does."""
+    if only_hub:
+        download = get_pretrained_cfg("ViT-B-16", "openai")
+        bare = {key: value for key, value in download.items() if key != "url"}
+        monkeypatch.setattr(open_clip.pretrained, "get_pretrained_cfg", lambda *_: bare)
     place = home / ".cache/clip/ViT-B-16.pt"
     place.parent.mkdir(parents=True)
     torch.save(weights(), place)
