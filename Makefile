@@ -1,5 +1,6 @@
 # make demo: trains and evaluates TBPS-CLIP on generated pedestrians; works on a fresh machine.
 # make test: runs all tests. make test-fast: only those that start no process and take about a second at most.
+# make test-oldest: runs all tests on the oldest packages, in an environment of its own with Python 3.10.
 # make lint: checks the style and the types.
 # make bench: measures speed next to the published way of doing the same work; prints tables, writes benchmarks.json.
 # make soak: kills a training KILLS times (about ten seconds each), and compares it with an undisturbed training.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 KILLS ?= 200
 
-.PHONY: python demo test test-fast bench soak lint
+.PHONY: python demo test test-fast test-oldest bench soak lint
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -29,6 +30,16 @@ test: .venv/installed
 # The plugin tests/fast.py marks the tests that start a process.
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -p tests.fast -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
+
+# Python 3.10, because newer ones have no wheels of some of these packages.
+test-oldest: PYTHON = python3.10
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+.venv-oldest/installed: $(wildcard requirements*.txt) | python
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c requirements-oldest.txt -r requirements.txt -r requirements-dev.txt
+	touch $@
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks --json benchmarks.json
