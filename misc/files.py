@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,6 +27,21 @@ def is_file(path: str | Path) -> bool:
 def is_folder(path: str | Path) -> bool:
     """Like `Path.is_dir`, but returns False for a path that cannot be accessed or cannot exist."""
     return _passes(path, Path.is_dir)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file for reading. Opening a pipe would wait for its writer, and a device may never end.
+
+    Raises OSError if the path is not a regular file, or cannot be accessed.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a null character
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _passes(path: str | Path, test: Callable[[Path], bool]) -> bool:

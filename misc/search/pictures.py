@@ -1,6 +1,5 @@
 """The pictures of a folder: finds them, and decodes them into batches of pixels."""
 
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from misc.data.images import read_image
+from misc.data.images import ImageError, read_image
 from misc.data.views import EvaluationView
 from misc.data.workers import outlive_signals
 from misc.errors import UserError
@@ -112,11 +111,8 @@ class PictureSet(Dataset):
         picture = self.pictures[number]
         try:
             return picture, self.view(read_image(self.folder / picture.path, upright=True))
-        except UserError as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.ENOENT):
-                return Unreadable(picture.path, _reason(cause))
-            return Unreadable(picture.path, "it cannot be decoded")
+        except ImageError as error:
+            return Unreadable(picture.path, error.reason)
 
 
 class PictureBatch(NamedTuple):
