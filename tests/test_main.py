@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from misc.commands import evaluate as evaluate_command
-from misc.run.checkpoint import read_checkpoint
+from misc.run.checkpoint import read_checkpoint, write_checkpoint
 from misc.run.folder import LOCK, RUN_FILES
 from tests.helpers.runs import (
     ARCHITECTURE,
@@ -158,6 +158,18 @@ def test_evaluation_of_the_last_checkpoint_repeats_its_metrics(full, data, run, 
     assert printed_metrics(outcome.out) == [rounded(full.records[-1])]
     assert printed_statistics(outcome.out) == STATISTICS
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_whose_features_overflow_have_no_metrics(full, data, run, tmp_path):
+    content = read_checkpoint(full.folder / "checkpoint_last.pth")
+    for name, what in (("image_encoder.proj", "the image "), ("text_encoder.text_projection", "the caption ")):
+        broken = content | {"model": content["model"] | {name: content["model"][name] * 1e20}}
+        write_checkpoint(tmp_path / "broken.pth", broken)
+        outcome = run("--evaluate", tmp_path / "broken.pth", *QUICK, *of_dataset(data))
+        assert outcome.status == 2 and f"error: {what}" in outcome.err and "has an invalid feature" in outcome.err
+        assert printed_metrics(outcome.out) == []
+        export = ("--export", "openclip", tmp_path / "out", f"model.checkpoint={tmp_path / 'broken.pth'}")
+        assert "has an invalid feature" in run(*export, "device=cpu").err and not (tmp_path / "out").exists()
 
 
 def test_two_ranks_evaluate_a_checkpoint_like_one_rank(full, data):

@@ -2,15 +2,20 @@
 
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from easydict import EasyDict
 
+from misc.builders.architecture import architecture_of
 from misc.builders.model import build_export, build_saved_model, initial_weights
 from misc.config.rules import RULES
 from misc.errors import UserError
+from misc.retrieval.metrics import check_features
 from misc.run.log import RunLog
 from misc.system.distributed import Ranks
 from model.pretrained.export import check_export, export
-from text_utils.tokenizer import Tokenizer
+from model.tbps_clip import TBPSCLIP
+from text_utils.tokenizer import END, START, Tokenizer
 
 
 def export_weights(config: EasyDict, ranks: Ranks, form: str, out: str) -> None:
@@ -26,4 +31,13 @@ def export_weights(config: EasyDict, ranks: Ranks, form: str, out: str) -> None:
         for line in weight_notes:
             log.line(line)
         if ranks.is_main:
+            _check_encoders(model.eval(), architecture_of(config).resolution)
             log.line(export(form, Path(out), build_export(config, model.eval(), weights, Tokenizer())))
+
+
+@torch.inference_mode()
+def _check_encoders(model: TBPSCLIP, resolution: tuple[int, int]) -> None:
+    """Raises UserError if the encoders give invalid features: no tool could use them."""
+    image, caption = torch.zeros(1, 3, *resolution), torch.tensor([[START, END]])
+    features = torch.cat([model.encode_image(image), model.encode_text(caption)])
+    check_features(F.normalize(features, dim=1), ["--export: a grey image", "--export: an empty caption"])

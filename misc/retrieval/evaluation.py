@@ -15,7 +15,7 @@ from torch import Tensor
 from misc.data.annotations import Split
 from misc.data.batches import batches, gallery_loader, pad_tokens
 from misc.data.samples import EvaluationImages
-from misc.retrieval.metrics import QueryResults, queries_without_match, rank_queries, summarise
+from misc.retrieval.metrics import QueryResults, check_features, queries_without_match, rank_queries, summarise
 from misc.system.distributed import Ranks, gather_strided
 from misc.system.precision import Precision
 from model.tbps_clip import TBPSCLIP
@@ -117,11 +117,15 @@ class Evaluator:
             width: D.
 
         Returns: for each encoder (n, D) float32, L2-normalised, in the order that `gather_strided` takes.
+
+        Raises UserError if an image cannot be decoded, or the feature of one is not finite.
         """
         device = self.ranks.device
-        images = EvaluationImages(self.split, self.image_dir, self.resolution, self._own(len(self.split.image_paths)))
+        own = self._own(len(self.split.image_paths))
+        images = EvaluationImages(self.split, self.image_dir, self.resolution, own)
         loader = gallery_loader(images, self.batch_size, workers=self.workers, pin_memory=device.type == "cuda")
-        return self._encode(encoders, batches(loader), width)
+        names = [f"the image {self.image_dir / self.split.image_paths[number]}" for number in own]
+        return self._encode(encoders, batches(loader), width, names)
 
     @torch.no_grad()
     def encode_captions(self, encoders: Sequence[EncodeFunction], width: int) -> list[Tensor]:
@@ -131,7 +135,7 @@ class Evaluator:
             pad_tokens([self.tokenizer.encode(c, self.text_length) for c in own[start : start + self.batch_size]])
             for start in range(0, len(own), self.batch_size)
         )
-        return self._encode(encoders, token_ids, width)
+        return self._encode(encoders, token_ids, width, [f"the caption {caption!r}" for caption in own])
 
     def rank(self, own_queries: Tensor, gallery: Tensor) -> QueryResults:
         """Ranks the gallery for each query.
@@ -156,7 +160,9 @@ class Evaluator:
         """Returns the items that this rank encodes: every W-th of `total`, so that no item is encoded twice."""
         return range(self.ranks.rank, total, self.ranks.world_size)
 
-    def _encode(self, encoders: Sequence[EncodeFunction], inputs: Iterable[Tensor], width: int) -> list[Tensor]:
+    def _encode(
+        self, encoders: Sequence[EncodeFunction], inputs: Iterable[Tensor], width: int, names: Sequence[str]
+    ) -> list[Tensor]:
         device = self.ranks.device
         nothing = torch.zeros(0, width, device=device)  # a rank beyond the last item still takes part in the gathers
         features = [[nothing] for _ in encoders]
@@ -166,4 +172,8 @@ class Evaluator:
                 with self.precision.autocast():
                     raw = encoder(batch)
                 encoded.append(F.normalize(raw.float(), dim=1))
-        return [torch.cat(encoded) for encoded in features]
+        together = [torch.cat(encoded) for encoded in features]
+        remedy = "use other weights" + (", or set misc.precision=fp32" if self.precision.name != "fp32" else "")
+        for each in together:
+            check_features(each, names, remedy)
+        return together

@@ -3,14 +3,21 @@
 Q queries, N gallery images.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from misc.errors import UserError
+
 MAXIMUM_BLOCK = 1 << 23
 """Maximum number of similarities in memory. With their intermediate results they take about 0.1 GB."""
+
+
+NORM_TOLERANCE = 0.01
+"""Largest deviation of the norm of an L2-normalised feature from 1."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,23 @@ class QueryResults:
     first_match: Tensor
     average_precision: Tensor
     inverse_negative_penalty: Tensor
+
+
+def check_features(features: Tensor, names: Sequence[str], remedy: str = "use other weights") -> None:
+    """Checks that features (B, D) are L2-normalised, so that their cosines are numbers from -1 to 1.
+
+    Args:
+        names: what each feature describes, for the message.
+        remedy: what the user can do, for the message.
+
+    Raises UserError if a feature contains NaN or infinity, or is zero because its norm has overflowed.
+    """
+    valid = (features.norm(dim=1) - 1).abs() < NORM_TOLERANCE  # False for NaN
+    if not valid.all():
+        raise UserError(
+            f"{names[int(valid.int().argmin())]} has an invalid feature (NaN, infinite or zero): its values are "
+            f"too large for its number format, or the weights are damaged: {remedy}"
+        )
 
 
 def rank_queries(
@@ -89,6 +113,7 @@ def _ranks(similarity: Tensor, query: Tensor, image: Tensor) -> Tensor:
     own = similarity.new_zeros(len(similarity), int(matches.amax()) if len(matches) else 0)
     own[query, column] = similarity[query, image]
     ascending = _sorted(similarity)
+    assert not ascending[:, -1:].isnan().any(), "a similarity is NaN"  # NaN is sorted to the end
     below, not_above = (torch.searchsorted(ascending, own, right=right)[query, column] for right in (False, True))
     ranks = 1 + gallery - not_above
     tied = (not_above - below > 1).nonzero()[:, 0]  # rare, so a loop is fast enough

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from misc.errors import DISK_FULL, UserError
 from misc.files import atomic_file
+from misc.retrieval.metrics import check_features
 from misc.search import engines
 from misc.search.encoder import Encoder
 from misc.search.engine import EngineChoice
@@ -161,12 +162,16 @@ def _encode(
         done: pictures that need no encoding, of `total` pictures.
 
     Returns: the pictures that could not be decoded.
+
+    Raises UserError if a feature is not finite.
     """
     undecodable: list[Unreadable] = []
     with tqdm(total=total, initial=done, desc="indexing", unit="picture", dynamic_ncols=True) as bar:
         for batch in batches:
             if batch.pixels is not None:
-                encoded.add(batch.pictures, encoder.encode_pictures(batch.pixels))
+                features = encoder.encode_pictures(batch.pixels)
+                check_features(features, [f"the image {picture.path}" for picture in batch.pictures])
+                encoded.add(batch.pictures, features)
             undecodable += batch.unreadable
             bar.update(len(batch.pictures) + len(batch.unreadable))
     return undecodable

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from misc.data.images import read_image
 from misc.errors import UserError
+from misc.retrieval.metrics import check_features
 from misc.search import engines
 from misc.search.encoder import Encoder
 from misc.search.gallery import INFO, open_gallery
@@ -142,8 +143,10 @@ class Searcher:
     def _features(self, queries: Sequence[Query]) -> list[Tensor | UserError]:
         """Returns the feature (D,) of each query, or a UserError if the query has none."""
         described = [query.description for query in queries if query.description is not None]
-        encoded = iter(self.encoder.encode_descriptions(described) if described else ())
-        return [self._picture_feature(query) if query.description is None else next(encoded) for query in queries]
+        encoded = self.encoder.encode_descriptions(described) if described else torch.empty(0, self.encoder.width)
+        check_features(encoded, [f"the description {each!r}" for each in described])
+        rows = iter(encoded)
+        return [self._picture_feature(query) if query.description is None else next(rows) for query in queries]
 
     def _picture_feature(self, query: Query) -> Tensor | UserError:
         if query.like is not None:
@@ -152,9 +155,11 @@ class Searcher:
         assert query.file is not None
         try:
             pixels = self.encoder.view(read_image(query.file, upright=True))
+            features = self.encoder.encode_pictures(pixels[None])
+            check_features(features, [f"the image {query.file}"])
         except UserError as error:
             return error
-        return self.encoder.encode_pictures(pixels[None])[0]
+        return features[0]
 
     def _results(self, query: Query, scores: Tensor, rows: Tensor) -> list[Result]:
         pairs = zip(scores[: query.count].tolist(), rows[: query.count].tolist(), strict=True)

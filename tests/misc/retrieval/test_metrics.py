@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from misc.errors import UserError
 from misc.retrieval import metrics
-from misc.retrieval.metrics import QueryResults, queries_without_match, rank_queries, rank_similarities, summarise
+from misc.retrieval.metrics import (
+    QueryResults,
+    check_features,
+    queries_without_match,
+    rank_queries,
+    rank_similarities,
+    summarise,
+)
 from tests.helpers.golden_models import load
 
 
@@ -127,3 +135,19 @@ def test_memory_does_not_grow_with_the_queries(monkeypatch):
             rank_queries(queries, gallery, torch.arange(number), torch.arange(40))
         largest.append(computed.elements)
     assert largest == [1000, 1000]  # and not 2,000 and 36,000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1e20])
+def test_a_feature_that_is_not_normalised_is_named(value):
+    features = torch.eye(4)
+    check_features(features, list("abcd"))
+    features[2] *= value
+    with pytest.raises(UserError, match="^c has an invalid feature"):
+        check_features(features, list("abcd"))
+
+
+def test_a_similarity_that_is_not_a_number_gives_no_metrics():
+    """NaN would be the best similarity of its query."""
+    similarity = torch.tensor([[0.5, 0.1], [float("nan"), 0.2]])
+    with pytest.raises(AssertionError, match="NaN"):
+        rank_similarities(similarity, torch.tensor([0, 1]), torch.tensor([0, 1]))

@@ -393,6 +393,17 @@ def test_mistakes_are_reported_before_anything_is_created(make_index, call_searc
     assert not default_index(people).exists() and not default_index(tmp_path / "bare").exists()
 
 
+def test_weights_whose_features_overflow_are_not_indexed(make_index, call_search, people, clip, tmp_path):
+    state = torch.load(clip)
+    torch.save(state | {"visual.proj": 1e20 * state["visual.proj"]}, tmp_path / "images.pt")
+    torch.save(state | {"text_projection": 1e20 * state["text_projection"]}, tmp_path / "texts.pt")
+    outcome = make_index(people, "--checkpoint", tmp_path / "images.pt", "--set", GELU)
+    assert outcome.status == 2 and "error: the image a.jpg has an invalid feature" in outcome.err
+    assert make_index(people, "--checkpoint", tmp_path / "texts.pt", "--set", GELU, "--overwrite").status == 0
+    assert "the description 'red' has an invalid feature" in only_error(call_search("query", people, "red"))
+    assert call_search("query", people, "--image", people / "a.jpg").status == 0
+
+
 def test_weights_without_an_activation_need_the_setting(make_index, people, clip):
     assert GELU in only_error(make_index(people, "--checkpoint", clip))
 
