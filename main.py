@@ -21,6 +21,7 @@ from misc.commands.evaluate import evaluate
 from misc.commands.export import export_weights
 from misc.commands.study import STUDY_TABLES, configure_row, print_study
 from misc.config.loading import DEFAULT_CONFIG, load_config, save_config
+from misc.data.workers import reported_workers
 from misc.errors import DISK_FULL, UserError
 from misc.retrieval.evaluation import Retrieval, result_lines
 from misc.retrieval.query_report import write_retrieval
@@ -42,6 +43,7 @@ def main() -> int:
             return 0
         config = configure(arguments)
         with (
+            reported_workers("data.num_workers"),
             Interruption() as interruption,
             join_ranks(config.device, config.distributed.backend, config.distributed.url) as ranks,
         ):

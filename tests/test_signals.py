@@ -3,18 +3,20 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from misc.data.samples import TrainingSet
 from misc.data.workers import outlive_signals
 from misc.run.checkpoint import read_checkpoint
 from misc.run.folder import LAST_CHECKPOINT
 from misc.system.distributed import Ranks
 from misc.system.interruption import Interrupted, Interruption
-from tests.helpers.runs import assert_same_run
+from tests.helpers.runs import EVERYTHING, assert_same_run, of_dataset
 from tests.helpers.trainings import ON_TWO_RANKS, children, lines_about_steps, wait_until
 
 pytestmark = pytest.mark.slow
@@ -100,6 +102,27 @@ def test_a_signal_to_every_process_of_a_job_stops_the_run_after_saving(training,
     assert read_checkpoint(tmp_path / "run" / LAST_CHECKPOINT)["progress"]["step"] >= 3
     wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), "the workers' end")
     resume()
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+def test_a_run_that_waits_for_its_data_in_vain_is_stopped_and_resumed(run, unstopped, data, tmp_path, monkeypatch):
+    """As on a network disk whose server has gone: no step ends any more."""
+    whole = TrainingSet.__getitem__
+    arguments = (*EVERYTHING, *of_dataset(data), f"model.saved_path={tmp_path / 'run'}", "log.checkpoint_period=0")
+
+    def stuck(self, draw):
+        if lines_about_steps(tmp_path / "run") >= 2 and not (tmp_path / "signalled").exists():
+            (tmp_path / "signalled").touch()
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(4)
+        return whole(self, draw)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingSet, "__getitem__", stuck)
+        outcome = run(*arguments, "data.num_workers=1", "log.print_period=1")
+    assert outcome.status == 143 and "stopped in epoch 1, after step " in outcome.out
+    outcome = run(*arguments, "--resume")
+    assert outcome.status == 0, outcome.err
     assert_same_run(tmp_path / "run", unstopped)
 
 

@@ -1,7 +1,7 @@
 """Collate functions and data loaders: from samples to batches."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import EvaluationImages, Sample, TrainingSet
-from misc.data.workers import outlive_signals
+from misc.data.workers import build_loader, received
 from misc.errors import UserError
 from model.tbps_clip import Views, needed
 from text_utils.masking import IGNORED_LABEL
@@ -102,27 +102,19 @@ def pad_tokens(rows: list[list[int]], padding: int = 0) -> Tensor:
 
 def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, workers: int, pin_memory: bool) -> DataLoader:
     """Returns a loader of this rank's batches, in the sampler's order, on the CPU. Iterate over it with `batches`."""
-    return DataLoader(
+    return build_loader(
         dataset,
+        collate,
+        workers=workers,
         batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=outlive_signals,
     )
 
 
 def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, pin_memory: bool) -> DataLoader:
     """Returns a loader of images (B, 3, H, W) in order. Iterate over it with `batches`."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        collate_fn=_stack_images,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=outlive_signals,
-    )
+    return build_loader(dataset, _stack_images, workers=workers, batch_size=batch_size, pin_memory=pin_memory)
 
 
 def _stack_images(images: list[Tensor | UserError]) -> Tensor | UserError:
@@ -130,15 +122,18 @@ def _stack_images(images: list[Tensor | UserError]) -> Tensor | UserError:
     return decoded if isinstance(decoded, UserError) else torch.stack(decoded)
 
 
-def batches(loader: Iterable) -> Iterator:
+def batches(loader: DataLoader, stop: Callable[[], bool] = lambda: False) -> Iterator:
     """Yields the batches of a loader.
 
     A worker process would pass an exception on as a text with a traceback. So samples return a UserError as a value,
     and this function raises it in the main process, as one clear line.
 
+    Args:
+        stop: called about once per second while there is no batch; True ends the iteration.
+
     Raises UserError if an image cannot be decoded.
     """
-    for batch in loader:
+    for batch in received(loader, stop):
         if isinstance(batch, UserError):
             raise batch
         yield batch

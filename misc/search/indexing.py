@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from misc.data.workers import reported_workers
 from misc.errors import DISK_FULL, UserError
 from misc.files import atomic_file
 from misc.retrieval.metrics import check_features
@@ -95,7 +96,7 @@ def update_index(
         engines.check(EngineChoice.of(info.engine))
     encoder = load(source, settings)
     try:
-        with held_index(index):
+        with held_index(index), reported_workers("--workers"):
             info, previous = _begin(index, Info(source, settings, encoder.fingerprint, encoder.width), overwrite)
             with closing(Encoded(index, info.fingerprint, info.width)) as encoded:
                 known = set(encoded.pictures).union(previous.pictures() if previous is not None else ())

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from misc.data.images import ImageError, read_image
 from misc.data.views import EvaluationView
-from misc.data.workers import outlive_signals
+from misc.data.workers import build_loader, received
 from misc.errors import UserError
 from misc.files import is_folder
 
@@ -131,9 +131,7 @@ class PictureBatch(NamedTuple):
 
 def picture_batches(pictures: PictureSet, *, batch_size: int, workers: int) -> Iterator[PictureBatch]:
     """Decodes all pictures, in their order, with `workers` processes (0: in this process)."""
-    yield from DataLoader(
-        pictures, batch_size=batch_size, collate_fn=_collate, num_workers=workers, worker_init_fn=outlive_signals
-    )
+    yield from received(build_loader(pictures, _collate, workers=workers, batch_size=batch_size))
 
 
 def _collate(items: "list[tuple[Picture, Tensor] | Unreadable]") -> PictureBatch:

@@ -38,6 +38,11 @@ class Meter:
         """
         self._unread.append((weighted, paths))
 
+    @property
+    def pending(self) -> bool:
+        """Whether there are steps that `synchronise` has not read."""
+        return bool(self._unread)
+
     def synchronise(self) -> None:
         """Reads the steps added since the last call. It waits for the device and for all ranks.
 

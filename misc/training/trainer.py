@@ -129,7 +129,8 @@ class Trainer:
             log: shows a progress bar, and a line every `print_period` iterations.
             save_period: iterations between two calls of `save`; 0 never calls it.
             save: saves `progress` and the training state.
-            stop: called after each step on all ranks, with the same result on all; True ends the training early.
+            stop: called after each step on all ranks, with the same result on all; True ends the training early. A
+                single rank also calls it while it waits for a batch.
             after_step: called after each step.
 
         Raises NonFiniteLoss if a loss is NaN or infinite, before anything is saved after that step. Losses are read for
@@ -144,7 +145,8 @@ class Trainer:
         meter = Meter(self.ranks, progress)
         with log.progress(steps, progress.step, f"epoch {progress.epoch + 1}") as bar:
             waiting_since = time.perf_counter()
-            for batch in batches(loader):
+            # A signal must end a rank that waits for its data in vain. Several ranks only stop together, after a step.
+            for batch in batches(loader, stop if self.ranks.world_size == 1 else lambda: False):
                 meter.waited(time.perf_counter() - waiting_since)
                 iteration = progress.epoch * steps + progress.step
                 meter.add(self.step(batch, iteration, steps), batch.paths)
@@ -164,6 +166,8 @@ class Trainer:
                 if stopping:
                     break
                 waiting_since = time.perf_counter()
+            if meter.pending:
+                self._synchronise(meter, log)
 
     def _synchronise(self, meter: Meter, log: RunLog) -> None:
         try:

@@ -1,0 +1,102 @@
+"""Loader workers: batches without shared memory, workers that end, and workers that never answer."""
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from misc.data.workers import build_loader, received, reported_workers
+from misc.errors import UserError
+
+SIZE = 100_000
+"""Bytes of a tensor."""
+
+
+class Tensors(Dataset):
+    """Ten tensors, whose values are their numbers."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.full((SIZE,), number, dtype=torch.uint8)
+
+
+class Killed(Tensors):
+    """Its worker is killed, as by a system that has no memory left."""
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(number)
+
+
+class Stuck(Tensors):
+    """Its worker does not answer for some seconds, as on a network disk whose server has gone."""
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        time.sleep(3 * (number == 4))
+        return super().__getitem__(number)
+
+
+@pytest.fixture
+def without_shared_memory() -> Iterator[None]:
+    """Shared memory consists of files, so a limit on the size of files makes it too small."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def collate(tensors: list[torch.Tensor]) -> tuple[list[int], torch.Tensor]:
+    return [int(tensor[0]) for tensor in tensors], torch.stack(tensors)
+
+
+def loader(dataset: Dataset, workers: int = 2):
+    return build_loader(dataset, collate, workers=workers, batch_size=2)
+
+
+def check(batches: list) -> None:
+    assert [numbers for numbers, _ in batches] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert all((tensors == torch.tensor(numbers)[:, None]).all() for numbers, tensors in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_number_of_workers_does_not_matter(workers, capfd):
+    check(list(received(loader(Tensors(), workers))))
+    assert capfd.readouterr().err == ""
+
+
+def test_batches_that_do_not_fit_into_shared_memory_arrive(without_shared_memory, capfd):
+    check(list(received(loader(Tensors()))))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: loader workers have too little shared memory") and "--shm-size" in line
+
+
+def test_a_worker_that_has_ended_is_reported():
+    with pytest.raises(UserError, match=r"has ended \(killed by signal: Killed\).*data.num_workers 0"):  # noqa: SIM117
+        with reported_workers("data.num_workers"):
+            list(received(loader(Killed())))
+
+
+def test_other_errors_of_a_worker_keep_their_traceback():
+    class Broken(Tensors):
+        def __getitem__(self, number: int) -> torch.Tensor:
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug") as raised, reported_workers("data.num_workers"):
+        list(received(loader(Broken())))
+    assert not isinstance(raised.value, UserError)
+
+
+def test_waiting_for_a_worker_can_be_stopped():
+    asked = []
+    with closing(received(loader(Stuck()), lambda: asked.append(1) or len(asked) == 2)) as batches:
+        assert [numbers for numbers, _ in batches] == [[0, 1], [2, 3]]
+    assert len(asked) == 2
