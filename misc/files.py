@@ -29,6 +29,11 @@ def is_folder(path: str | Path) -> bool:
     return _passes(path, Path.is_dir)
 
 
+def resolved(path: str | Path) -> Path:
+    """Like `Path.resolve`, but returns a path for links in a circle, too."""
+    return Path(os.path.realpath(path))
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Opens a file for reading. Opening a pipe would wait for its writer, and a device may never end.
 

@@ -15,6 +15,7 @@ from reprlib import repr as shortened
 from typing import NamedTuple
 
 from misc.errors import UserError
+from misc.files import is_file, is_folder
 from text_utils.cleaning import clean_caption
 
 SPLITS = ("train", "val", "test")
@@ -153,7 +154,7 @@ def check_images(splits: dict[str, Split], image_dir: str | Path) -> None:
     Raises UserError if some are missing. The message contains their number and the first five paths.
     """
     paths = dict.fromkeys(path for split in splits.values() for path in split.image_paths)
-    missing = [path for path in paths if not (Path(image_dir) / path).is_file()]
+    missing = [path for path in paths if not is_file(Path(image_dir) / path)]
     if missing:
         examples = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise UserError(
@@ -209,7 +210,7 @@ def _differences(splits: dict[str, Split], dataset: str) -> list[str]:
 
 
 def _existing_folder(key: str, folder: str | Path) -> Path:
-    if not Path(folder).is_dir():
+    if not is_folder(folder):
         raise UserError(f"`{key}: {folder}` is not a folder: set it to an existing folder")
     return Path(folder)
 
@@ -217,18 +218,18 @@ def _existing_folder(key: str, folder: str | Path) -> Path:
 def _annotation_files(anno_dir: Path) -> list[tuple[Path, str | None]]:
     """Returns the files to read, each with its split. The split is None if the entries name it."""
     split_files = {split: anno_dir / f"{split}_reid.json" for split in SPLITS}
-    if split_files["train"].is_file():
-        if not split_files["test"].is_file():
+    if is_file(split_files["train"]):
+        if not is_file(split_files["test"]):
             raise UserError(f"{anno_dir} contains train_reid.json but no test_reid.json: both are needed")
-        return [(path, split) for split, path in split_files.items() if path.is_file()]
+        return [(path, split) for split, path in split_files.items() if is_file(path)]
 
-    raw = [anno_dir / name for name in RAW_FILES if (anno_dir / name).is_file()]
+    raw = [anno_dir / name for name in RAW_FILES if is_file(anno_dir / name)]
     if len(raw) == 1:
         return [(raw[0], None)]
     if raw:
         names = ", ".join(path.name for path in raw)
         raise UserError(f"{anno_dir} contains several annotation files ({names}): keep only the one to use")
-    if (anno_dir / "caption_all.json").is_file():
+    if is_file(anno_dir / "caption_all.json"):
         raise UserError(
             f"{anno_dir} contains caption_all.json, which has no `split` and cannot be used: "
             "get reid_raw.json of CUHK-PEDES"
@@ -242,11 +243,13 @@ def _annotation_files(anno_dir: Path) -> list[tuple[Path, str | None]]:
 
 def _read_json_list(path: Path) -> list[tuple[str, dict]]:
     """Reads the entries of a file, each with its name for error messages."""
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path} is not a file: correct the path")
     try:
         entries = json.loads(path.read_bytes())
-    except ValueError as error:  # not JSON, or not text
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         raise UserError(f"{path} cannot be read as JSON ({error}): get the file again") from error
     if not isinstance(entries, list):
         raise UserError(f"{path} contains {shortened(entries)}, expected a JSON list with one entry per image")
@@ -327,7 +330,7 @@ def _image_folder(entries: list[_Entry], image_dir: Path) -> str:
     """Returns the prefix of annotated paths in `image_dir`: `imgs/` if the first image found is there, else empty."""
     for entry in entries:
         for folder in ("", f"{IMAGE_SUBFOLDER}/"):
-            if (image_dir / f"{folder}{entry.image_path}").is_file():
+            if is_file(image_dir / f"{folder}{entry.image_path}"):
                 return folder
     return ""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from misc.data.annotations import Split
-from misc.files import atomic_file, check_new_path, is_file, is_folder
+from misc.files import atomic_file, check_new_path, is_file, is_folder, resolved
 from misc.retrieval.evaluation import Evaluator, Retrieval
 from misc.retrieval.sheet import draw_retrieval_sheet
 from misc.run.folder import QUERIES, RETRIEVAL_SHEET
@@ -82,7 +82,7 @@ def retrieval_folder(source: str) -> Path:
 
     Raises UserError if it already exists or cannot be created.
     """
-    path = Path(source).resolve() if is_file(source) or is_folder(source) else Path(source.replace("/", "_")).resolve()
+    path = resolved(source if is_file(source) or is_folder(source) else source.replace("/", "_"))
     name = path.stem if is_file(path) else path.name
     folder = path.with_name(f"{name}_retrieval")
     return check_new_path(folder, f"--evaluate {source}", "copy the weights to another folder")

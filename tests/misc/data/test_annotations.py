@@ -379,6 +379,25 @@ def test_missing_images(cuhk):
     assert "'cam_b/2.png', 'CUHK01/7.png';" in str(caught.value)
 
 
+def test_images_that_cannot_exist_or_be_accessed_are_missing(cuhk):
+    (cuhk / "imgs" / "round.jpg").symlink_to("round.jpg")
+    names = ["x" * 300, "round.jpg", f"{CUHK[0]['file_path']}/y.jpg", "nul\0l.jpg"]
+    write_json(
+        cuhk / "reid_raw.json", [one | {"file_path": name} for one, name in zip(CUHK, names, strict=False)] + CUHK
+    )
+    splits = read_annotations(cuhk, cuhk / "imgs")
+    with pytest.raises(UserError, match="4 of 9 annotated images are missing"):
+        check_images(splits, cuhk / "imgs")
+
+
+def test_an_annotation_that_may_not_be_read(cuhk, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    fails(cuhk, "reid_raw.json cannot be read (Permission denied)")
+
+
 def test_five_of_many_missing_images_are_named(tmp_path):
     paths = [f"{i}.jpg" for i in range(7)]
     split = Split(paths * 2, [0] * 14, ["x"] * 14, [None] * 14, list(range(14)))
