@@ -3,6 +3,7 @@
 import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -70,12 +71,26 @@ def read_image(path: Path, *, upright: bool = False) -> Image.Image:
     Raises ImageError if the file is not a regular file of one of the `FORMATS`, is too large, or cannot be decoded.
     """
     try:
-        with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
+        file = open_regular(path)
+    except OSError as error:
+        raise ImageError(path, _reason(error)) from error
+    with file:
+        return decode_image(file, path, upright=upright)[0]
+
+
+def decode_image(file: BinaryIO, path: Path, *, upright: bool = False) -> tuple[Image.Image, str]:
+    """Decodes an open image file like `read_image`.
+
+    Returns: the image, and Pillow's name of its format.
+    """
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
             _limit_pixels(image)
             image.load()
             rgb = _to_rgb(image)
             orientation = image.getexif().get(EXIF_ORIENTATION) if upright else None
-        return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+            form = image.format or ""
+        return (rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb), form
     except Exception as error:  # decoders raise many kinds, for example NotImplementedError
         raise ImageError(path, _reason(error)) from error
 

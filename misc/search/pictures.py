@@ -1,5 +1,7 @@
 """The pictures of a folder: finds them, and decodes them into batches of pixels."""
 
+import heapq
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +11,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from misc.data.images import ImageError, read_image
+from misc.data.images import FORMATS, ImageError, decode_image, read_image
 from misc.data.views import EvaluationView
 from misc.data.workers import build_loader, received
 from misc.errors import UserError
-from misc.files import is_folder
+from misc.files import is_folder, open_regular, resolved
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+"""Suffixes of the files that are indexed."""
+OTHER_SUFFIXES = (
+    *(".heic", ".heif", ".jxl", ".jp2", ".psd", ".tga", ".dds", ".ico", ".svg", ".eps"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),  # of cameras
+)
+"""Suffixes of other images, so that a user knows that they are not indexed."""
+MEDIA_TYPES = {
+    "JPEG": "image/jpeg",
+    "MPO": "image/jpeg",
+    "PNG": "image/png",
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+    "AVIF": "image/avif",
+}
+"""Media types of the formats that browsers show."""
 
 
 class Picture(NamedTuple):
@@ -39,13 +57,46 @@ class Unreadable(NamedTuple):
     reason: str
 
 
+def picture_to_show(folder: Path, picture: Picture) -> tuple[bytes, str]:
+    """Reads an indexed picture for a browser.
+
+    A link to a place outside the folder is only followed to the very file that was indexed: others may be able to
+    replace a picture by a link to something that they cannot read themselves.
+
+    Returns: the content of the file, or a JPEG if browsers do not show its format; and the media type.
+
+    Raises UserError if the file does not exist any more, has been replaced, or is not a picture.
+    """
+    file = folder / picture.path
+    try:
+        with open_regular(file) as opened:
+            status = os.fstat(opened.fileno())
+            inside = resolved(file).is_relative_to(resolved(folder))
+            if not inside and (status.st_size, status.st_mtime_ns) != (picture.size, picture.modified):
+                raise UserError(f"{picture.path} has been replaced: index the folder again")
+            image, form = decode_image(opened, file)
+            if form in MEDIA_TYPES:
+                opened.seek(0)
+                return opened.read(), MEDIA_TYPES[form]
+    except ImageError as error:
+        raise UserError(f"{picture.path} is no picture any more ({error.reason}): index the folder again") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{picture.path} does not exist any more: index the folder again") from error
+    except OSError as error:
+        raise UserError(f"{picture.path} cannot be read ({error.strerror or error}): index the folder again") from error
+    converted = io.BytesIO()
+    image.save(converted, "JPEG", quality=90)
+    return converted.getvalue(), "image/jpeg"
+
+
 def find_pictures(folder: Path, index: Path | None = None) -> tuple[list[Picture], list[Unreadable]]:
-    """Finds all JPEG, PNG and WebP files in a folder and its subfolders, by their suffixes in any case.
+    """Finds all image files in a folder and its subfolders, by their suffixes in any case.
 
     Names that begin with a dot are skipped. So is the folder `index`, which contains results images. Links are
-    followed, unless they lead to a folder that contains them.
+    followed, but each folder is read once: by its own path, or else by the first link to it.
 
-    Returns: the pictures, and the files and folders that cannot be read, both sorted by path.
+    Returns: the pictures, and the files and folders that cannot be read, both sorted by path. Images of other formats
+        are among the latter.
 
     Raises UserError if the folder does not exist or cannot be read.
     """
@@ -53,27 +104,34 @@ def find_pictures(folder: Path, index: Path | None = None) -> tuple[list[Picture
         raise UserError(f"{folder} is not a folder: give the folder that contains the pictures")
     pictures: list[Picture] = []
     unreadable: list[Unreadable] = []
-    excluded = frozenset() if index is None or not is_folder(index) else frozenset([_identity(index)])
-    pending = [("", excluded)]  # folders, each with the folders that contain it
-    while pending:
-        path, ancestors = pending.pop()
+    seen = set() if index is None or not is_folder(index) else {_identity(index)}
+    folders, links = [""], list[str]()  # that are still to be read; links come last
+    while folders or links:
+        path = folders.pop() if folders else heapq.heappop(links)
         try:
             identity = _identity(folder / path)
-            if identity in ancestors:
+            if identity in seen:
                 continue
+            seen.add(identity)
             with os.scandir(folder / path) as entries:
                 for entry in entries:
                     entry_path = f"{path}/{entry.name}" if path else entry.name
                     if entry.name.startswith("."):
                         continue
                     try:
-                        if entry.is_dir():
-                            pending.append((entry_path, ancestors | {identity}))
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry_path)
+                        elif entry.is_dir():
+                            heapq.heappush(links, entry_path)
                         elif entry.name.lower().endswith(SUFFIXES):
                             entry_path.encode()
                             status = entry.stat()
                             if entry.is_file():
                                 pictures.append(Picture(entry_path, status.st_size, status.st_mtime_ns))
+                            else:
+                                unreadable.append(Unreadable(entry_path, "it is not a regular file"))
+                        elif entry.name.lower().endswith(OTHER_SUFFIXES):
+                            unreadable.append(Unreadable(entry_path, "its format is not read: convert it to JPEG"))
                     except UnicodeEncodeError:  # the page and Qdrant cannot represent such a name
                         unreadable.append(Unreadable(entry_path, "its name is not valid UTF-8: rename it"))
                     except OSError as error:  # a broken link, or a link in a circle

@@ -18,7 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from misc.errors import UserError
-from misc.files import is_file
+from misc.search.pictures import Picture, picture_to_show
 from misc.search.searcher import LONGEST_DESCRIPTION, Query, Result, Searcher, checked_description
 
 PAGE = Path(__file__).parent / "page"
@@ -27,7 +27,6 @@ MOST_RESULTS = 200
 QUERIES_AT_ONCE = 64
 LONGEST_REQUEST = 1 << 20
 """Bytes of a request's head: a description of 10,000 characters in any script fits, so it gets a clear error."""
-MEDIA_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -113,16 +112,17 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
 
     @app.get("/api/similar")
     async def by_picture(path: str, results: Count = 20, threshold: Threshold = -1.0) -> Response:
-        require_indexed(path)
+        indexed(path)
         return await answer_query(Query(like=path, count=results, threshold=threshold))
 
     @app.get("/images/{path:path}")
     def image(path: str) -> Response:
-        require_indexed(path)
-        file = searcher.folder / path
-        if not is_file(file):
-            raise HTTPException(404, f"{path} does not exist any more: index the folder again")
-        return FileResponse(file, media_type=MEDIA_TYPES[file.suffix.lower()])
+        picture = indexed(path)
+        try:
+            content, media_type = picture_to_show(searcher.folder, picture)
+        except UserError as error:
+            raise HTTPException(404, str(error)) from error
+        return Response(content, media_type=media_type)
 
     @app.get("/")
     def page() -> Response:
@@ -130,10 +130,17 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
 
     app.mount("/static", StaticFiles(directory=PAGE))
 
-    def require_indexed(path: str) -> None:
-        """Answers 404 unless the index lists the path, so that no path leads out of the folder."""
-        if searcher.gallery.row_of(path) is None:
+    def indexed(path: str) -> Picture:
+        """Returns the picture of a path. Answers 404 unless the index lists it, so that no path leads elsewhere."""
+        gallery = searcher.gallery  # a search in another thread may replace it
+        try:
+            row = gallery.row_of(path)
+            picture = None if row is None else gallery.picture(row)
+        except UserError as error:
+            raise HTTPException(503, str(error)) from error
+        if picture is None:
             raise HTTPException(404, f"{path} is not in the index")
+        return picture
 
     async def answer_query(query: Query) -> Response:
         started = time.perf_counter()

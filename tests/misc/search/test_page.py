@@ -192,6 +192,20 @@ def test_a_removed_picture_is_reported(site, get, tmp_path):
         shutil.move(tmp_path / "away.jpg", site.folder / path)
 
 
+def test_a_link_that_has_replaced_a_picture_is_not_followed(site, get, tmp_path):
+    path = next(iter(site.people["1602"].captions))
+    shutil.move(site.folder / path, tmp_path / "away.jpg")
+    (site.folder / path).symlink_to(tmp_path / "away.jpg")
+    try:
+        assert get(f"/images/{path}").status == 200  # the very file that was indexed
+        (site.folder / path).unlink()
+        (site.folder / path).symlink_to("/etc/passwd")
+        assert get(f"/images/{path}").error == f"{path} has been replaced: index the folder again"
+    finally:
+        (site.folder / path).unlink()
+        shutil.move(tmp_path / "away.jpg", site.folder / path)
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
