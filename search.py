@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from misc.errors import UserError
-from misc.files import is_file, is_folder
+from misc.files import is_file, is_folder, resolved
 from misc.search.encoder import Encoder, load_encoder
-from misc.search.engine import EngineChoice
-from misc.search.engines import NAMES, require
+from misc.search.engine import NAMES, EngineChoice
+from misc.search.engines import require
 from misc.search.gallery import default_index, open_gallery
 from misc.search.indexing import UNREADABLE, Update, update_index
 from misc.search.result_sheet import draw_result_sheet
@@ -118,6 +118,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     serve_parser.set_defaults(run=page)
     for command in (query_parser, serve_parser):
         command.add_argument("--engine", choices=("exact",), help="search exactly, whichever engine the index uses")
+        command.add_argument(
+            "--qdrant", metavar="ADDRESS", help="URL or folder of Qdrant, if the index was built for it"
+        )
     return parser.parse_args(arguments)
 
 
@@ -150,10 +153,7 @@ def index(options: argparse.Namespace) -> None:
         raise UserError(f"{option} {options.qdrant or options.collection}: it only works together with --engine qdrant")
     if options.set and options.checkpoint is None:
         raise UserError(f"--set {options.set[0]}: it only works together with --checkpoint")
-    address = options.qdrant
-    if address is not None and "://" not in address:
-        address = str(Path(address).resolve())
-    engine = EngineChoice(options.engine, address, options.collection) if options.engine else None
+    engine = EngineChoice(options.engine, qdrant_address(options), options.collection) if options.engine else None
     done = update_index(
         options.folder,
         index_folder(options),
@@ -167,6 +167,12 @@ def index(options: argparse.Namespace) -> None:
     )
     for line in summary_lines(done, index_folder(options)):
         print(printable(line))
+
+
+def qdrant_address(options: argparse.Namespace) -> str | None:
+    """Returns the address of Qdrant that the user gives; that of a folder is absolute."""
+    address = options.qdrant
+    return address if address is None or "://" in address else str(resolved(address))
 
 
 def absolute_checkpoint(checkpoint: str | None) -> str | None:
@@ -263,7 +269,12 @@ def open_searcher(options: argparse.Namespace) -> Searcher:
         raise UserError(f"{options.folder} is not a folder: give the folder of pictures that was indexed")
     info = open_gallery(index_folder(options)).info
     encoder: Encoder = load_encoder(options.checkpoint or info.checkpoint, info.overrides, device)
-    return Searcher(options.folder, index_folder(options), encoder, options.engine)
+    if options.checkpoint is None and encoder.fingerprint != info.fingerprint:
+        raise UserError(
+            f"{info.checkpoint} has changed since {index_folder(options)} was built with it: give the earlier weights "
+            "with --checkpoint, or index the folder again with --overwrite"
+        )
+    return Searcher(options.folder, index_folder(options), encoder, options.engine, qdrant_address(options))
 
 
 def index_folder(options: argparse.Namespace) -> Path:

@@ -6,6 +6,7 @@ that this finds are compared again in float32. So all scores are exact, but a pi
 Q queries, N pictures, D width of the shared space.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from misc.errors import UserError
 from misc.files import atomic_file
 from misc.search.engine import Exact, ordered
-from misc.search.gallery import ROWS_AT_ONCE, Gallery
+from misc.search.gallery import ROWS_AT_ONCE, DamagedIndex, Gallery
 
 PROBED_SHARE = 1 / 8
 """Share of the clusters that a query is compared with. `docs/search.md` has the recall for other shares."""
@@ -36,13 +37,14 @@ def build(gallery: Gallery) -> tuple[dict[str, Any], list[str]]:
 
     Returns: the settings of the engine, and lines for the user.
     """
-    if _file(gallery).exists():  # written atomically, for the features of this generation
+    with suppress(UserError):  # they are missing or damaged
+        Approximate(gallery)
         return {"name": "faiss"}, []
     lists = faiss.serialize_index(build_lists(gallery.features))  # faiss's own writer does not explain a full disk
     with atomic_file(_file(gallery)) as file:
         file.write(lists.data)
     del lists
-    recall = measured_recall(gallery.features, Approximate(gallery))
+    recall = measured_recall(gallery.features, Approximate(gallery, verify=False))
     note = f"recall@{CHECKED_RESULTS} against exact search, with {CHECKED_QUERIES} pictures as queries: {recall:.3f}"
     return {"name": "faiss"}, [note]
 
@@ -71,15 +73,20 @@ def measured_recall(features: Tensor, engine: "Approximate") -> float:
 class Approximate:
     """An `Engine` that searches the inverted lists that `build` wrote.
 
+    Args:
+        verify: whether to check the lists with the checksum that the index records.
+
     Raises UserError if the lists are missing or damaged.
     """
 
-    def __init__(self, gallery: Gallery):
+    def __init__(self, gallery: Gallery, *, verify: bool = True):
         self.features = gallery.features
         try:
+            if verify:
+                gallery.verify(_file(gallery))
             self._index = cast(faiss.IndexIVF, faiss.read_index(str(_file(gallery))))
-        except RuntimeError as error:
-            raise UserError(f"{_file(gallery)} is missing or damaged: remove it and index the folder again") from error
+        except (OSError, DamagedIndex, RuntimeError) as error:
+            raise UserError(f"{_file(gallery)} is missing or damaged: index the folder again") from error
         self._index.nprobe = max(MIN_PROBED, round(PROBED_SHARE * self._index.nlist))
 
     @torch.inference_mode()

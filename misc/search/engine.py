@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+NAMES = ("exact", "faiss", "qdrant")
 BLOCK = 1 << 16
 """Pictures that are compared at a time: their similarities to 64 queries take 17 MB."""
 
@@ -40,6 +41,14 @@ class EngineChoice:
     name: str
     address: str | None = None
     collection: str | None = None
+
+    @staticmethod
+    def valid(settings: Any) -> bool:
+        """Returns whether settings, which may be damaged, are those that `index.json` records for an engine."""
+        if not isinstance(settings, dict) or settings.get("name") not in NAMES:
+            return False
+        needed = ("address", "collection") if settings["name"] == "qdrant" else ()
+        return all(isinstance(settings.get(key), str) for key in needed)
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "EngineChoice":

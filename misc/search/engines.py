@@ -1,6 +1,8 @@
 """The engines by name: the packages they need, how they are built, and how one is opened."""
 
 import importlib.util
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from misc.errors import UserError
@@ -8,7 +10,6 @@ from misc.search.engine import Engine, EngineChoice, Exact
 from misc.search.gallery import Gallery
 
 REQUIREMENTS = "requirements-search.txt"
-NAMES = ("exact", "faiss", "qdrant")
 PACKAGES = {"exact": (), "faiss": ("faiss",), "qdrant": ("qdrant_client",)}
 """Modules that each engine imports, in addition to those of `requirements.txt`."""
 
@@ -55,11 +56,25 @@ def build(gallery: Gallery, choice: EngineChoice) -> tuple[dict[str, Any], list[
     return {"name": "exact"}, []
 
 
-def open_engine(gallery: Gallery, name: str | None = None) -> Engine:
+def unconfirmed(index: Path, address: str, option: str) -> UserError:
+    """Returns the error for an index whose Qdrant address the user has not given.
+
+    Args:
+        option: the options that give it.
+    """
+    return UserError(
+        f"{index} was built for Qdrant at {address}: give the address yourself with {option} ADDRESS, if you trust it, "
+        "or search exactly with --engine exact"
+    )
+
+
+def open_engine(gallery: Gallery, name: str | None = None, address: str | None = None) -> Engine:
     """Opens the engine that the index was built for.
 
     Args:
         name: `exact` for exact search, which every index allows. None: the engine of the index.
+        address: address of Qdrant, from the user. The one that the index records is never used: an index may come from
+            another person, whose server would get the key, and whose folder could run code in the client's local mode.
 
     Raises UserError if the index was not built for the engine, or the engine cannot be opened.
     """
@@ -75,7 +90,9 @@ def open_engine(gallery: Gallery, name: str | None = None) -> Engine:
 
         return approximate.Approximate(gallery)
     if name == "qdrant":
+        if address is None:
+            raise unconfirmed(gallery.index, settings["address"], "--qdrant")
         from misc.search import qdrant
 
-        return qdrant.Qdrant(gallery, EngineChoice.of(settings))
+        return qdrant.Qdrant(gallery, replace(EngineChoice.of(settings), address=address))
     return Exact(gallery.features)

@@ -9,10 +9,11 @@ N pictures, D width of the shared space.
 """
 
 import bisect
+import io
 import json
-import mmap
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,15 +25,18 @@ import torch
 from torch import Tensor
 
 from misc.errors import UserError, first_of
-from misc.files import CAN_REPLACE_OPEN_FILES, atomic_file, lock_file, partial_path
+from misc.files import CAN_REPLACE_OPEN_FILES, atomic_file, lock_file, partial_path, resolved
+from misc.retrieval.metrics import check_features
+from misc.search.engine import EngineChoice
 from misc.search.pictures import Picture
 
-FORMAT = 1
-"""Version of the format of an index: raised when older programs cannot read a new index."""
+FORMAT = 2
+"""Version of the format of an index: raised when older programs cannot read a new index. Format 1 has no checksums."""
 INFO, LOCK = "index.json", "lock"
 ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH = "encoded.f32", "encoded.jsonl", "encoded.with"
 GENERATION_FILE = re.compile(r"(?P<kind>features|pictures|faiss)_(?P<generation>\d+)\.(npy|jsonl|index)(\.part)?")
 """Names of the files of a generation; a user may keep other files in the index."""
+REMEDY = "remove it and index the folder again, or give another --index"
 ROWS_AT_ONCE = 1 << 14
 """Features that are copied at a time: 32 MB at a width of 512."""
 
@@ -49,6 +53,7 @@ class Info:
         generation: number of times that the index was completed; 0 if it was never complete.
         pictures: N.
         engine: `name` of the engine, and the settings that it needs to be opened.
+        checksums: CRC-32 of each file of the generation, by its name.
         format: version of the format, `FORMAT`.
     """
 
@@ -59,7 +64,15 @@ class Info:
     generation: int = 0
     pictures: int = 0
     engine: dict[str, Any] = field(default_factory=lambda: {"name": "exact"})
+    checksums: dict[str, int] = field(default_factory=dict)
     format: int = FORMAT
+
+
+class DamagedIndex(UserError):
+    """Files of an index that are missing, or whose content has changed."""
+
+    def __init__(self, index: Path, reason: str):
+        super().__init__(f"{index} is damaged ({reason}): index the folder again, which encodes its pictures again")
 
 
 def default_index(folder: Path) -> Path:
@@ -67,14 +80,14 @@ def default_index(folder: Path) -> Path:
 
     Raises UserError if the folder has no parent folder.
     """
-    folder = folder.resolve()
+    folder = resolved(folder)
     if not folder.name:
         raise UserError(f"{folder} has no parent folder for its index: give a folder for it with --index DIR")
     return folder.with_name(f"{folder.name}_index")
 
 
 def read_info(index: Path) -> Info | None:
-    """Reads `index.json`.
+    """Reads `index.json`. It is data: it may come from another person, and may be damaged.
 
     Returns: its content, or None if there is no index.
 
@@ -84,15 +97,38 @@ def read_info(index: Path) -> Info | None:
         content = json.loads((index / INFO).read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{index / INFO} cannot be read ({error}): give another --index") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{index / INFO} cannot be read ({error}): {REMEDY}") from error
+    if isinstance(content, dict) and content.get("format") == 1:
+        content = content | {"checksums": {}, "format": FORMAT}
     if isinstance(content, dict) and content.get("format") not in (FORMAT, None):
         raise UserError(
             f"{index} has the format {content['format']!r}, not {FORMAT}: use the version of the program that built it"
         )
     if not isinstance(content, dict) or content.keys() != {each.name for each in fields(Info)}:
-        raise UserError(f"{index / INFO} does not describe an index: give another --index")
-    return Info(**content)
+        raise UserError(f"{index / INFO} does not describe an index: {REMEDY}")
+    info = Info(**content)
+    if invalid := [name for name, valid in _checks(info).items() if not valid]:
+        raise UserError(f"{index / INFO} has an invalid value for {first_of(invalid)}: {REMEDY}")
+    return info
+
+
+def _checks(info: Info) -> dict[str, bool]:
+    """Returns for each value of `index.json` whether it is valid."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 1 << 62  # isinstance would accept true and false
+
+    return {
+        "checkpoint": isinstance(info.checkpoint, str),
+        "overrides": isinstance(info.overrides, list) and all(isinstance(each, str) for each in info.overrides),
+        "fingerprint": isinstance(info.fingerprint, str),
+        "width": is_count(info.width) and info.width > 0,
+        "generation": is_count(info.generation),
+        "pictures": is_count(info.pictures),
+        "engine": EngineChoice.valid(info.engine),
+        "checksums": isinstance(info.checksums, dict) and all(map(is_count, info.checksums.values())),
+    }
 
 
 def write_info(index: Path, info: Info) -> None:
@@ -135,17 +171,55 @@ class Gallery:
         info: content of `index.json`.
         features: (N, D) float32, L2-normalised.
 
-    Raises UserError if the files of the generation do not fit together.
+    Raises DamagedIndex if the files of the generation do not fit together, or their checksums have changed; OSError if
+    one of them cannot be read.
     """
 
     def __init__(self, index: Path, info: Info):
         self.index, self.info = index, info
-        # "c" is copy-on-write: torch warns if an array is not writable.
-        array = np.load(features_file(index, info.generation), mmap_mode="c")
-        self.features: Tensor = torch.from_numpy(array)
+        self._features_path = features_file(index, info.generation)
+        self._status = _status(self._features_path)
         self._lines = _Lines(_pictures_file(index, info.generation))
+        for path in (self._features_path, self._lines.path):
+            self.verify(path)
+        try:
+            # "c" is copy-on-write: torch warns if an array is not writable.
+            array = np.lib.format.open_memmap(self._features_path, mode="c")
+        except OSError:
+            raise
+        except Exception as error:  # numpy raises many kinds for a header that has been changed
+            raise DamagedIndex(index, f"{self._features_path.name} has no valid header") from error
         if not (array.dtype == np.float32 and array.shape == (len(self._lines), info.width)):
-            raise UserError(f"{index} is damaged: remove it and index the folder again")
+            raise DamagedIndex(index, f"{self._features_path.name} has another size than index.json")
+        self.features: Tensor = torch.from_numpy(array)
+        if self._features_path.name not in info.checksums:  # of an older program
+            self._check_features()
+
+    def _check_features(self) -> None:
+        """Raises DamagedIndex if a feature is not finite."""
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            block = self.features[start : start + ROWS_AT_ONCE]
+            try:
+                check_features(block, [f"row {start + row}" for row in range(len(block))])
+            except UserError as error:
+                raise DamagedIndex(self.index, str(error).partition(":")[0]) from error
+
+    def verify(self, path: Path) -> None:
+        """Checks a file of this generation, if its checksum is recorded.
+
+        Raises DamagedIndex if its checksum has changed.
+        """
+        recorded = self.info.checksums.get(path.name)
+        if recorded is not None and recorded != checksum(path):
+            raise DamagedIndex(self.index, f"{path.name} has changed since it was written")
+
+    def has_changed(self) -> bool:
+        """Returns whether the file of the features has changed since it was opened. Such a file must not be read: the
+        system ends a process that reads beyond the end of a file that was cut. A removed file can still be read."""
+        try:
+            return _status(self._features_path) != self._status
+        except OSError:
+            return False
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -179,12 +253,29 @@ def open_gallery(index: Path) -> Gallery:
             )
         try:
             return Gallery(index, info)
-        except UserError:
-            raise
-        except (OSError, ValueError, EOFError) as error:  # truncated, or a new generation has just replaced it
+        except (FileNotFoundError, DamagedIndex) as error:  # or a new generation has just replaced it
+            if isinstance(error, DamagedIndex):
+                raise
             if last:
-                raise UserError(f"{index} is damaged ({error}): remove it and index the folder again") from error
+                raise DamagedIndex(index, f"{Path(error.filename).name} is missing") from error
+        except OSError as error:
+            raise UserError(f"{index} cannot be read ({error.strerror}): check its permissions and its disk") from error
     raise AssertionError
+
+
+def checksum(path: Path) -> int:
+    """Returns the CRC-32 of a file, which changes with every damage of a few bits."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def _status(path: Path) -> tuple[int, int, int]:
+    """Returns what changes when a file is written."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class Encoded:
@@ -192,7 +283,7 @@ class Encoded:
 
     Attributes:
         width: D.
-        pictures: the picture of each row.
+        pictures: the picture of each row. Its line in the file also has the CRC-32 of both.
     """
 
     def __init__(self, index: Path, fingerprint: str, width: int):
@@ -201,25 +292,35 @@ class Encoded:
         self._features: BinaryIO = self._features_path.open("a+b")
         self._pictures: BinaryIO = (index / ENCODED_PICTURES).open("a+b")
         encoder = index / ENCODED_WITH
-        if (
-            not encoder.exists() or encoder.read_text(encoding="utf-8") != fingerprint
-        ):  # features of another encoder are useless
+        # Features of another encoder are useless.
+        if not encoder.exists() or encoder.read_bytes() != fingerprint.encode():
             self._pictures.truncate(0)
             with atomic_file(encoder) as file:
                 file.write(fingerprint.encode())
         self._pictures.seek(0)
         lines = self._pictures.read().split(b"\n")[:-1]  # the last item is empty or a line that was not completed
-        complete = self._features.seek(0, os.SEEK_END) // (4 * width)
-        lines = lines[:complete]
-        self.pictures = [_parse(line) for line in lines]
-        self._pictures.truncate(sum(len(line) + 1 for line in lines))
-        self._features.truncate(4 * width * len(lines))
+        self.pictures: list[Picture] = []
+        self._features.seek(0)
+        for line in lines:
+            feature = self._features.read(4 * width)
+            try:
+                *values, recorded = json.loads(line)
+                picture = _checked(values)
+            except (ValueError, TypeError, RecursionError):
+                break
+            if len(feature) < 4 * width or _line_checksum(picture, feature) != recorded:
+                break  # this and what follows is encoded again
+            self.pictures.append(picture)
+        self._pictures.truncate(sum(len(line) + 1 for line in lines[: len(self.pictures)]))
+        self._features.truncate(4 * width * len(self.pictures))
 
     def add(self, pictures: Sequence[Picture], features: Tensor) -> None:
         """Appends B pictures and their features (B, D) float32."""
+        rows = [row.tobytes() for row in features.numpy()]
+        lines = [_line((*picture, _line_checksum(picture, row))) for picture, row in zip(pictures, rows, strict=True)]
         for file, content in (
-            (self._features, features.numpy().tobytes()),
-            (self._pictures, b"".join(_line(picture) for picture in pictures)),  # last: a line must have its feature
+            (self._features, b"".join(rows)),
+            (self._pictures, b"".join(lines)),  # last: a line must have its feature
         ):
             file.write(content)
             file.flush()
@@ -268,8 +369,11 @@ def write_generation(
         old_rows = np.array([row_old.get(each, -1) if each not in row_new else -1 for each in pictures], dtype=np.int64)
         sources.append((old_rows, previous.features.numpy()))
     with atomic_file(features_file(index, generation)) as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (len(pictures), info.width)}
-        np.lib.format.write_array_header_1_0(file, header)
+        header = io.BytesIO()
+        description = {"descr": "<f4", "fortran_order": False, "shape": (len(pictures), info.width)}
+        np.lib.format.write_array_header_1_0(header, description)
+        file.write(header.getvalue())
+        of_features = zlib.crc32(header.getvalue())
         for start in range(0, len(pictures), ROWS_AT_ONCE):
             block = np.empty((min(ROWS_AT_ONCE, len(pictures) - start), info.width), np.float32)
             for rows, features in sources:
@@ -277,9 +381,26 @@ def write_generation(
                 if (part >= 0).any():
                     block[part >= 0] = features[part[part >= 0]]
             file.write(block.tobytes())
+            of_features = zlib.crc32(block.tobytes(), of_features)
+    of_pictures = 0
     with atomic_file(_pictures_file(index, generation)) as file:
-        file.writelines(_line(picture) for picture in pictures)
-    return replace(info, generation=generation, pictures=len(pictures))
+        for line in map(_line, pictures):
+            file.write(line)
+            of_pictures = zlib.crc32(line, of_pictures)
+    names = (features_file(index, generation).name, _pictures_file(index, generation).name)
+    checksums = dict(zip(names, (of_features, of_pictures), strict=True))
+    return replace(info, generation=generation, pictures=len(pictures), checksums=checksums)
+
+
+def with_checksums(index: Path, info: Info) -> Info:
+    """Returns the content of `index.json` with the checksums of all files of its generation.
+
+    Those that are recorded stay, except that of faiss, whose lists may have been built again for the same features.
+    """
+    kinds = _current_kinds(info)
+    files = {path.name: kind for path, kind, n in _generation_files(index) if n == info.generation and kind in kinds}
+    known = {name: found for name, found in info.checksums.items() if files.get(name) in ("features", "pictures")}
+    return replace(info, checksums={name: checksum(index / name) for name in files if name not in known} | known)
 
 
 def remove_old(index: Path, info: Info) -> None:
@@ -287,11 +408,14 @@ def remove_old(index: Path, info: Info) -> None:
 
     Windows cannot remove an open file, so it stays there until a later update.
     """
-    current_kinds = ("features", "pictures", info.engine["name"])
     for path, kind, generation in _generation_files(index):
-        if generation != info.generation or kind not in current_kinds:
+        if generation != info.generation or kind not in _current_kinds(info):
             with suppress(*(() if CAN_REPLACE_OPEN_FILES else (PermissionError,))):
                 path.unlink(missing_ok=True)
+
+
+def _current_kinds(info: Info) -> tuple[str, ...]:
+    return "features", "pictures", info.engine["name"]
 
 
 def _generation_files(index: Path) -> list[tuple[Path, str, int]]:
@@ -313,8 +437,8 @@ class _Lines:
     """The pictures of a file, each parsed only on access: a million objects would take 250 MB and several seconds."""
 
     def __init__(self, path: Path):
-        with path.open("rb") as file:
-            self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        self.path = path
+        self._content = path.read_bytes()
         self._ends = np.flatnonzero(np.frombuffer(self._content, np.uint8) == ord("\n"))
 
     def __len__(self) -> int:
@@ -322,12 +446,26 @@ class _Lines:
 
     def __getitem__(self, row: int) -> Picture:
         end = self._ends[row]  # iteration ends with an IndexError
-        return _parse(self._content[self._ends[row - 1] + 1 if row else 0 : end])
+        try:
+            return _checked(json.loads(self._content[self._ends[row - 1] + 1 if row else 0 : end]))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DamagedIndex(self.path.parent, f"line {row + 1} of {self.path.name} is invalid") from error
 
 
-def _line(picture: Picture) -> bytes:
-    return json.dumps(picture).encode() + b"\n"
+def _line(values: Sequence[str | int]) -> bytes:
+    return json.dumps(values).encode() + b"\n"
 
 
-def _parse(line: bytes) -> Picture:
-    return Picture(*json.loads(line))
+def _line_checksum(picture: Picture, feature: bytes) -> int:
+    return zlib.crc32(_line(picture), zlib.crc32(feature))
+
+
+def _checked(values: Any) -> Picture:
+    """Returns the picture of a line. Raises ValueError or TypeError if it is invalid, or its path leads elsewhere."""
+    path, size, modified = values
+    if not (type(path) is str and type(size) is type(modified) is int):
+        raise TypeError
+    if not path or path.startswith("/") or "\0" in path or ".." in path.split("/"):
+        raise ValueError
+    path.encode()  # half of a surrogate pair cannot be printed or sent
+    return Picture(path, size, modified)

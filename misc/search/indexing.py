@@ -1,5 +1,6 @@
 """Builds or updates the index of a folder: encodes new and changed pictures, and removes deleted ones."""
 
+import errno
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -16,6 +17,7 @@ from misc.search import engines
 from misc.search.encoder import Encoder
 from misc.search.engine import EngineChoice
 from misc.search.gallery import (
+    DamagedIndex,
     Encoded,
     Gallery,
     Info,
@@ -23,11 +25,13 @@ from misc.search.gallery import (
     open_gallery,
     read_info,
     remove_old,
+    with_checksums,
     write_generation,
     write_info,
 )
 from misc.search.pictures import Picture, PictureBatch, PictureSet, Unreadable, find_pictures, picture_batches
 
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 UNREADABLE = "unreadable.jsonl"
 """File in the index that lists the files and folders that could not be read."""
 
@@ -82,7 +86,10 @@ def update_index(
     """
     found, unreadable = find_pictures(folder, index)
     if not found:
-        raise UserError(f"{folder} contains no JPEG, PNG or WebP files: give the folder that contains the pictures")
+        raise UserError(
+            f"{folder} contains no images that can be read{_first(unreadable)}: "
+            "give the folder that contains the pictures"
+        )
     info = read_info(index)
     if checkpoint is not None:
         source, settings = checkpoint, list(overrides)
@@ -92,12 +99,15 @@ def update_index(
         raise UserError(f"{index} does not exist yet: give the weights to build it with, --checkpoint CHECKPOINT")
     if engine is not None:
         engines.check(engine)
+    elif info is not None and info.engine["name"] == "qdrant":
+        raise engines.unconfirmed(index, info.engine["address"], "--engine qdrant --qdrant")
     elif info is not None:
         engines.check(EngineChoice.of(info.engine))
     encoder = load(source, settings)
     try:
         with held_index(index), reported_workers("--workers"):
-            info, previous = _begin(index, Info(source, settings, encoder.fingerprint, encoder.width), overwrite)
+            new = Info(source, settings, encoder.fingerprint, encoder.width)
+            info, previous, damage = _begin(index, new, overwrite)
             with closing(Encoded(index, info.fingerprint, info.width)) as encoded:
                 known = set(encoded.pictures).union(previous.pictures() if previous is not None else ())
                 missing = [picture for picture in found if picture not in known]
@@ -108,9 +118,8 @@ def update_index(
                 _write_unreadable(index, sorted(skipped))
                 pictures = _pictures_to_index(found, unreadable, undecodable, previous)
                 if not pictures:
-                    reason = f"{skipped[0].path}: {skipped[0].reason}"
                     raise UserError(
-                        f"{folder}: none of its {len(found)} pictures can be read ({reason}): "
+                        f"{folder}: none of its {len(found)} pictures can be read{_first(skipped)}: "
                         "give a folder of readable pictures"
                     )
                 notes = _finish(index, info, pictures, previous, encoded, engine or EngineChoice.of(info.engine))
@@ -119,39 +128,47 @@ def update_index(
                 encoded=len(missing) - len(undecodable),
                 removed=0 if previous is None else _count_removed(previous, pictures),
                 unreadable=sorted(skipped),
-                notes=notes,
+                notes=[*damage, *notes],
             )
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in (*DISK_FULL, *FORBIDDEN):
             raise
-        raise UserError(
-            f"{index}: {error.strerror}: free some space, then run the same command again to continue"
-        ) from error
+        remedy = "free some space" if error.errno in DISK_FULL else f"check the permissions of {error.filename}"
+        raise UserError(f"{index}: {error.strerror}: {remedy}, then run the same command again to continue") from error
 
 
-def _begin(index: Path, new: Info, overwrite: bool) -> tuple[Info, Gallery | None]:
+def _begin(index: Path, new: Info, overwrite: bool) -> tuple[Info, Gallery | None, list[str]]:
     """Checks that a locked index may be updated with an encoder.
 
     Args:
         new: `index.json` of a new index with this encoder.
 
-    Returns: the content of `index.json` to continue from, and the current generation, or None if it cannot be used.
+    Returns: the content of `index.json` to continue from; the current generation, or None if it cannot be used; and a
+        line for the user if it is damaged.
 
     Raises UserError if the index was built with another encoder and may not be replaced.
     """
     current = read_info(index)  # again, as another process may have changed it before the lock
     if current is not None and current.fingerprint != new.fingerprint and not overwrite:
+        other = f"those of {new.checkpoint}" if new.checkpoint != current.checkpoint else "its present ones"
         raise UserError(
-            f"{index} was built with {current.checkpoint}, and its features are not comparable with those of "
-            f"{new.checkpoint}: build another index with --index DIR, or replace this one with --overwrite"
+            f"{index} was built with {current.checkpoint}, and its features are not comparable with {other}: "
+            "build another index with --index DIR, or replace this one with --overwrite"
         )
     if current is None or current.generation == 0:
         write_info(index, new)  # so that a search can report that the index is not complete
     if current is None:
-        return new, None
+        return new, None, []
     info = replace(new, generation=current.generation, pictures=current.pictures, engine=current.engine)
-    same_encoder = current.generation > 0 and current.fingerprint == new.fingerprint
-    return info, open_gallery(index) if same_encoder else None
+    if current.generation == 0 or current.fingerprint != new.fingerprint:
+        return info, None, []
+    try:
+        previous = open_gallery(index)
+        if not current.checksums:
+            list(previous.pictures())  # checks each line
+    except DamagedIndex as error:
+        return info, None, [f"warning: {error}; all pictures were encoded again"]
+    return replace(info, checksums=previous.info.checksums), previous, []
 
 
 def _encode(
@@ -203,11 +220,16 @@ def _finish(
     if previous is None or encoded.pictures or pictures != list(previous.pictures()):
         info = write_generation(index, info, pictures, previous, encoded)
     settings, notes = engines.build(Gallery(index, info), engine)
-    info = replace(info, engine=settings)
+    info = with_checksums(index, replace(info, engine=settings))
     write_info(index, info)
     encoded.clear()
     remove_old(index, info)
     return notes
+
+
+def _first(unreadable: list[Unreadable]) -> str:
+    """Returns the first file that cannot be read, with the reason, in parentheses; nothing if there is none."""
+    return f" ({unreadable[0].path}: {unreadable[0].reason})" if unreadable else ""
 
 
 def _count_removed(previous: Gallery, pictures: list[Picture]) -> int:

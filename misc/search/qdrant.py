@@ -100,7 +100,10 @@ class Qdrant:
         return [self._found(answer.points) for answer in answers]
 
     def _found(self, points: list[models.ScoredPoint]) -> tuple[Tensor, Tensor]:
-        pairs = [(point.score, self.gallery.row_of(_payload(point)["path"])) for point in points]
+        # Another program may have written other points into the collection.
+        paths = [_payload(point).get("path") for point in points]
+        rows = [self.gallery.row_of(path) if isinstance(path, str) else None for path in paths]
+        pairs = [(point.score, row) for point, row in zip(points, rows, strict=True)]
         known = [(score, row) for score, row in pairs if row is not None]
         scores = torch.tensor([score for score, _ in known], dtype=torch.float32)
         return scores, torch.tensor([row for _, row in known], dtype=torch.int64)

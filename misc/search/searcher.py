@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from misc.data.images import read_image
+from misc.data.images import ImageError, read_image
 from misc.errors import UserError
 from misc.retrieval.metrics import check_features
 from misc.search import engines
@@ -75,12 +75,18 @@ class Searcher:
         gallery: generation that is searched.
         engine: searches the gallery.
 
+    Args:
+        engine: `exact` for exact search. None: the engine of the index.
+        qdrant: address of Qdrant, which an index that was built for it needs.
+
     Raises UserError if the index cannot be opened, or was built with another encoder.
     """
 
-    def __init__(self, folder: Path, index: Path, encoder: Encoder, engine: str | None = None):
+    def __init__(
+        self, folder: Path, index: Path, encoder: Encoder, engine: str | None = None, qdrant: str | None = None
+    ):
         self.folder, self.index, self.encoder = folder, index, encoder
-        self._engine_wanted = engine
+        self._engine_wanted, self._qdrant = engine, qdrant
         self._open()
 
     @property
@@ -94,9 +100,10 @@ class Searcher:
             gallery = open_gallery(self.index)
             if gallery.info.fingerprint != self.encoder.fingerprint:
                 raise UserError(
-                    f"{self.index} was built with another checkpoint: use --checkpoint {gallery.info.checkpoint}"
+                    f"{self.index} was built with another checkpoint: use --checkpoint {gallery.info.checkpoint}, or "
+                    "index the folder again with --overwrite"
                 )
-            engine = engines.open_engine(gallery, self._engine_wanted)
+            engine = engines.open_engine(gallery, self._engine_wanted, self._qdrant)
         except UserError:
             if self._stamp() == stamp:
                 raise
@@ -109,16 +116,16 @@ class Searcher:
         """Returns a value that changes with each new generation."""
         try:
             status = (self.index / INFO).stat()
-        except FileNotFoundError:
+        except OSError:  # opening the index reports it
             return None
         return status.st_mtime_ns, status.st_ino
 
     def refresh(self) -> None:
         """Opens a newer generation, if there is one.
 
-        Raises UserError if the index was removed, or replaced by that of another checkpoint.
+        Raises UserError if the index was removed, damaged, or replaced by that of another checkpoint.
         """
-        if self._stamp() != self._seen:
+        if self._stamp() != self._seen or self.gallery.has_changed():
             self.engine.close()
             self._open()
 
@@ -157,6 +164,8 @@ class Searcher:
             pixels = self.encoder.view(read_image(query.file, upright=True))
             features = self.encoder.encode_pictures(pixels[None])
             check_features(features, [f"the image {query.file}"])
+        except ImageError as error:
+            return UserError(f"the image {query.file} cannot be read ({error.reason}): give another file")
         except UserError as error:
             return error
         return features[0]

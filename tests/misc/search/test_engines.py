@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,18 @@ def test_damaged_lists_are_reported(make_index, call_search, people):
     assert "faiss_1.index is missing or damaged" in only_error(call_search("query", people, "red"))
     file.unlink()
     assert make_index(people).status == 0 and call_search("query", people, "red").status == 0
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1  # faiss itself does not find this
+    file.write_bytes(content)
+    assert "faiss_1.index is missing or damaged" in only_error(call_search("query", people, "red"))
+    assert make_index(people).status == 0 and call_search("query", people, "red").status == 0
+
+
+def test_faiss_lists_are_not_compared_with_an_old_checksum(make_index, call_search, people):
+    pytest.importorskip("faiss", reason="needs requirements-search.txt")
+    for engine in ("faiss", "exact", "faiss"):
+        assert make_index(people, "--engine", engine).status == 0
+        assert call_search("query", people, "red").status == 0
 
 
 def test_faiss_from_the_command_line(make_index, call_search, people):
@@ -164,21 +177,41 @@ def test_faiss_from_the_command_line(make_index, call_search, people):
 @pytest.mark.slow
 def test_qdrant_follows_the_index(make_index, call_search, people, tmp_path):
     pytest.importorskip("qdrant_client", reason="needs requirements-search.txt")
-    database = tmp_path / "database"
+    address = ("--qdrant", tmp_path / "database")
+    given = ("--engine", "qdrant", *address)
     make_index(people)
     exact = call_search("query", people, "a red coat").out
-    outcome = make_index(people, "--engine", "qdrant", "--qdrant", database)
+    outcome = make_index(people, *given)
     assert "collection people_index: 7 pictures sent, 0 deleted" in outcome.out, outcome.err
-    assert scores_of(call_search("query", people, "a red coat").out) == scores_of(exact)
+    assert scores_of(call_search("query", people, "a red coat", *address).out) == scores_of(exact)
 
     save_picture(people / "new.jpg", "yellow")
     save_picture(people / "a.jpg", "cyan")
     (people / "b.JPEG").unlink()
-    assert "2 pictures sent, 1 deleted" in make_index(people).out
-    assert "0 pictures sent, 0 deleted" in make_index(people).out
-    found = scores_of(call_search("query", people, "a red coat").out)
+    assert "2 pictures sent, 1 deleted" in make_index(people, *given).out
+    assert "0 pictures sent, 0 deleted" in make_index(people, *given).out
+    found = scores_of(call_search("query", people, "a red coat", *address).out)
     assert found == scores_of(call_search("query", people, "a red coat", "--engine", "exact").out)
     assert {"new.jpg", "a.jpg"} <= {path for path, _ in found} and "b.JPEG" not in {path for path, _ in found}
+
+
+@pytest.mark.parametrize("address", ["http://attacker.example:6333", "/tmp/attacker"])
+def test_the_address_in_an_index_is_not_used(make_index, call_search, people, monkeypatch, address):
+    """An index may come from another person. Its server would get the key; its folder could run code."""
+    qdrant = pytest.importorskip("misc.search.qdrant", reason="needs requirements-search.txt")
+    connected = []
+    monkeypatch.setattr(qdrant, "QdrantClient", lambda **options: connected.append(options))
+    monkeypatch.setenv("QDRANT_API_KEY", "secret")
+    make_index(people)
+    file = default_index(people) / "index.json"
+    settings = {"name": "qdrant", "address": address, "collection": "c"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"engine": settings}))
+    for command in (("query", people, "red"), ("index", people), ("serve", people)):
+        line = only_error(call_search(*command))
+        assert address in line and "--qdrant ADDRESS" in line and "--engine exact" in line
+    assert connected == []
+    assert call_search("query", people, "red", "--engine", "exact").status == 0
+    assert make_index(people, "--engine", "exact").status == 0 and connected == []
 
 
 def scores_of(out: str) -> list[tuple[str, float]]:
@@ -188,10 +221,11 @@ def scores_of(out: str) -> list[tuple[str, float]]:
 
 def test_a_checkpoint_of_another_width_replaces_the_collection(make_index, call_search, people, tmp_path):
     pytest.importorskip("qdrant_client", reason="needs requirements-search.txt")
-    make_index(people, "--engine", "qdrant", "--qdrant", tmp_path / "database")
+    address = ("--qdrant", tmp_path / "database")
+    make_index(people, "--engine", "qdrant", *address)
     other = ("--checkpoint", write_clip(tmp_path / "other.pt", seed=1, embed=64), "--set", GELU)
-    assert "7 pictures sent, 0 deleted" in make_index(people, *other, "--overwrite").out
-    assert call_search("query", people, "red").out.count("\n") == 7
+    assert "7 pictures sent, 0 deleted" in make_index(people, *other, "--overwrite", "--engine", "qdrant", *address).out
+    assert call_search("query", people, "red", *address).out.count("\n") == 7
 
 
 def test_a_collection_of_another_program_is_not_changed(make_index, call_search, people, tmp_path):
@@ -305,7 +339,10 @@ def test_mistakes_in_a_query_are_reported_in_one_line(make_index, call_search, p
     make_index(people)
     assert "TEXT" in only_error(call_search("query", people))
     assert "TEXT" in only_error(call_search("query", people, "red", "--image", people / "a.jpg"))
-    assert "lost.jpg" in only_error(call_search("query", people, "--image", tmp_path / "lost.jpg"))
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, reason in (("lost.jpg", "No such file"), ("pipe.jpg", "not a regular"), ("x" * 300, "name too long")):
+        line = only_error(call_search("query", people, "--image", tmp_path / name))
+        assert name in line and reason in line and "give another file" in line
     assert (
         "--sheet" in call_search("query", people, "red", "--sheet", tmp_path / "no" / "sheet.png").err.splitlines()[-1]
     )

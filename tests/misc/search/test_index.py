@@ -21,7 +21,7 @@ from misc.search.gallery import default_index, held_index, open_gallery
 from misc.search.pictures import PictureSet, find_pictures
 from search import printable
 from tests.helpers.runs import Outcome, only_error
-from tests.helpers.searching import GELU, features_one_by_one, gallery_of, paths_of, save_picture, write_clip
+from tests.helpers.searching import GELU, NAMES, features_one_by_one, gallery_of, paths_of, save_picture, write_clip
 
 
 @pytest.fixture
@@ -125,6 +125,34 @@ def test_sheets_in_an_index_inside_the_folder_are_not_indexed(make_index, call_s
     assert call_search("query", people, "red", *place).status == 0
     assert list((people / "deep" / "index" / "sheets").iterdir())
     assert "7 pictures" in make_index(people, *place).out
+
+
+def test_folders_that_link_to_each_other_are_read_once(people):
+    folders = [people / f"folder{number}" for number in range(8)]
+    for number, folder in enumerate(folders):
+        save_picture(folder / f"{number}.jpg", "red")
+        for other in folders:
+            (folder / f"to_{other.name}").symlink_to(other)
+    pictures, unreadable = find_pictures(people)
+    assert {picture.path for picture in pictures} == {*NAMES, *(f"folder{n}/{n}.jpg" for n in range(8))}
+    assert len(pictures) == 7 + 8 and unreadable == []
+
+
+def test_images_of_every_format_are_indexed_or_named(make_index, tmp_path):
+    folder = tmp_path / "people"
+    read = ["a.bmp", "b.tif", "c.TIFF", "d.gif", "e.jfif", "f.JPE", "g.ppm", "h.png"]
+    for name in read:
+        save_picture(folder / name, "red")
+    for name in ("i.heic", "j.CR2", "k.psd", "notes.txt"):
+        (folder / name).write_bytes(b"something")
+    os.mkfifo(folder / "pipe.jpg")
+    outcome = make_index(folder)
+    assert paths_of(folder) == sorted(read) and "8 pictures" in outcome.out and "4 skipped" in outcome.out
+    assert "skipped: i.heic: its format is not read: convert it to JPEG" in outcome.out
+    assert "skipped: pipe.jpg: it is not a regular file" in outcome.out
+    for name in read:
+        (folder / name).unlink()
+    assert "(i.heic: its format is not read" in only_error(make_index(folder))
 
 
 def test_a_name_that_is_not_utf8_is_skipped(make_index, people):
@@ -255,6 +283,20 @@ def test_truncated_features_are_encoded_again(make_index, people, clip, encoded,
     )
 
 
+def test_a_damaged_feature_of_a_stopped_index_is_encoded_again(make_index, people, clip, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2, KeyboardInterrupt())
+        make_index(people)
+    file = default_index(people) / "encoded.f32"
+    content = bytearray(file.read_bytes())
+    content[2 * 4 * 32] ^= 1  # the third feature
+    file.write_bytes(content)
+    assert make_index(people).status == 0
+    torch.testing.assert_close(
+        gallery_of(people).features, features_one_by_one(people, clip, paths_of(people)), rtol=0, atol=1e-7
+    )
+
+
 @pytest.mark.parametrize("place", ["write_generation", "Gallery", "write_info", "remove_old", "_write_unreadable"])
 def test_a_crash_while_the_index_is_written_loses_nothing(make_index, people, encoded, monkeypatch, place):
     make_index(people)
@@ -362,8 +404,8 @@ def test_a_damaged_index_is_reported(make_index, call_search, people, content):
 def test_an_index_of_a_newer_program_is_reported(make_index, people):
     make_index(people)
     file = default_index(people) / "index.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "more": 1}))
-    assert "format 2" in only_error(make_index(people))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 3, "more": 1}))
+    assert "format 3" in only_error(make_index(people))
 
 
 def test_a_feature_file_of_another_size_is_reported(make_index, call_search, people):
@@ -380,8 +422,13 @@ def test_a_feature_file_of_another_size_is_reported(make_index, call_search, peo
 def test_mistakes_are_reported_before_anything_is_created(make_index, call_search, people, tmp_path):
     nowhere = tmp_path / "nowhere"
     assert "is not a folder" in only_error(make_index(nowhere))
+    (tmp_path / "round").symlink_to("round")
+    for folder in (tmp_path / "round", tmp_path / ("x" * 300), people / "a.jpg" / "b"):
+        assert "is not a folder" in only_error(make_index(folder))
+        assert "is not a folder" in only_error(call_search("query", folder, "red"))
+        assert "--index" in only_error(make_index(people, "--index", folder))
     (tmp_path / "bare").mkdir()
-    assert "contains no JPEG, PNG or WebP files" in only_error(make_index(tmp_path / "bare"))
+    assert "contains no images that can be read" in only_error(make_index(tmp_path / "bare"))
     assert "--checkpoint" in only_error(call_search("index", people))
     assert "lost.pt" in only_error(make_index(people, "--checkpoint", tmp_path / "lost.pt"))
     given = ("--checkpoint", tmp_path / "lost.pt", "--set")
