@@ -465,7 +465,8 @@ def _checked(values: Any) -> Picture:
     path, size, modified = values
     if not (type(path) is str and type(size) is type(modified) is int):
         raise TypeError
-    if not path or path.startswith("/") or "\0" in path or ".." in path.split("/"):
+    parts = path.replace(os.sep, "/").split("/")
+    if not parts[0] or ".." in parts or os.path.splitdrive(path)[0] or "\0" in path:
         raise ValueError
     path.encode()  # half of a surrogate pair cannot be printed or sent
     return Picture(path, size, modified)

@@ -1,10 +1,8 @@
 """Loader workers: batches without shared memory, workers that end, and workers that never answer."""
 
 import os
-import resource
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -45,15 +43,6 @@ class Stuck(Tensors):
         return super().__getitem__(number)
 
 
-@pytest.fixture
-def without_shared_memory() -> Iterator[None]:
-    """Shared memory consists of files, so a limit on the size of files makes it too small."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def collate(tensors: list[torch.Tensor]) -> tuple[list[int], torch.Tensor]:
     return [int(tensor[0]) for tensor in tensors], torch.stack(tensors)
 
@@ -73,7 +62,8 @@ def test_the_number_of_workers_does_not_matter(workers, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_batches_that_do_not_fit_into_shared_memory_arrive(without_shared_memory, capfd):
+def test_batches_that_do_not_fit_into_shared_memory_arrive(full_disk, capfd):
+    full_disk(SIZE // 2)  # shared memory consists of files
     check(list(received(loader(Tensors()))))
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("warning: loader workers have too little shared memory") and "--shm-size" in line
