@@ -3,7 +3,7 @@
 python main.py [--config FILE] [--simplified] [key=value ...]
 torchrun --standalone --nproc_per_node=4 main.py ...
 ... main.py --resume
-... main.py --evaluate CHECKPOINT [--sheet N] [--against CHECKPOINT]
+... main.py --evaluate CHECKPOINT [--sheet N] [--against CHECKPOINT] [--out FOLDER]
 ... main.py --contribution CHECKPOINT
 ... main.py --study ROW, and python main.py --study {list,report}
 python main.py --export {openclip,huggingface,onnx} OUT [model.checkpoint=CHECKPOINT]
@@ -14,27 +14,30 @@ import sys
 
 from easydict import EasyDict
 
-from misc.builders.data import sheet_options
+from misc.builders.data import data_title, sheet_options
 from misc.builders.run import Run, prepare_run, run_folder
 from misc.commands.contribution import contribution
 from misc.commands.evaluate import evaluate
 from misc.commands.export import export_weights
 from misc.commands.study import STUDY_TABLES, configure_row, print_study
 from misc.config.loading import DEFAULT_CONFIG, load_config, save_config
+from misc.config.rules import RULES
 from misc.data.workers import reported_workers
 from misc.errors import DISK_FULL, UserError
 from misc.retrieval.evaluation import Retrieval, result_lines
-from misc.retrieval.query_report import write_retrieval
-from misc.run.folder import CONFIG
+from misc.retrieval.query_report import draw_queries, write_queries
+from misc.run.folder import CONFIG, QUERIES, RETRIEVAL_SHEET
 from misc.run.log import RunLog
 from misc.run.profiling import traced_steps
 from misc.system.distributed import Ranks, join_ranks, local_rank, refuse
 from misc.system.interruption import Interrupted, Interruption
+from misc.terminal import prepare_streams, report
 from model.tbps_clip import count_trainable
 
 
 def main() -> int:
     """Runs what the command line asks for. Returns the exit status: 0, or 2 for a mistake of the user."""
+    prepare_streams()
     arguments = parse_arguments()
     try:
         if arguments.study in STUDY_TABLES:
@@ -48,10 +51,17 @@ def main() -> int:
             join_ranks(config.device, config.distributed.backend, config.distributed.url) as ranks,
         ):
             if arguments.evaluate:
-                write_queries = arguments.sheet is not None
-                evaluate(config, ranks, arguments.evaluate, arguments.against, write_queries=write_queries)
+                evaluate(
+                    config,
+                    ranks,
+                    arguments.evaluate,
+                    against=arguments.against,
+                    sheet=arguments.sheet is not None,
+                    out=arguments.out,
+                    given=given_keys(arguments),
+                )
             elif arguments.contribution:
-                contribution(config, ranks, arguments.contribution)
+                contribution(config, ranks, arguments.contribution, given=given_keys(arguments))
             elif arguments.export:
                 export_weights(config, ranks, *arguments.export)
             else:
@@ -66,7 +76,7 @@ def main() -> int:
         )
     except Interrupted as interrupted:
         if local_rank() == 0:
-            print(f"stopped by {interrupted}", file=sys.stderr, flush=True)
+            report(f"stopped by {interrupted}")
         return interrupted.status
     return 0
 
@@ -76,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Trains and evaluates TBPS-CLIP for text-based person search.",
         epilog="Any key of the configuration can be set, for example: main.py data.batch_size=40 experiment.ss=false",
     )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: config/config.yaml")
+    parser.add_argument("--config", metavar="FILE", help="default: config/config.yaml")
     parser.add_argument("--simplified", action="store_true", help="only N-ITC and R-ITC (config/s.config.yaml)")
     parser.add_argument(
         "--study",
@@ -105,12 +115,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sheet",
         metavar="N",
-        help="draw N queries with their first ten images (log.sheet); with --evaluate, into CHECKPOINT_retrieval",
+        help="draw N queries with their first ten images (log.sheet); with --evaluate, into the folder --out",
     )
     parser.add_argument(
         "--against",
         metavar="CHECKPOINT",
         help="with --evaluate: compare query by query with this checkpoint",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="with --evaluate: folder for the files of --sheet and --against (default: CHECKPOINT_retrieval)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example schedule.epoch=10")
     return parser.parse_intermixed_args()  # allows options between overrides
@@ -121,12 +136,19 @@ def configure(arguments: argparse.Namespace) -> EasyDict:
     overrides = (*arguments.overrides, *([] if arguments.sheet is None else [f"log.sheet={arguments.sheet}"]))
     if arguments.against and not arguments.evaluate:
         raise UserError(f"--against {arguments.against}: only works together with --evaluate CHECKPOINT")
+    if arguments.out is not None and not (arguments.evaluate and (arguments.sheet is not None or arguments.against)):
+        raise UserError(f"--out {arguments.out}: only works together with --evaluate and --sheet or --against")
     if arguments.sheet is not None and (arguments.contribution or arguments.export):
         raise UserError(f"--sheet {arguments.sheet}: only works together with training or --evaluate")
     if arguments.study is None:
-        return load_config(arguments.config, simplified=arguments.simplified, overrides=overrides)
+        return load_config(arguments.config or DEFAULT_CONFIG, simplified=arguments.simplified, overrides=overrides)
     refuse_other_modes(arguments)
-    return configure_row(arguments.study, arguments.config, overrides, resume=arguments.resume)
+    return configure_row(arguments.study, arguments.config or DEFAULT_CONFIG, overrides, resume=arguments.resume)
+
+
+def given_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the keys that the user has set: those of the command line, or all of them with --config."""
+    return tuple(RULES) if arguments.config else tuple(override.partition("=")[0] for override in arguments.overrides)
 
 
 def refuse_other_modes(arguments: argparse.Namespace) -> None:
@@ -139,7 +161,7 @@ def train(config: EasyDict, ranks: Ranks, interruption: Interruption, *, overwri
     """Trains epoch by epoch, evaluates each epoch, and keeps the last and the best checkpoint."""
     run = prepare_run(config, ranks, overwrite=overwrite, resume=resume)  # checks everything before anything is written
     config, progress = run.config, run.progress
-    with run.open_log(overwrite=overwrite) as log, traced_steps(run.trace_folder) as after_step:
+    with run.open_log(overwrite=overwrite) as log, traced_steps(run.trace_folder, log) as after_step:
         run.checkpoints.save_last()  # now torchrun can restart the run; a full disk is found before the training
         if ranks.is_main:
             save_config(config, run.folder / CONFIG)
@@ -185,7 +207,10 @@ def end_epoch(run: Run, log: RunLog) -> None:
     log.epoch({**record, **retrieval.metrics, "evaluation_seconds": retrieval.seconds}, iterations)
     log.curve()
     if run.ranks.is_main and config.log.sheet and progress.epoch == config.schedule.epoch:
-        write_retrieval(run.folder, retrieval, run.evaluator, **sheet_options(config))
+        with log.decoration(QUERIES):
+            write_queries(run.folder / QUERIES, retrieval, run.evaluator)
+        with log.decoration(RETRIEVAL_SHEET):
+            draw_queries(run.folder / RETRIEVAL_SHEET, retrieval, run.evaluator, **sheet_options(config))
     if better:
         run.checkpoints.save_best()
     run.checkpoints.save_last()
@@ -194,7 +219,7 @@ def end_epoch(run: Run, log: RunLog) -> None:
 def evaluate_epoch(run: Run, log: RunLog, title: str) -> Retrieval:
     """Evaluates the current weights, and logs the table of results."""
     retrieval = run.evaluator(run.trainer.bare_model)
-    for line in result_lines(f"{title}, {run.config.data.evaluate_on}", retrieval):
+    for line in result_lines(f"{title}, {data_title(run.config)}", retrieval):
         log.line(line)
     return retrieval
 

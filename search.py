@@ -23,6 +23,7 @@ from misc.search.indexing import UNREADABLE, Update, update_index
 from misc.search.result_sheet import draw_result_sheet
 from misc.search.searcher import Query, Searcher, checked_description
 from misc.system.distributed import choose_device
+from misc.terminal import prepare_streams, report, show
 
 MAX_SKIPPED_SHOWN = 10
 """Skipped files that are listed one by one on the terminal."""
@@ -33,14 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns: the exit status: 0, 2 for a mistake of the user (with a one-line message), or 130 for Ctrl-C.
     """
+    prepare_streams()
     options = parse(arguments)
     try:
         options.run(options)
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        report(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("stopped" + (": run the same command again to continue" if options.run is index else ""), file=sys.stderr)
+        report("stopped" + (": run the same command again to continue" if options.run is index else ""))
         return 130
     return 0
 
@@ -166,7 +168,7 @@ def index(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     for line in summary_lines(done, index_folder(options)):
-        print(printable(line))
+        show(line)
 
 
 def qdrant_address(options: argparse.Namespace) -> str | None:
@@ -210,15 +212,12 @@ def query(options: argparse.Namespace) -> None:
     milliseconds = 1000 * (time.perf_counter() - started)
     if isinstance(found, UserError):
         raise found
-    print(f"{len(found)} of {len(searcher.gallery):,} pictures, in {milliseconds:.0f} ms", file=sys.stderr)
+    report(f"{len(found)} of {len(searcher.gallery):,} pictures, in {milliseconds:.0f} ms")
     for rank, result in enumerate(found, start=1):
-        print(f"{rank}\t{result.score:.4f}\t{printable(result.path)}")
+        show(f"{rank}\t{result.score:.4f}\t{result.path}")
     sheet = options.sheet or default_sheet(index_folder(options), wanted)
     missing = draw_result_sheet(sheet, options.folder, wanted, found)
-    print(
-        printable(f"sheet: {sheet}{f' (without {missing} that cannot be read now)' if missing else ''}"),
-        file=sys.stderr,
-    )
+    report(f"sheet: {sheet}{f' (without {missing} that cannot be read now)' if missing else ''}")
 
 
 def default_sheet(folder: Path, wanted: Query) -> Path:
@@ -245,17 +244,13 @@ def page(options: argparse.Namespace) -> None:
 
     searcher = open_searcher(options)
     if options.host not in LOOPBACK:
-        print(
-            f"warning: everybody who reaches {options.host} can see all pictures of {options.folder}", file=sys.stderr
-        )
+        report(f"warning: everybody who reaches {options.host} can see all pictures of {options.folder}")
     serve(
         searcher,
         options.host,
         options.port,
         options.allow_host,
-        announce=lambda address: print(
-            f"{len(searcher.gallery):,} pictures at {address} (Ctrl-C stops the server)", flush=True
-        ),
+        announce=lambda address: show(f"{len(searcher.gallery):,} pictures at {address} (Ctrl-C stops the server)"),
     )
 
 
@@ -280,12 +275,6 @@ def open_searcher(options: argparse.Namespace) -> Searcher:
 def index_folder(options: argparse.Namespace) -> Path:
     """Returns the folder of the index."""
     return options.index or default_index(options.folder)
-
-
-def printable(text: str) -> str:
-    """Returns the text with characters escaped that the terminal cannot show: on Windows, its encoding has few."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from misc.errors import UserError
 from misc.run.profiling import peak_memory_gigabytes
 from misc.system.distributed import join_ranks
 from misc.system.precision import Precision
+from misc.terminal import prepare_streams, report, show
 from model.objectives import Objectives
 from model.tbps_clip import Views
 from text_utils.masking import IGNORED_LABEL
@@ -40,11 +41,12 @@ IDENTITIES = 100
 
 def main() -> int:
     """Measures what the command line asks for. Returns the exit status: 0, or 2 for a mistake of the user."""
+    prepare_streams()
     arguments = parse_arguments()
     try:
         measure_chunks(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(f"error: {error}")
         return 2
     return 0
 
@@ -78,22 +80,19 @@ def measure_chunks(arguments: argparse.Namespace) -> None:
     resolve_architecture(load_config(arguments.config, overrides=common), None)  # raises before any process starts
     variants = [(chunk, False) for chunk in arguments.chunks] + [(max(arguments.chunks), True)]
     rows = []
-    print(f"{'chunk':>6} {'checkpointing':>14} {'peak GB':>8} {'GB of step':>12} {'s / step':>9} {'ratio':>6}")
+    show(f"{'chunk':>6} {'checkpointing':>14} {'peak GB':>8} {'GB of step':>12} {'s / step':>9} {'ratio':>6}")
     for chunk, checkpointing in variants:
         varied = (f"data.chunk_size={chunk}", f"model.grad_checkpointing={str(checkpointing).lower()}")
         try:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 row = pool.submit(measure, arguments.config, (*common, *varied), arguments.steps).result()
         except BrokenProcessPool:
-            print(
-                f"{chunk:>6} {'yes' if checkpointing else 'no':>14}  the process was killed: out of memory?", flush=True
-            )
+            show(f"{chunk:>6} {'yes' if checkpointing else 'no':>14}  the process was killed: out of memory?")
             continue
         rows.append({"chunk": chunk, "grad_checkpointing": checkpointing, **row})
-        print(
+        show(
             f"{chunk:>6} {'yes' if checkpointing else 'no':>14} {row['peak_gigabytes']:>8.2f} "
-            f"{row['step_gigabytes']:>12.2f} {row['seconds']:>9.2f} {row['seconds'] / rows[0]['seconds']:>6.2f}",
-            flush=True,
+            f"{row['step_gigabytes']:>12.2f} {row['seconds']:>9.2f} {row['seconds'] / rows[0]['seconds']:>6.2f}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ from misc.search import engines
 from misc.search.engine import Engine, EngineChoice
 from misc.search.gallery import Encoded, Gallery, Info, held_index, open_gallery, write_generation, write_info
 from misc.search.pictures import Picture
+from misc.terminal import prepare_streams, report, show
 
 PICTURES_OF_A_PERSON = 50
 QUERIES, RESULTS, QUERIES_TOGETHER = 200, 10, 50
@@ -41,14 +42,15 @@ T = TypeVar("T")
 
 def main() -> int:
     """Measures what the command line asks for. Returns the exit status: 0, or 2 for a mistake of the user."""
+    prepare_streams()
     options = _parse()
     try:
         if options.stage:
-            print(json.dumps(STAGES[options.stage](options)))
+            show(json.dumps(STAGES[options.stage](options)))
         else:
             measure_stages(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(f"error: {error}")
         return 2
     return 0
 
@@ -71,7 +73,7 @@ def measure_stages(options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "benchmarks.search", *sys.argv[1:], "--stage", stage, "--folder", folder]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             measured[stage] = json.loads(output.splitlines()[-1])
-            print(f"{stage}: " + ", ".join(f"{name} {value}" for name, value in measured[stage].items()), flush=True)
+            show(f"{stage}: " + ", ".join(f"{name} {value}" for name, value in measured[stage].items()))
     if options.json:
         options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
@@ -126,7 +128,7 @@ def faiss(options: argparse.Namespace) -> dict[str, float]:
     building, (settings, notes) = _timed(lambda: engines.build(gallery, EngineChoice("faiss")))
     write_info(options.folder, Info(**{**vars(gallery.info), "engine": settings}))
     size = next(options.folder.glob("faiss_*")).stat().st_size
-    print(*notes)
+    show(" ".join(map(str, notes)))
     return {"build_seconds": building, "disk_gigabytes": round(size / 1e9, 2), **_memory()}
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import multiprocessing
 import platform
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -42,6 +41,7 @@ from misc.retrieval import metrics
 from misc.run.profiling import peak_memory_gigabytes
 from misc.system.distributed import Ranks, choose_device
 from misc.system.precision import Precision
+from misc.terminal import prepare_streams, report, show
 from misc.training.optimizer import build_optimizer, parameter_groups
 from model.objectives import Objectives
 from model.tbps_clip import TBPSCLIP
@@ -154,7 +154,7 @@ def check_steps(setup: Setup, recipe: str) -> str:
 def bench_step(setup: Setup) -> Iterator[Comparison]:
     """Times a training step, after a check that both ways compute the same."""
     for recipe in RECIPES:
-        print(check_steps(setup, recipe), flush=True)
+        show(check_steps(setup, recipe))
         published, ours, *_ = build_steps(setup, recipe, setup.batch)
         yield in_turn(f"training step, {recipe}, batch {setup.batch}", published, ours, setup.rounds)
 
@@ -233,7 +233,9 @@ def write_images(folder: Path, count: int) -> Split:
         noisy = np.asarray(coarse, dtype=np.int16) + random.randint(-12, 13, (400, 150, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
     captions = random_captions(count)
-    return Split([f"{n}.jpg" for n in range(count)], list(range(count)), captions, [None] * count, list(range(count)))
+    return Split(
+        [f"{n}.jpg" for n in range(count)], list(range(count)), captions, [None] * count, list(range(count)), captions
+    )
 
 
 def random_captions(count: int) -> list[str]:
@@ -408,11 +410,12 @@ BENCHMARKS: dict[str, Callable[[Setup], Iterator[Comparison]]] = {
 
 def main() -> int:
     """Runs the benchmarks of the command line. Returns the exit status: 0, or 2 for a mistake of the user."""
+    prepare_streams()
     arguments = parse_arguments()
     try:
         run_benchmarks(arguments.only, build_setup(arguments), arguments.json)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(f"error: {error}")
         return 2
     return 0
 
@@ -456,12 +459,12 @@ def run_benchmarks(names: list[str], setup: Setup, output: Path | None) -> None:
         "precision": setup.precision.name,
         "torch": torch.__version__,
     }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(HEADER)
+    show(", ".join(f"{key} {value}" for key, value in machine.items()))
+    show(HEADER)
     rows = []
     for name in names:
         for row in BENCHMARKS[name](setup):
-            print(row.line(), flush=True)
+            show(row.line())
             rows.append({"benchmark": name, **dataclasses.asdict(row)})
     if output:
         output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -33,8 +33,9 @@ from tests.helpers.runs import (
     run_main,
     start_forked,
 )
+from tests.helpers.streams import closed_pipe
 from tests.helpers.trainings import ON_TWO_RANKS, kill, lines_about_steps, wait_until
-from tests.misc.run.test_log import other_run
+from tests.misc.run.test_log import install, other_run
 
 pytestmark = pytest.mark.slow
 
@@ -158,6 +159,47 @@ def test_a_disk_without_room_is_found_before_anything_is_trained(run, data, monk
     # Left by a run that was killed; it will be deleted.
     (tmp_path / "run" / f"{LAST_CHECKPOINT}.part").write_bytes(bytes(120_000_000))
     assert run(*own, "schedule.epoch=1").status == 0
+
+
+# ---- what a run can do without ---------------------------------------------------------------------------------------
+
+
+def fail(*arguments, **options) -> None:
+    raise RuntimeError("broken\nin many lines")
+
+
+class FailingLogger:
+    """Replaces TensorBoard's writer and wandb's run."""
+
+    def __init__(self, *arguments, **options):
+        self.add_scalar = self.log = self.close = self.finish = fail
+
+
+def test_pictures_and_loggers_that_fail_cost_a_warning_each(run, data, unstopped, monkeypatch, tmp_path):
+    folder = tmp_path / "run"
+    for module, name in (("log", "draw_curve"), ("profiling", "atomic_file")):
+        monkeypatch.setattr(f"misc.run.{module}.{name}", fail)
+    for name in ("draw_sheet", "write_lines"):
+        module = "sheet" if name == "draw_sheet" else "query_report"
+        monkeypatch.setattr(f"misc.retrieval.{module}.{name}", fail)
+    install(monkeypatch, "tensorboard")
+    install(monkeypatch, "torch.utils.tensorboard", SummaryWriter=FailingLogger)
+    install(monkeypatch, "wandb", init=FailingLogger)
+    own = (f"model.saved_path={folder}", "log.tensorboard=true", "log.wandb=true", "log.profile=true")
+    with closed_pipe() as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert run(*EVERYTHING, *of_dataset(data), *own).status == 0
+    warnings = [line for line in (folder / "train.log").read_text().splitlines() if line.startswith("warning: ")]
+    reason = " (RuntimeError: broken)"
+    without = ("TensorBoard", "wandb", "trace.json", "curve.png", "queries.jsonl", "retrieval.png")
+    assert sorted(line for line in warnings if "without" in line) == sorted(
+        f"warning: the run continues without {name}{reason}" for name in without
+    )
+    assert len([line for line in warnings if "standard output cannot be written to (Broken pipe)" in line]) == 1
+    assert not list(folder.glob("*.part"))
+    for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
+        assert read_checkpoint(folder / name)["metrics"] == read_checkpoint(unstopped.folder / name)["metrics"]
+    assert len(Run(folder, Outcome(0, "", "")).records) == 2
 
 
 # ---- NaN and infinity -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ ON = "log.initial_evaluation=true"
 def test_weights_that_hardly_change_have_the_metrics_of_the_initial_ones(run, data, tmp_path):
     still = ("schedule.lr=1e-12", "schedule.lr_start=0", "schedule.lr_end=0")
     outcome = run(*SETTINGS, *of_dataset(data), *still, ON, f"model.saved_path={tmp_path / 'run'}")
-    assert outcome.status == 0 and "initial weights, test: 20 queries, 10 images" in outcome.out
+    assert outcome.status == 0 and f"initial weights, test in {data.anno_dir}: 20 queries, 10 images" in outcome.out
     (record,) = finished(tmp_path / "run").records
     assert {name: record[f"initial_{name}"] for name in METRICS} == pytest.approx(
         {name: record[name] for name in METRICS}

@@ -517,6 +517,32 @@ def test_a_mistake_ends_with_one_line_before_anything_is_written(run, tiny_datas
     assert not (tmp_path / "run").exists()
 
 
+def test_captions_and_names_that_no_terminal_or_font_can_show(run, tiny_dataset, tmp_path):
+    """Half a surrogate pair, escape sequences, Chinese and emoji, in every caption and in a path."""
+    odd = "A man \ud83d in \x1b[31mred\x07, 山 👩‍🦰.\r\n"
+    entries = annotation(tiny_dataset)
+    for entry in entries:
+        entry["captions"] = [odd, odd]
+    shutil.move(tiny_dataset.image_dir / entries[-1]["file_path"], tiny_dataset.image_dir / "\x1b[2J山.jpg")
+    entries[-1]["file_path"] = "\x1b[2J山.jpg"
+    annotate(tiny_dataset, entries)
+    folders = [tmp_path / "\x1b[31mone", tmp_path / "two"]
+    fixed = (*QUICK, *of_dataset(tiny_dataset))
+    for folder in folders:
+        own = (f'model.saved_path="{folder}"'.replace("\x1b", "\\e"), "schedule.epoch=1", "log.sheet=2")
+        trained = run(*ARCHITECTURE, *fixed, *own)
+        assert trained.status == 0 and trained.err == "", trained
+        assert (folder / "retrieval.png").is_file() and "warning: the run" not in trained.out
+    one, two = (folder / "checkpoint_best.pth" for folder in folders)
+    evaluated = run(*fixed, "--evaluate", one, "--against", two)
+    assert evaluated.status == 0 and f"{tmp_path}/\\x1b[31mone" in evaluated.out
+    (tiny_dataset.image_dir / "\x1b[2J山.jpg").unlink()
+    refused = run(*fixed, "--evaluate", one)
+    assert r"\x1b[2J山.jpg" in only_error(refused)
+    for shown in (*trained, *evaluated[1:], *refused[1:]):
+        assert "\x1b" not in str(shown) and "\ud83d" not in str(shown)
+
+
 def test_the_first_five_missing_images_are_named(run, tiny_dataset, tmp_path):
     sixth = annotation(tiny_dataset)[5]["file_path"]
     missing_images(tiny_dataset, tmp_path)

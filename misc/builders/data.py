@@ -1,34 +1,101 @@
 """The dataset, the training loader and the evaluator."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from easydict import EasyDict
 from torch.utils.data import DataLoader
 
+from misc.config.loading import flatten, to_plain
+from misc.config.rules import RULES
 from misc.data.annotations import Split, check_images, few_shot, read_annotations, statistics_table
 from misc.data.batches import training_loader
 from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import Augmentation, TrainingSet
 from misc.errors import UserError
+from misc.files import is_folder
 from misc.retrieval.evaluation import Evaluator
 from misc.system.distributed import Ranks
 from misc.system.precision import Precision
 from model.objectives import Objectives
+from model.pretrained.weights import Weights
 from text_utils.augmentation import NEEDS_SYNONYMS
 from text_utils.tokenizer import Tokenizer
 from text_utils.wordnet import WordNet
 
+DATA_KEYS = ("anno_dir", "image_dir", "data.dataset")
+"""The keys that decide which dataset is read."""
+
+
+def data_title(config: EasyDict) -> str:
+    """Returns the dataset, the split and the folder of an evaluation, to name its results by."""
+    dataset = f"{config.data.dataset} " if config.data.dataset else ""
+    return f"{dataset}{config.data.evaluate_on} in {config.anno_dir}"
+
+
+def with_recorded_data(config: EasyDict, weights: Weights, given: Sequence[str]) -> tuple[EasyDict, list[str]]:
+    """Returns a copy of the configuration with the dataset that the weights were trained on, if it is here.
+
+    Args:
+        given: the keys that the user has set; they stay as they are. A given `anno_dir` means another dataset.
+
+    Returns: the configuration, and lines for the log.
+    """
+    recorded = {"data.dataset": None, **flatten(weights.config)}
+    usable = all(key in recorded and RULES[key].values.accepts(recorded[key]) for key in DATA_KEYS)
+    if "anno_dir" in given or not usable:
+        return config, []
+    own = EasyDict(to_plain(config))
+    for key in DATA_KEYS:
+        section, _, name = key.rpartition(".")
+        if key not in given:
+            (own[section] if section else own)[name] = recorded[key]
+    if is_folder(own.anno_dir) and is_folder(own.image_dir):
+        return own, []
+    if own.anno_dir == config.anno_dir:
+        return config, []
+    missing = own.image_dir if is_folder(own.anno_dir) else own.anno_dir
+    return config, [
+        f"warning: {weights.name} was trained on {own.anno_dir}, but there is no folder {missing}: evaluated on the "
+        "configured dataset instead"
+    ]
+
+
+def read_evaluated_split(config: EasyDict) -> tuple[dict[str, Split], list[str]]:
+    """Reads and checks only the split that `data.evaluate_on` names. Returns the same as `read_dataset`."""
+    name = config.data.evaluate_on
+    splits = read_annotations(config.anno_dir, config.image_dir, splits=(name,), required=())
+    _check_evaluated_split(config, splits)
+    check_images(splits, config.image_dir)
+    table, warnings = statistics_table(splits, config.data.dataset, compared=(name,))
+    return splits, [table, *(f"warning: {warning}" for warning in warnings)]
+
+
+def _check_evaluated_split(config: EasyDict, splits: dict[str, Split]) -> None:
+    name = config.data.evaluate_on
+    if name not in splits:
+        other = "test" if name == "val" else "val"
+        raise UserError(
+            f"data.evaluate_on: the dataset in {config.anno_dir} has no {name} split: set it to {other}, or get the "
+            "complete annotation"
+        )
+
 
 def read_dataset(config: EasyDict) -> tuple[dict[str, Split], list[str]]:
-    """Reads and checks the dataset.
+    """Reads and checks the dataset of a training.
 
     Returns: the splits, and lines for the log: their statistics and how they differ from the published ones.
     """
+    used = ("train", config.data.evaluate_on)
     splits = read_annotations(
-        config.anno_dir, config.image_dir, back_translation_file=config.data.back_translation_file
+        config.anno_dir,
+        config.image_dir,
+        required=tuple(name for name in used if name != "val"),
+        back_translation_file=config.data.back_translation_file,
     )
-    check_images(splits, config.image_dir)
+    _check_evaluated_split(config, splits)
+    check_images({name: splits[name] for name in used}, config.image_dir)
     table, warnings = statistics_table(splits, config.data.dataset)
     notes = [table, *(f"warning: {warning}" for warning in warnings)]
     translated = any(text is not None for text in splits["train"].back_translations)
@@ -98,15 +165,9 @@ def build_loader(
 def build_evaluator(
     config: EasyDict, splits: dict[str, Split], tokenizer: Tokenizer, precision: Precision, ranks: Ranks
 ) -> Evaluator:
-    """Builds the evaluator of the split that `data.evaluate_on` names.
-
-    Raises UserError if the dataset has no such split.
-    """
-    name = config.data.evaluate_on
-    if name not in splits:
-        raise UserError(f"data.evaluate_on: the dataset in {config.anno_dir} has no {name} split: set it to test")
+    """Builds the evaluator of the split that `data.evaluate_on` names."""
     return Evaluator(
-        split=splits[name],
+        split=splits[config.data.evaluate_on],
         image_dir=Path(config.image_dir),
         tokenizer=tokenizer,
         text_length=config.experiment.text_length,

@@ -1,10 +1,11 @@
 """`main.py --contribution`: measures how much each module of a run's checkpoint contributes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from easydict import EasyDict
 
-from misc.builders.data import build_evaluator, read_dataset
+from misc.builders.data import build_evaluator, data_title, read_evaluated_split, with_recorded_data
 from misc.builders.model import build_initial_model, build_saved_model, initial_weights_config, read_any_weights
 from misc.builders.run import rank_notes
 from misc.run.log import RunLog
@@ -14,21 +15,27 @@ from misc.system.precision import Precision
 from text_utils.tokenizer import Tokenizer
 
 
-def contribution(config: EasyDict, ranks: Ranks, source: str) -> None:
-    """Measures on the configured dataset how much each module of the checkpoint `source` contributes."""
+def contribution(config: EasyDict, ranks: Ranks, source: str, *, given: Sequence[str]) -> None:
+    """Measures how much each module of the checkpoint `source` contributes.
+
+    Args:
+        given: the keys that the user has set; without them, the dataset is that of the checkpoint.
+    """
     initial_settings = initial_weights_config(source)
     folder = contribution_folder(Path(source))
     precision = Precision.choose(config.misc.precision, ranks.device)
-    model, config, weight_notes = build_saved_model(config, read_any_weights(source, ranks))
+    weights = read_any_weights(source, ranks)
+    config, data_notes = with_recorded_data(config, weights, given)
+    model, config, weight_notes = build_saved_model(config, weights)
     initial, initial_notes = build_initial_model(config, ranks, source, initial_settings)
-    splits, statistics = read_dataset(config)
+    splits, statistics = read_evaluated_split(config)
     evaluator = build_evaluator(config, splits, Tokenizer(), precision, ranks)
     weight_notes += [f"initially: {note}" for note in initial_notes]
     with RunLog(None, is_main=ranks.is_main) as log:
-        for line in [*rank_notes(ranks, precision), *weight_notes, *statistics]:
+        for line in [*rank_notes(ranks, precision), *weight_notes, *data_notes, *statistics]:
             log.line(line)
         measured = measure_contribution(evaluator, model.to(ranks.device), initial.to(ranks.device).state_dict(), log)
         log.line(contribution_table(measured))
         if ranks.is_main:
             write_contribution(folder, measured)
-        log.line(f"{source}, {config.data.evaluate_on}: written to {folder} after {measured.seconds:.1f} s")
+        log.line(f"{source}, {data_title(config)}: written to {folder} after {measured.seconds:.1f} s")

@@ -1,6 +1,6 @@
 """`make demo`: installs, draws people, trains, and shows the result. It reports progress at least every ten seconds.
 
-It runs before anything is installed, so it only imports Python's own modules.
+It runs before anything is installed, so it only imports modules that need nothing but Python.
 """
 
 import json
@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from misc.terminal import prepare_streams, show
 
 WINDOWS = os.name == "nt"
 BIN = Path(".venv/Scripts" if WINDOWS else ".venv/bin")
@@ -97,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the name or path of the Python to install with.
     """
+    prepare_streams()
     given = sys.argv[1:] if arguments is None else arguments
     make = shutil.which("make") is not None
     return run_demo(phases(given[0] if given else sys.executable, make=make), RUN)
@@ -104,20 +107,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_demo(plan: Sequence[Phase], run: Path) -> int:
     """Runs the phases one after another, then prints the results of the run, the times, and what to try next."""
-    print(f"The demo takes about {_minutes(sum(phase.seconds for phase in plan))} on two CPU cores. It")
+    show(f"The demo takes about {_minutes(sum(phase.seconds for phase in plan))} on two CPU cores. It")
     for number, phase in enumerate(plan, start=1):
-        print(f"  {number}. {phase.description}: about {phase.seconds} s")
+        show(f"  {number}. {phase.description}: about {phase.seconds} s")
     took: dict[str, float] = {}
     for number, phase in enumerate(plan, start=1):
-        print(f"\n[{number}/{len(plan)}] {phase.name}: {phase.description}{_forecast(plan, took)}", flush=True)
+        show(f"\n[{number}/{len(plan)}] {phase.name}: {phase.description}{_forecast(plan, took)}")
         started = time.monotonic()
         status = run_phase(phase)
         took[phase.name] = time.monotonic() - started
         if status:
-            print(f"error: the phase {phase.name} ended with status {status}; its own message is above")
+            show(f"error: the phase {phase.name} ended with status {status}; its own message is above")
             return status
-        print(f"[{number}/{len(plan)}] {phase.name}: done in {took[phase.name]:.0f} s", flush=True)
-    print("\n" + summary(run, took))
+        show(f"[{number}/{len(plan)}] {phase.name}: done in {took[phase.name]:.0f} s")
+    show("\n" + summary(run, took))
     return 0
 
 
@@ -149,7 +152,7 @@ def run_phase(phase: Phase) -> int:
     def pass_on() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            print(line, end="", flush=True)
+            show(line.removesuffix("\n"))
             last_output[0] = time.monotonic()
 
     reader = threading.Thread(target=pass_on if passed_on else process.wait, daemon=True)
@@ -159,7 +162,7 @@ def run_phase(phase: Phase) -> int:
         while reader.is_alive():
             reader.join(timeout=1)
             if passed_on and reader.is_alive() and time.monotonic() - last_output[0] >= SILENCE:
-                print(f"... {phase.name}: {time.monotonic() - started:.0f} s of about {phase.seconds} s", flush=True)
+                show(f"... {phase.name}: {time.monotonic() - started:.0f} s of about {phase.seconds} s")
                 last_output[0] = time.monotonic()
         return process.wait()
     except KeyboardInterrupt:  # the terminal has sent it to the command too

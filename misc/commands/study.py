@@ -11,6 +11,7 @@ from misc.run.folder import LAST_CHECKPOINT
 from misc.study.report import write_report
 from misc.study.rows import STUDY_FOLDER, Row, find_row, read_study, row_folder, starting_checkpoint, study_list
 from misc.system.distributed import Launch
+from misc.terminal import show
 
 STUDY_TABLES: dict[str, Callable[[dict[str, Row], Path], str]] = {
     "list": lambda rows, root: study_list(rows),
@@ -24,7 +25,7 @@ def print_study(table: str, overrides: Sequence[str]) -> None:
     others = [override for override in overrides if not override.startswith("model.saved_path=")]
     if others:
         raise UserError(f"--study {table}: {others[0]} has no effect: only model.saved_path can be set")
-    print(STUDY_TABLES[table](read_study(), study_root(overrides)))
+    show(STUDY_TABLES[table](read_study(), study_root(overrides)))
 
 
 def study_root(overrides: Sequence[str]) -> Path:

@@ -14,7 +14,7 @@ from random import Random
 from reprlib import repr as shortened
 from typing import NamedTuple
 
-from misc.errors import UserError
+from misc.errors import UserError, first_of
 from misc.files import is_file, is_folder
 from text_utils.cleaning import clean_caption
 
@@ -60,6 +60,7 @@ class Split:
         captions: cleaned, listed image by image.
         back_translations: per caption, cleaned; None if it has no back-translation.
         caption_images: per caption, the index of its image.
+        annotated_captions: the captions as annotated, for people to read.
     """
 
     image_paths: list[str]
@@ -67,6 +68,7 @@ class Split:
     captions: list[str]
     back_translations: list[str | None]
     caption_images: list[int]
+    annotated_captions: list[str]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -99,29 +101,38 @@ class _Entry(NamedTuple):
 
 
 def read_annotations(
-    anno_dir: str | Path, image_dir: str | Path, *, back_translation_file: str | Path | None = None, max_words: int = 77
+    anno_dir: str | Path,
+    image_dir: str | Path,
+    *,
+    splits: tuple[str, ...] = SPLITS,
+    required: tuple[str, ...] = ("train", "test"),
+    back_translation_file: str | Path | None = None,
+    max_words: int = 77,
 ) -> dict[str, Split]:
     """Reads a dataset.
 
     Args:
-        anno_dir: folder with `train_reid.json`, `test_reid.json` and optionally `val_reid.json`. Without a
-            `train_reid.json`, it must contain one raw file: `reid_raw.json` (CUHK-PEDES), `ICFG-PEDES.json` or
-            `ICFG_PEDES.json`, or `data_captions.json` (RSTPReid).
+        anno_dir: folder with `{train,val,test}_reid.json`, or with one raw file: `reid_raw.json` (CUHK-PEDES),
+            `ICFG-PEDES.json` or `ICFG_PEDES.json`, or `data_captions.json` (RSTPReid). If it has both, a
+            `train_reid.json` decides for the first.
         image_dir: folder that the annotated paths start from, or its parent if that folder is named `imgs`.
+        splits: the splits to read; entries of others are not checked.
+        required: those that must have entries.
         back_translation_file: JSON list of `{file_path, captions_bt}`, joined by path. It replaces the `captions_bt` of
             the annotation. If a path is listed several times, its entries are joined in order.
         max_words: captions are cut to this length.
 
-    Returns: the splits `train`, `test` and, if it has entries, `val`.
-    Raises UserError if a folder or file is missing, or if an entry is wrong.
+    Returns: the splits that have entries.
+    Raises UserError if a folder, a file or a required split is missing, or if an entry is wrong.
     """
     anno_dir, image_dir = _existing_folder("anno_dir", anno_dir), _existing_folder("image_dir", image_dir)
     entries = [
-        _parse_entry(entry, entry_name, split)
-        for path, split in _annotation_files(anno_dir)
+        _parse_entry(entry, entry_name, own_split)
+        for path, split in _annotation_files(anno_dir, splits, required)
         for entry_name, entry in _read_json_list(path)
+        if (own_split := split or _split_of(entry, entry_name)) in splits
     ]
-    for name in ("train", "test"):
+    for name in required:
         if not any(entry.split == name for entry in entries):
             raise UserError(f"the annotation in {anno_dir} has no {name} entries: get the complete file")
     if back_translation_file is not None:
@@ -176,15 +187,19 @@ def few_shot(split: Split, share: float, seed: int) -> Split:
         captions=[split.captions[number] for number in captions],
         back_translations=[split.back_translations[number] for number in captions],
         caption_images=[new_index[split.caption_images[number]] for number in captions],
+        annotated_captions=[split.annotated_captions[number] for number in captions],
     )
 
 
-def statistics_table(splits: dict[str, Split], dataset: str | None) -> tuple[str, list[str]]:
+def statistics_table(
+    splits: dict[str, Split], dataset: str | None, compared: tuple[str, ...] = SPLITS
+) -> tuple[str, list[str]]:
     """Returns a table of identities, images and captions per split, and a list of warnings.
 
     Args:
         dataset: a key of `PUBLISHED_COUNTS`, or None for your own data. There is one warning for each number that
             differs from the published one.
+        compared: names of the splits to compare.
 
     Raises UserError if `dataset` is another name.
     """
@@ -192,16 +207,16 @@ def statistics_table(splits: dict[str, Split], dataset: str | None) -> tuple[str
         raise UserError(f"unknown dataset {dataset!r}: expected one of {', '.join(PUBLISHED_COUNTS)}, or null")
     lines = [f"{'split':<6}" + "".join(f"{field:>12}" for field in Counts._fields)]
     lines += [f"{name:<6}" + "".join(f"{count:>12,}" for count in split.counts) for name, split in splits.items()]
-    return "\n".join(lines), _differences(splits, dataset) if dataset else []
+    return "\n".join(lines), _differences(splits, dataset, compared) if dataset else []
 
 
-def _differences(splits: dict[str, Split], dataset: str) -> list[str]:
+def _differences(splits: dict[str, Split], dataset: str, compared: tuple[str, ...]) -> list[str]:
     """Returns one line for each number that differs from the published one. A missing split counts as zero."""
     ours = {name: split.counts for name, split in splits.items()}
     empty = Counts(0, 0, 0)
     return [
         f"{dataset} {name}: {found:,} {field} here, {published:,} published"
-        for name in SPLITS
+        for name in compared
         for field, found, published in zip(
             Counts._fields, ours.get(name, empty), PUBLISHED_COUNTS[dataset].get(name, empty), strict=True
         )
@@ -215,15 +230,19 @@ def _existing_folder(key: str, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _annotation_files(anno_dir: Path) -> list[tuple[Path, str | None]]:
+def _annotation_files(
+    anno_dir: Path, splits: tuple[str, ...], required: tuple[str, ...]
+) -> list[tuple[Path, str | None]]:
     """Returns the files to read, each with its split. The split is None if the entries name it."""
     split_files = {split: anno_dir / f"{split}_reid.json" for split in SPLITS}
-    if is_file(split_files["train"]):
-        if not is_file(split_files["test"]):
-            raise UserError(f"{anno_dir} contains train_reid.json but no test_reid.json: both are needed")
-        return [(path, split) for split, path in split_files.items() if is_file(path)]
-
+    split_files = {split: path for split, path in split_files.items() if is_file(path)}
     raw = [anno_dir / name for name in RAW_FILES if is_file(anno_dir / name)]
+    if "train" in split_files or (split_files and not raw):
+        if missing := [split for split in required if split not in split_files]:
+            present = first_of([path.name for path in split_files.values()])
+            raise UserError(f"{anno_dir} contains {present} but no {missing[0]}_reid.json: get the complete annotation")
+        return [(path, split) for split, path in split_files.items() if split in splits]
+
     if len(raw) == 1:
         return [(raw[0], None)]
     if raw:
@@ -262,12 +281,15 @@ def _read_json_list(path: Path) -> list[tuple[str, dict]]:
     return named
 
 
-def _parse_entry(entry: dict, entry_name: str, split: str | None) -> _Entry:
-    """Checks an entry. `split` is None if the entry names its split."""
-    if split is None:
-        split = entry.get("split")
-        if split not in SPLITS:
-            raise _field_error(entry, entry_name, "split", f"one of {', '.join(SPLITS)}")
+def _split_of(entry: dict, entry_name: str) -> str:
+    split = entry.get("split")
+    if split not in SPLITS:
+        raise _field_error(entry, entry_name, "split", f"one of {', '.join(SPLITS)}")
+    return split
+
+
+def _parse_entry(entry: dict, entry_name: str, split: str) -> _Entry:
+    """Checks an entry of a split."""
     if type(entry.get("id")) is not int:  # isinstance would accept true and false
         raise _field_error(entry, entry_name, "id", "an integer")
     captions = _captions(entry, entry_name)
@@ -337,7 +359,7 @@ def _image_folder(entries: list[_Entry], image_dir: Path) -> str:
 
 def _build_split(entries: list[_Entry], folder: str, max_words: int, *, renumber: bool) -> Split:
     numbers: dict[int, int] = {}
-    split = Split([], [], [], [], [])
+    split = Split([], [], [], [], [], [])
     for image, entry in enumerate(entries):
         identity = numbers.setdefault(entry.identity, len(numbers)) if renumber else entry.identity
         split.image_paths.append(folder + entry.image_path)
@@ -347,4 +369,5 @@ def _build_split(entries: list[_Entry], folder: str, max_words: int, *, renumber
             split.captions.append(clean_caption(caption, max_words))
             split.back_translations.append(clean_caption(back_translation or "", max_words) or None)
             split.caption_images.append(image)
+            split.annotated_captions.append(caption)
     return split

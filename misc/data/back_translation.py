@@ -22,6 +22,7 @@ from misc.data.annotations import read_captions
 from misc.errors import DISK_FULL, UserError
 from misc.files import CAN_REPLACE_OPEN_FILES, atomic_file, check_new_path, is_folder, lock_file
 from misc.system.distributed import choose_device
+from misc.terminal import prepare_streams, report
 
 PACKAGES = ("transformers", "sentencepiece")
 MAX_TOKENS = 512
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns: the exit status: 2 for a mistake of the user, printed as one line, and 130 for Ctrl-C.
     """
+    prepare_streams()
     options = _parse(arguments)
     models = Models(options.to_french, options.to_english)
     try:
@@ -58,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=options.batch_size,
         )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("stopped: run the same command again to continue", file=sys.stderr)
+        report("stopped: run the same command again to continue")
         return 130
     return 0
 

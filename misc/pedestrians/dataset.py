@@ -19,6 +19,7 @@ from misc.files import check_new_path
 from misc.pedestrians.captions import describe
 from misc.pedestrians.people import Person, Shot, imagine_person, see, take_shot
 from misc.pedestrians.scene import CAMERAS, draw_pedestrian
+from misc.terminal import show
 
 VERSION = 1  # of the drawings: increase it if the same arguments produce other files than before
 CAPTIONS_PER_IMAGE = 2
@@ -81,7 +82,7 @@ def draw_dataset(
     drawn_with = json.dumps({**arguments, "seed": seed, "version": VERSION})
     folder = Path(folder).absolute()
     if _is_drawn(folder, drawn_with):
-        print(f"{folder} already contains these pedestrians")
+        show(f"{folder} already contains these pedestrians")
         return
 
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")

@@ -1,6 +1,7 @@
 """Reports on single queries: a choice of queries to show, all results as JSON Lines, and two models compared."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,7 +12,6 @@ from misc.data.annotations import Split
 from misc.files import atomic_file, check_new_path, is_file, is_folder, resolved
 from misc.retrieval.evaluation import Evaluator, Retrieval
 from misc.retrieval.sheet import draw_retrieval_sheet
-from misc.run.folder import QUERIES, RETRIEVAL_SHEET
 
 COMPARISON = "comparison.jsonl"
 FIRST_IMAGES = 10
@@ -34,14 +34,14 @@ def choose_queries(retrieval: Retrieval, count: int, choice: str, seed: int) -> 
 def query_records(retrieval: Retrieval, split: Split) -> list[dict[str, Any]]:
     """Returns a record for each query.
 
-    Its fields are `query` (number from 0), `caption`, `identity`, `first_match` (rank from 1, or None if the person is
-    not in the gallery), `average_precision` (percent), and `first_images`: the first ten, each with `path`, `identity`
-    and `score` (cosine).
+    Its fields are `query` (number from 0), `caption` (as annotated), `identity`, `first_match` (rank from 1, or None if
+    the person is not in the gallery), `average_precision` (percent), and `first_images`: the first ten, each with
+    `path`, `identity` and `score` (cosine).
     """
     first = retrieval.results.first_match.tolist()
     precision = retrieval.results.average_precision.tolist()
     records = []
-    for query, caption in enumerate(split.captions):
+    for query, caption in enumerate(split.annotated_captions):
         scores, numbers = (values.tolist() for values in retrieval.first_images(query, FIRST_IMAGES))
         records.append(
             {
@@ -66,26 +66,34 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace"))
 
 
-def write_retrieval(
-    folder: Path, retrieval: Retrieval, evaluator: Evaluator, *, count: int, choice: str, seed: int
-) -> None:
-    """Draws the queries that `choose_queries` chooses, and writes all queries as JSON Lines."""
+def write_queries(path: Path, retrieval: Retrieval, evaluator: Evaluator) -> None:
+    """Writes the records of all queries as JSON Lines."""
+    write_lines(path, query_records(retrieval, evaluator.split))
+
+
+def draw_queries(path: Path, retrieval: Retrieval, evaluator: Evaluator, *, count: int, choice: str, seed: int) -> None:
+    """Draws the queries that `choose_queries` chooses, if there are any."""
     if queries := choose_queries(retrieval, count, choice, seed):
-        draw_retrieval_sheet(folder / RETRIEVAL_SHEET, retrieval, evaluator.split, evaluator.image_dir, queries=queries)
-    write_lines(folder / QUERIES, query_records(retrieval, evaluator.split))
+        draw_retrieval_sheet(path, retrieval, evaluator.split, evaluator.image_dir, queries=queries)
 
 
 def retrieval_folder(source: str) -> Path:
-    """Returns the folder for the queries of an evaluation.
+    """Returns the default folder for the queries of an evaluation.
 
     It is next to the weights, or in the current folder if the weights are given by a tag.
-
-    Raises UserError if it already exists or cannot be created.
     """
     path = resolved(source if is_file(source) or is_folder(source) else source.replace("/", "_"))
     name = path.stem if is_file(path) else path.name
-    folder = path.with_name(f"{name}_retrieval")
-    return check_new_path(folder, f"--evaluate {source}", "copy the weights to another folder")
+    return path.with_name(f"{name}_retrieval")
+
+
+def check_new_files(folder: Path, names: Sequence[str]) -> None:
+    """Checks that new files can be created in a folder, which may exist already.
+
+    Raises UserError if one of the files exists, or cannot be created.
+    """
+    for name in names:
+        check_new_path(folder / name, "--evaluate", "give another folder with --out FOLDER")
 
 
 def compare_queries(before: Retrieval, after: Retrieval, split: Split) -> list[dict[str, Any]]:
@@ -102,7 +110,7 @@ def compare_queries(before: Retrieval, after: Retrieval, split: Split) -> list[d
     return [
         {
             "query": query,
-            "caption": split.captions[query],
+            "caption": split.annotated_captions[query],
             "identity": split.caption_identities[query],
             "first_match": [rank or None for rank in pairs[0][query].tolist()],
             "average_precision": [100 * value for value in pairs[1][query].tolist()],
@@ -124,5 +132,5 @@ def comparison_lines(compared: list[dict[str, Any]], shown: int = 5) -> list[str
     for title, records in (("better", better[:shown]), ("worse", worse[: -shown - 1 : -1])):
         for record in records:
             ranks = " → ".join("none" if rank is None else str(rank) for rank in record["first_match"])
-            lines.append(f"{title}: AP {gain(record):+.1f}, first match {ranks}: {record['caption']}")
+            lines.append(f"{title}: AP {gain(record):+.1f}, first match {ranks}: {' '.join(record['caption'].split())}")
     return lines

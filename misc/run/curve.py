@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from misc.files import atomic_file
+
 RETRIEVAL = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "mAP": "mAP", "mINP": "mINP"}
 
 
@@ -28,4 +30,5 @@ def draw_curve(path: Path, records: list[dict[str, Any]]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)

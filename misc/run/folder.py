@@ -2,13 +2,13 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from misc.errors import UserError
 from misc.files import lock_file
+from misc.terminal import try_to_print
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -81,7 +81,7 @@ def lock_folder(folder: Path) -> IO:
             f"model.saved_path: another run is writing to {folder}: stop it, or choose another folder"
         ) from error
     if unlocked:
-        tqdm.write(f"warning: {folder} cannot be locked ({unlocked}): do not start a second run in it")
+        try_to_print(f"warning: {folder} cannot be locked ({unlocked}): do not start a second run in it", sys.stdout)
     return file
 
 

@@ -11,11 +11,12 @@ from typing import IO, TextIO
 
 from tqdm import tqdm
 
-from misc.errors import UserError
+from misc.errors import UserError, printable
 from misc.files import atomic_file, partial_path
 from misc.run.curve import draw_curve
 from misc.run.folder import CURVE, LOG, METRICS, RUN_FILES, check_run_folder, lock_folder, read_records
 from misc.run.progress import Progress
+from misc.terminal import report, show, try_to_print
 
 
 class RunLog:
@@ -59,6 +60,7 @@ class RunLog:
         self._lock: IO | None = None
         self.text: TextIO | None = None
         self.writer = self.wandb_run = None
+        self._failed: set[str] = set()
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,37 +78,65 @@ class RunLog:
         for name in RUN_FILES:
             partial_path(self.folder / name).unlink(missing_ok=True)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # an optional package
+            with self.decoration("TensorBoard"):
+                from torch.utils.tensorboard import SummaryWriter  # an optional package
 
-            self.writer = SummaryWriter(str(self.folder))
+                self.writer = SummaryWriter(str(self.folder))
         if wandb_project:
-            import wandb  # an optional package
+            with self.decoration("wandb"):
+                import wandb  # an optional package
 
-            self.wandb_run = wandb.init(
-                project=wandb_project, dir=str(self.folder), config=config, id=run_id, resume="allow"
-            )
+                self.wandb_run = wandb.init(
+                    project=wandb_project, dir=str(self.folder), config=config, id=run_id, resume="allow"
+                )
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.writer:
+            with self.decoration("TensorBoard"):
+                self.writer.close()
+        if self.wandb_run:
+            with self.decoration("wandb"):
+                self.wandb_run.finish(exit_code=int(exception[0] is not None))
         if self.text:
             self.text.close()
-        if self.writer:
-            self.writer.close()
-        if self.wandb_run:
-            self.wandb_run.finish(exit_code=int(exception[0] is not None))
         if self._lock:
             self._lock.close()
 
     def line(self, text: str) -> None:
-        """Prints a line, above the progress bar if there is one, and appends it to train.log."""
+        """Prints a line, above the progress bar if there is one, and appends it to train.log.
+
+        A run continues without a standard output that is closed or full.
+
+        Raises UserError if standard output is full and there is no train.log.
+        """
         if not self.is_main:
             return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        if self.text:
-            self.text.write(text + "\n")
+        if self.text is None:
+            show(text)
+            return
+        error = try_to_print(text, sys.stdout)
+        self.text.write(printable(text) + "\n")
+        if error is not None:
+            warning = f"warning: standard output cannot be written to ({error.strerror}): the log continues in {LOG}"
+            self.text.write(warning + "\n")
+            report(warning)
+
+    @contextmanager
+    def decoration(self, name: str) -> Iterator[None]:
+        """Continues the run if an exception is raised within this context, and warns once for each name.
+
+        It is for everything that a run can do without: pictures, TensorBoard, wandb, a trace.
+        """
+        try:
+            yield
+        except Exception as error:  # of any package: the training is worth more
+            if name not in self._failed:
+                self._failed.add(name)
+                reason = str(error).partition("\n")[0]
+                self.line(f"warning: the run continues without {name} ({type(error).__name__}: {reason})")
 
     @contextmanager
     def progress(self, total: int, done: int, title: str) -> Iterator[tqdm]:
@@ -118,10 +148,12 @@ class RunLog:
     def scalars(self, values: dict[str, float], iteration: int) -> None:
         """Logs the numbers of one iteration to TensorBoard and wandb."""
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, iteration)
+            with self.decoration("TensorBoard"):
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, iteration)
         if self.wandb_run:
-            self.wandb_run.log(values, step=iteration)
+            with self.decoration("wandb"):
+                self.wandb_run.log(values, step=iteration)
 
     def epoch(self, record: dict[str, float], iteration: int) -> None:
         """Logs the numbers of one epoch, as a line of metrics.jsonl and to TensorBoard and wandb."""
@@ -135,7 +167,8 @@ class RunLog:
     def curve(self) -> None:
         """Draws the epochs in metrics.jsonl as curve.png."""
         if self.folder:
-            draw_curve(self.folder / CURVE, read_records(self.folder / METRICS))
+            with self.decoration(CURVE):
+                draw_curve(self.folder / CURVE, read_records(self.folder / METRICS))
 
 
 def _clear(folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from misc.files import atomic_file
 from misc.run.folder import TRACE
+from misc.run.log import RunLog
 
 try:
     import resource
@@ -23,7 +24,7 @@ traced."""
 
 
 @contextmanager
-def traced_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
+def traced_steps(folder: Path | None, log: RunLog) -> Iterator[Callable[[], None]]:
     """Writes `trace.json` to the folder of a run. With None, nothing is traced.
 
     Yields: a function to call after each training step.
@@ -33,7 +34,7 @@ def traced_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
         return
 
     def write(profiler: profile) -> None:
-        with atomic_file(folder / TRACE) as file:
+        with log.decoration(TRACE), atomic_file(folder / TRACE) as file:
             profiler.export_chrome_trace(file.name)
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

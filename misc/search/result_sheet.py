@@ -6,14 +6,12 @@ from pathlib import Path
 from misc.data.images import read_image
 from misc.errors import UserError
 from misc.files import atomic_file
-from misc.retrieval.sheet import Cell, draw_sheet, wrapped
+from misc.retrieval.sheet import Cell, Row, draw_sheet
 from misc.search.searcher import Query, Result
 
 PER_ROW = 10
 MAX_DRAWN = 100
 """Number of results that are drawn."""
-LABEL_WIDTH = 16
-"""In characters."""
 
 
 def draw_result_sheet(path: Path, folder: Path, query: Query, results: Sequence[Result]) -> int:
@@ -30,17 +28,13 @@ def draw_result_sheet(path: Path, folder: Path, query: Query, results: Sequence[
         except UserError:  # one removed file must not prevent drawing the others
             missing += 1
             continue
-        cells.append(Cell(picture, f"{rank}.  {score:.3f}\n{_short(Path(name).name)}"))
-    first = wrapped(query.description or f"like {query.file}")
-    rows = [(first if start == 0 else "", cells[start : start + PER_ROW]) for start in range(0, len(cells), PER_ROW)]
+        cells.append(Cell(picture, f"{rank}.  {score:.3f}", Path(name).name))
+    first = query.description or f"like {query.file}"
+    starts = range(0, max(1, len(cells)), PER_ROW)
+    rows = [Row("" if start else first, "", cells[start : start + PER_ROW]) for start in starts]
     try:
         with atomic_file(path) as file:
-            draw_sheet(file, rows or [(first, [])], columns=min(PER_ROW, max(1, len(cells))))
+            draw_sheet(file, rows)
     except OSError as error:
         raise UserError(f"--sheet {path} cannot be written ({error.strerror}): give another file") from error
     return missing
-
-
-def _short(name: str) -> str:
-    """Returns the end of a long name, which is its most specific part."""
-    return name if len(name) <= LABEL_WIDTH else f"…{name[1 - LABEL_WIDTH :]}"

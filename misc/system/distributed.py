@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from misc.errors import UserError
 from misc.system import slurm
+from misc.terminal import report
 
 Value = TypeVar("Value")
 
@@ -144,7 +144,7 @@ def refuse(error: UserError) -> int:
     """
     if local_rank() > 0:
         time.sleep(5)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    report(f"error: {error}")
     return 2
 
 

@@ -66,6 +66,7 @@ class Weights:
         settings: settings that are recorded with the tensors.
         grid: (height, width) of the position embeddings in patches. It is recorded, or assumed to be a square as
             in CLIP's own weights; None if it is unknown.
+        config: the configuration of the run that trained them; empty if it is not recorded. Its values are unchecked.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Weights:
     sizes: dict[str, int]
     settings: Settings
     grid: tuple[int, int] | None
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def patches(self) -> int:
@@ -150,8 +152,10 @@ def read_weights(source: str | Path | Location) -> Weights:
         state = _tensors(entries)
         scheme = names.scheme_of(state)
         if checkpoint is not None and scheme.is_tbps_clip:
-            settings, form = settings_from_checkpoint(checkpoint["config"]), _describe_checkpoint(scheme, checkpoint)
+            config = checkpoint["config"]
+            settings, form = settings_from_checkpoint(config), _describe_checkpoint(scheme, checkpoint)
         else:
+            config = {}
             settings, form = _implied_settings(settings, scheme, entries), _describe_form(kind, scheme)
         state, heads = scheme.convert(state)
         if "logit_scale" in state and state["logit_scale"].numel() == 1:
@@ -162,7 +166,7 @@ def read_weights(source: str | Path | Location) -> Weights:
         if grid is None and not scheme.is_tbps_clip:
             grid = square_grid(len(state["visual.positional_embedding"]) - 1)
         state, heads = _finite_copies(state), _finite_copies(heads)
-    return Weights(location.name, form, state, heads, sizes, settings, grid)
+    return Weights(location.name, form, state, heads, sizes, settings, grid, config)
 
 
 @contextmanager

@@ -400,7 +400,7 @@ def test_an_annotation_that_may_not_be_read(cuhk, monkeypatch):
 
 def test_five_of_many_missing_images_are_named(tmp_path):
     paths = [f"{i}.jpg" for i in range(7)]
-    split = Split(paths * 2, [0] * 14, ["x"] * 14, [None] * 14, list(range(14)))
+    split = Split(paths * 2, [0] * 14, ["x"] * 14, [None] * 14, list(range(14)), ["X."] * 14)
     with pytest.raises(UserError, match="7 of 7 annotated images") as caught:
         check_images({"test": split}, tmp_path)
     assert "'4.jpg', ...;" in str(caught.value)
@@ -415,7 +415,7 @@ def made_up_split(counts: Counts) -> Split:
     identities = [i % counts.identities for i in range(counts.images)]
     caption_images = [i % counts.images for i in range(counts.captions)]
     captions = [""] * counts.captions
-    return Split([""] * counts.images, identities, captions, [None] * counts.captions, caption_images)
+    return Split([""] * counts.images, identities, captions, [None] * counts.captions, caption_images, captions)
 
 
 def test_table(tmp_path):

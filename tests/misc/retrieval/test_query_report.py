@@ -17,6 +17,7 @@ SPLIT = Split(
     captions=["of seven", "of eight", "of nine", "of nobody"],
     back_translations=[None] * 4,
     caption_images=[0, 1, 2, 0],
+    annotated_captions=["Of seven.", "Of eight.", "Of nine.", "Of nobody."],
 )
 SPLIT.caption_identities[3] = 99  # a person who is in no image
 
@@ -39,7 +40,7 @@ def test_a_record_contains_the_results_of_a_query():
     records = query_records(FIRST, SPLIT)
     assert records[1] | {"first_images": None} == {
         "query": 1,
-        "caption": "of eight",
+        "caption": "Of eight.",
         "identity": 8,
         "first_match": 2,
         "average_precision": 50.0,
@@ -71,8 +72,8 @@ def test_two_models_are_compared_query_by_query():
     lines = comparison_lines(compared, shown=1)
     assert lines == [
         "2 queries got better, 1 worse, 1 unchanged",
-        "better: AP +50.0, first match 2 → 1: of eight",
-        "worse: AP -50.0, first match 1 → 2: of seven",
+        "better: AP +50.0, first match 2 → 1: Of eight.",
+        "worse: AP -50.0, first match 1 → 2: Of seven.",
     ]
 
 

@@ -161,6 +161,13 @@ def test_each_epoch_is_one_json_line(tmp_path):
     assert [json.loads(line) for line in lines] == [record(1), record(2)]
 
 
+def test_an_epoch_that_cannot_be_recorded_stops_the_run(tmp_path):
+    with RunLog(tmp_path) as log:
+        (tmp_path / "metrics.jsonl").mkdir()
+        with pytest.raises(OSError):
+            log.epoch(record(1), 1)
+
+
 def test_the_curve_shows_the_epochs_of_metrics_jsonl(tmp_path, monkeypatch):
     drawn = {}
     plot = Axes.plot

@@ -19,7 +19,7 @@ from misc.search import indexing
 from misc.search.encoder import Encoder
 from misc.search.gallery import default_index, held_index, open_gallery
 from misc.search.pictures import PictureSet, find_pictures
-from search import printable
+from misc.terminal import prepare_streams, show
 from tests.helpers.runs import Outcome, only_error
 from tests.helpers.searching import GELU, NAMES, features_one_by_one, gallery_of, paths_of, save_picture, write_clip
 
@@ -40,8 +40,11 @@ def encoded(monkeypatch) -> list[str]:
 
 def test_a_terminal_with_few_characters_shows_the_others_escaped(monkeypatch):
     """As on Windows, where Python encodes piped output in the code page of the system."""
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
-    assert printable("ü \u4e2d \udcff") == "ü \\u4e2d \\udcff"
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", newline="\n"))
+    prepare_streams()
+    show("ü \u4e2d \udcff")
+    assert written.getvalue().decode("cp1252") == "ü \\u4e2d \\udcff\n"
 
 
 # ---- which pictures are indexed -------------------------------------------------------------------------------------
