@@ -6,6 +6,7 @@ python search.py serve FOLDER [--port N]
 """
 
 import argparse
+import ipaddress
 import os
 import re
 import sys
@@ -115,7 +116,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--port", type=non_negative, default=8000, metavar="N", help="port to listen on (default: 8000)"
     )
     serve_parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="host name that browsers use for this server"
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name that visitors use for this server, unless it is a name or an address of this machine",
     )
     serve_parser.set_defaults(run=page)
     for command in (query_parser, serve_parser):
@@ -212,6 +217,8 @@ def query(options: argparse.Namespace) -> None:
     milliseconds = 1000 * (time.perf_counter() - started)
     if isinstance(found, UserError):
         raise found
+    if notice := searcher.notice(wanted):
+        report(f"note: {notice}")
     report(f"{len(found)} of {len(searcher.gallery):,} pictures, in {milliseconds:.0f} ms")
     for rank, result in enumerate(found, start=1):
         show(f"{rank}\t{result.score:.4f}\t{result.path}")
@@ -240,10 +247,10 @@ def default_sheet(folder: Path, wanted: Query) -> Path:
 def page(options: argparse.Namespace) -> None:
     """Serves the search page."""
     require("search.py serve", "fastapi", "uvicorn")
-    from misc.search.server import LOOPBACK, serve
+    from misc.search.server import serve
 
     searcher = open_searcher(options)
-    if options.host not in LOOPBACK:
+    if not is_loopback(options.host):
         report(f"warning: everybody who reaches {options.host} can see all pictures of {options.folder}")
     serve(
         searcher,
@@ -252,6 +259,14 @@ def page(options: argparse.Namespace) -> None:
         options.allow_host,
         announce=lambda address: show(f"{len(searcher.gallery):,} pictures at {address} (Ctrl-C stops the server)"),
     )
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether only programs of this machine reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def open_searcher(options: argparse.Namespace) -> Searcher:

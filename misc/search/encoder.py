@@ -4,6 +4,7 @@ B pictures or descriptions, D width of the shared space.
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,11 @@ class Encoder:
         """Encodes B descriptions to features (B, D); longer descriptions are truncated to `text_length` tokens."""
         ids = pad_tokens([self.tokenizer.encode(description, self.text_length) for description in descriptions])
         return self._encode(self.model.encode_text, ids)
+
+    def read_part(self, description: str) -> str | None:
+        """Returns the part of a description that is not truncated, or None if that is all of it."""
+        ids = self.tokenizer.encode(description, sys.maxsize)
+        return self.tokenizer.decode(ids[1 : self.text_length - 1]) if len(ids) > self.text_length else None
 
     @torch.inference_mode()
     def _encode(self, encode: Any, batch: Tensor) -> Tensor:

@@ -129,6 +129,14 @@ class Searcher:
             self.engine.close()
             self._open()
 
+    def notice(self, query: Query) -> str | None:
+        """Returns a message if the model does not read all of a description, else None."""
+        read = None if query.description is None else self.encoder.read_part(query.description)
+        if read is None:
+            return None
+        last = " ".join(read.split()[-3:])
+        return f"the model reads {self.encoder.text_length} tokens of a description: what follows “{last}” is ignored"
+
     def search(self, queries: Sequence[Query]) -> list[list[Result] | UserError]:
         """Answers several queries, which are encoded and compared together.
 

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from misc.errors import UserError
+from misc.search.connections import LimitedProtocol, connection_limits
 from misc.search.pictures import Picture, picture_to_show
 from misc.search.searcher import LONGEST_DESCRIPTION, Query, Result, Searcher, checked_description
 
@@ -25,8 +27,10 @@ PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_RESULTS = 200
 QUERIES_AT_ONCE = 64
-LONGEST_REQUEST = 1 << 20
+LONGEST_REQUEST = 1 << 17
 """Bytes of a request's head: a description of 10,000 characters in any script fits, so it gets a clear error."""
+LONGEST_ERROR = 300
+"""In characters."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -84,13 +88,15 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
     """Builds the application. It answers an error with its status and `{"error": "<one line>"}`.
 
     Args:
-        allowed_hosts: host names that this server accepts; `*` for any. This stops DNS rebinding: another site whose
-            name is made to resolve to this server cannot read the pictures.
+        allowed_hosts: host names that this server accepts, in addition to the address that it is reached at; `*` for
+            any. This stops DNS rebinding: another site whose name is made to resolve to this server cannot read the
+            pictures.
     """
     app = FastAPI(title="Person search", docs_url=None, redoc_url=None, openapi_url=None)
     search = QueryBatcher(searcher.search)
+    get = partial(app.api_route, methods=["GET", "HEAD"])
 
-    @app.get("/api/about")
+    @get("/api/about")
     def about() -> dict[str, Any]:
         info = searcher.gallery.info
         return {
@@ -102,20 +108,20 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
             "most_results": MOST_RESULTS,
         }
 
-    @app.get("/api/search")
+    @get("/api/search")
     async def by_description(text: str, results: Count = 20, threshold: Threshold = -1.0) -> Response:
         try:
-            query = Query(description=checked_description(text), count=results, threshold=threshold)
+            query = Query(description=checked_description(text), count=results)
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return await answer_query(query)
+        return await answer_query(query, threshold)
 
-    @app.get("/api/similar")
+    @get("/api/similar")
     async def by_picture(path: str, results: Count = 20, threshold: Threshold = -1.0) -> Response:
         indexed(path)
-        return await answer_query(Query(like=path, count=results, threshold=threshold))
+        return await answer_query(Query(like=path, count=results), threshold)
 
-    @app.get("/images/{path:path}")
+    @get("/images/{path:path}")
     def image(path: str) -> Response:
         picture = indexed(path)
         try:
@@ -124,7 +130,7 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
             raise HTTPException(404, str(error)) from error
         return Response(content, media_type=media_type)
 
-    @app.get("/")
+    @get("/")
     def page() -> Response:
         return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 
@@ -142,7 +148,7 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
             raise HTTPException(404, f"{path} is not in the index")
         return picture
 
-    async def answer_query(query: Query) -> Response:
+    async def answer_query(query: Query, threshold: float) -> Response:
         started = time.perf_counter()
         found = await search(query)
         if isinstance(found, UserError):
@@ -152,7 +158,9 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
             {
                 "milliseconds": round(1000 * seconds, 1),
                 "images": searcher.gallery.info.pictures,
-                "results": [result._asdict() for result in found],
+                "results": [result._asdict() for result in found if result.score >= threshold],
+                "best": found[0].score if found else None,
+                "notice": searcher.notice(query),
             }
         )
 
@@ -169,12 +177,15 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return _error(500, "the search failed: see the output of `search.py serve`")
+        response = _error(500, "the search failed: see the output of `search.py serve`")
+        response.headers.update(HEADERS)  # it does not pass through `guarded`
+        return response
 
     @app.middleware("http")
     async def guarded(request: Request, proceed: Callable) -> Response:
         name = _host_name(request)
-        if "*" in allowed_hosts or name in allowed_hosts:
+        address = (request.scope.get("server") or ("",))[0]  # no name, so no other site can have it
+        if "*" in allowed_hosts or name in (*allowed_hosts, address):
             response = await proceed(request)
         else:
             response = _error(
@@ -195,12 +206,20 @@ def _host_name(request: Request) -> str:
 
 
 def _error(status: int, message: str) -> Response:
-    return JSONResponse({"error": _readable(" ".join(message.split()))}, status_code=status)
+    message = " ".join(message.split())
+    if len(message) > LONGEST_ERROR:
+        message = f"{message[: LONGEST_ERROR - 100]} … {message[-90:]}"  # the remedy is at the end
+    return JSONResponse({"error": _readable(message)}, status_code=status)
 
 
 def _readable(text: str) -> str:
     """Returns the text with question marks for characters that UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()
+
+
+def known_names(host: str, allowed_hosts: Sequence[str]) -> list[str]:
+    """Returns the names that a server on `host` answers to: those of this machine, and those that the user allows."""
+    return [*LOOPBACK, *(name.lower() for name in (host, socket.gethostname(), *allowed_hosts))]
 
 
 def serve(
@@ -224,13 +243,16 @@ def serve(
         raise UserError(f"cannot listen on {host}:{port} ({reason}): give another --port or --host") from error
     with listener:
         port = listener.getsockname()[1]
-        any_name = host not in LOOPBACK and not allowed_hosts
-        names = ["*"] if any_name else [*LOOPBACK, *(name.lower() for name in allowed_hosts)]
+        names = known_names(host, allowed_hosts)
+        connections, queue = connection_limits()
         settings = uvicorn.Config(
             build_app(searcher, allowed_hosts=names),
-            http="h11",  # the implementation that can limit the length of a request
+            http=partial(LimitedProtocol, most=connections),  # type: ignore[arg-type]  # a class with one argument given
+            ws="none",
+            backlog=queue,
             h11_max_incomplete_event_size=LONGEST_REQUEST,
-            log_level="warning",
+            timeout_graceful_shutdown=5,
+            log_level="error",
             server_header=False,
         )
         announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")

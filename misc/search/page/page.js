@@ -112,8 +112,9 @@ function showLike(column) {
   column.likeText.textContent = `like ${path}`;
 }
 
+// Addresses are relative, because the page may be behind a path of another server.
 function pictureAddress(path) {
-  return `/images/${path.split("/").map(encodeURIComponent).join("/")}`;
+  return `images/${path.split("/").map(encodeURIComponent).join("/")}`;
 }
 
 // Searching
@@ -123,7 +124,7 @@ function requestOf(query) {
   const parameters = new URLSearchParams(query.like ? { path: query.like } : { text: query.text });
   parameters.set("results", settings.count);
   if (settings.threshold !== null) parameters.set("threshold", settings.threshold);
-  return `/api/${query.like ? "similar" : "search"}?${parameters}`;
+  return `api/${query.like ? "similar" : "search"}?${parameters}`;
 }
 
 async function search(column) {
@@ -157,10 +158,13 @@ async function ask(address, signal) {
   throw new Error(answer?.error ?? `The server's answer cannot be read (status ${response.status}).`);
 }
 
-function summary({ results, images, milliseconds }) {
-  if (results.length === 0 && settings.threshold !== null) return `nothing above ${settings.threshold.toFixed(2)}`;
+function summary({ results, best, images, milliseconds, notice }) {
   const time = wholeNumber.format(Math.max(1, milliseconds));
-  return `${wholeNumber.format(results.length)} of ${wholeNumber.format(images)} pictures in ${time} ms`;
+  const found =
+    results.length === 0 && best !== null
+      ? `nothing above ${settings.threshold.toFixed(2)}; the best score is ${best.toFixed(3)}`
+      : `${wholeNumber.format(results.length)} of ${wholeNumber.format(images)} pictures in ${time} ms`;
+  return notice ? `${found}. Note: ${notice}` : found;
 }
 
 function showProblem(column, problem) {
@@ -191,7 +195,7 @@ function makeCard({ path, score }, index) {
   part(".score").textContent = score.toFixed(3);
   const nameAt = path.lastIndexOf("/") + 1;
   part(".folder").textContent = path.slice(0, nameAt);
-  part(".file").textContent = path.slice(nameAt);
+  part(".file bdi").textContent = path.slice(nameAt);
   part(".open").href = pictureAddress(path);
   part(".open").setAttribute("aria-label", `Open ${path} in a new tab`);
   return card;
@@ -311,7 +315,7 @@ function nearestCard(card, others) {
 
 async function showAbout() {
   try {
-    const about = await ask("/api/about");
+    const about = await ask("api/about");
     byId("about").textContent =
       `${about.folder}: ${wholeNumber.format(about.images)} pictures, ${about.checkpoint}, ${about.engine} search`;
     countField.max = about.most_results;
