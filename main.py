@@ -14,7 +14,7 @@ import sys
 
 from easydict import EasyDict
 
-from misc.builders.data import data_title, sheet_options
+from misc.builders.data import evaluated_data, sheet_options
 from misc.builders.run import Run, prepare_run, run_folder
 from misc.commands.contribution import contribution
 from misc.commands.evaluate import evaluate
@@ -219,7 +219,7 @@ def end_epoch(run: Run, log: RunLog) -> None:
 def evaluate_epoch(run: Run, log: RunLog, title: str) -> Retrieval:
     """Evaluates the current weights, and logs the table of results."""
     retrieval = run.evaluator(run.trainer.bare_model)
-    for line in result_lines(f"{title}, {data_title(run.config)}", retrieval):
+    for line in result_lines(f"{title}, {evaluated_data(run.config)}", retrieval):
         log.line(line)
     return retrieval
 

@@ -116,7 +116,9 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(run, data, monkeypatch, t
         return find_start(*arguments, **options)
 
     monkeypatch.setattr(run_builder, "find_start", try_second_run)
-    assert run(*own, "--resume").status == 0
+    resumed = run(*own, "--resume")
+    assert resumed.status == 0 and "the run is finished: all 1 epochs are trained" in resumed.out
+    assert "resumed in epoch" not in resumed.out
     assert len(found) == 1 and "another run is writing to" in found[0]
 
 

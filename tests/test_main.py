@@ -156,7 +156,7 @@ def test_evaluation_of_the_last_checkpoint_repeats_its_metrics(full, data, run, 
     assert outcome.status == 0
     assert seen == [{name: pytest.approx(full.records[-1][name], abs=1e-6) for name in METRICS}]
     assert printed_metrics(outcome.out) == [rounded(full.records[-1])]
-    assert printed_statistics(outcome.out) == STATISTICS
+    assert printed_statistics(outcome.out) == {"test": STATISTICS["test"]}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,6 +170,22 @@ def test_weights_whose_features_overflow_have_no_metrics(full, data, run, tmp_pa
         assert printed_metrics(outcome.out) == []
         export = ("--export", "openclip", tmp_path / "out", f"model.checkpoint={tmp_path / 'broken.pth'}")
         assert "has an invalid feature" in run(*export, "device=cpu").err and not (tmp_path / "out").exists()
+
+
+def test_evaluation_needs_only_its_own_split(full, run, tiny_dataset):
+    """Neither the entries nor the images of the others, nor the back-translations."""
+    entries = annotation(tiny_dataset)
+    for entry in entries:
+        if entry["split"] != "test":
+            (tiny_dataset.image_dir / entry["file_path"]).unlink()
+    own = (*QUICK, *of_dataset(tiny_dataset), "data.back_translation_file=missing.json")
+    for kept in (entries, [entry for entry in entries if entry["split"] == "test"]):
+        annotate(tiny_dataset, kept)
+        outcome = run("--evaluate", full.folder / "checkpoint_last.pth", *own)
+        assert outcome.status == 0 and "back" not in outcome.out, outcome
+        assert printed_metrics(outcome.out) == [rounded(full.records[-1])]
+    message = only_error(run("--evaluate", full.folder / "checkpoint_last.pth", *own, "data.evaluate_on=val"))
+    assert "data.evaluate_on" in message and "no val split" in message
 
 
 def test_two_ranks_evaluate_a_checkpoint_like_one_rank(full, data):
@@ -270,9 +286,9 @@ def test_a_trace_of_some_steps_is_written(train):
     assert any("scaled_dot_product" in event.get("name", "") for event in events)
 
 
-def test_the_val_split_can_be_evaluated(train):
+def test_the_val_split_can_be_evaluated(train, data):
     out = train("data.evaluate_on=val").outcome.out
-    assert "epoch 1, val: 16 queries, 8 images" in out
+    assert f"epoch 1, val in {data.anno_dir}: 16 queries, 8 images" in out
 
 
 def test_bf16_trains_on_a_cpu(train):
@@ -319,7 +335,8 @@ def test_counts_that_differ_from_the_published_ones_cause_a_warning(full, data, 
     own = ("data.dataset=CUHK-PEDES", "data.evaluate_on=test")
     outcome = run("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(data), *own)
     assert outcome.status == 0
-    assert "warning: CUHK-PEDES train: 12 identities here, 11,003 published" in outcome.out
+    assert "warning: CUHK-PEDES test: 5 identities here, 1,000 published" in outcome.out
+    assert "CUHK-PEDES train" not in outcome.out  # it is not evaluated
 
 
 def test_a_folder_that_contains_a_run_is_only_replaced_with_overwrite(train, run, data, tmp_path):
@@ -364,7 +381,7 @@ def missing_images(dataset, folder):
     paths = [entry["file_path"] for entry in annotation(dataset)][:7]
     for path in paths:
         (dataset.image_dir / path).unlink()
-    return Mistake([], ["7 of 42", *paths[:5], "image_dir"])
+    return Mistake([], ["7 of 34", *paths[:5], "image_dir"])
 
 
 def annotation_without_split(dataset, folder):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from misc.config.loading import flatten, to_plain
 from misc.config.rules import RULES
-from misc.data.annotations import Split, check_images, few_shot, read_annotations, statistics_table
+from misc.data.annotations import Split, check_images, data_title, few_shot, read_annotations, statistics_table
 from misc.data.batches import training_loader
 from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import Augmentation, TrainingSet
@@ -28,10 +28,9 @@ DATA_KEYS = ("anno_dir", "image_dir", "data.dataset")
 """The keys that decide which dataset is read."""
 
 
-def data_title(config: EasyDict) -> str:
-    """Returns the dataset, the split and the folder of an evaluation, to name its results by."""
-    dataset = f"{config.data.dataset} " if config.data.dataset else ""
-    return f"{dataset}{config.data.evaluate_on} in {config.anno_dir}"
+def evaluated_data(config: EasyDict) -> str:
+    """Returns the dataset, the split and the folder of the evaluations of a configuration."""
+    return data_title(config.data.dataset, config.data.evaluate_on, config.anno_dir)
 
 
 def with_recorded_data(config: EasyDict, weights: Weights, given: Sequence[str]) -> tuple[EasyDict, list[str]]:

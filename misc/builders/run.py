@@ -122,7 +122,9 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
     ]
     if saved is not None:
         trainer.load_state(saved)
-        notes.append(f"resumed in epoch {progress.epoch + 1}, after step {progress.step} of {len(loader)}")
+        finished = f"the run is finished: all {progress.epoch} epochs are trained, so there is nothing to continue"
+        position = f"resumed in epoch {progress.epoch + 1}, after step {progress.step} of {len(loader)}"
+        notes.append(position if progress.epoch < config.schedule.epoch else finished)
     resumed = saved is not None
     return Run(config, ranks, folder, resumed, lock, run_id, progress, loader, trainer, evaluator, checkpoints, notes)
 

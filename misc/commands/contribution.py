@@ -5,7 +5,7 @@ from pathlib import Path
 
 from easydict import EasyDict
 
-from misc.builders.data import build_evaluator, data_title, read_evaluated_split, with_recorded_data
+from misc.builders.data import build_evaluator, evaluated_data, read_evaluated_split, with_recorded_data
 from misc.builders.model import build_initial_model, build_saved_model, initial_weights_config, read_any_weights
 from misc.builders.run import rank_notes
 from misc.run.log import RunLog
@@ -37,5 +37,5 @@ def contribution(config: EasyDict, ranks: Ranks, source: str, *, given: Sequence
         measured = measure_contribution(evaluator, model.to(ranks.device), initial.to(ranks.device).state_dict(), log)
         log.line(contribution_table(measured))
         if ranks.is_main:
-            write_contribution(folder, measured)
-        log.line(f"{source}, {data_title(config)}: written to {folder} after {measured.seconds:.1f} s")
+            write_contribution(folder, measured, log)
+        log.line(f"{source}, {evaluated_data(config)}: written to {folder} after {measured.seconds:.1f} s")

@@ -7,7 +7,7 @@ from easydict import EasyDict
 
 from misc.builders.data import (
     build_evaluator,
-    data_title,
+    evaluated_data,
     read_evaluated_split,
     sheet_options,
     with_recorded_data,
@@ -70,7 +70,7 @@ def evaluate(
                 log.line(line)
             evaluator = build_evaluator(saved, splits, tokenizer, precision, ranks)
             retrieval = evaluator(model.to(ranks.device))
-            for line in result_lines(f"{name}, {data_title(config)}", retrieval):
+            for line in result_lines(f"{name}, {evaluated_data(config)}", retrieval):
                 log.line(line)
             evaluations.append((evaluator, retrieval))
         if not ranks.is_main or not (sheet or against):

@@ -10,8 +10,8 @@ from misc.errors import UserError
 from misc.run.folder import LAST_CHECKPOINT
 from misc.study.report import write_report
 from misc.study.rows import STUDY_FOLDER, Row, find_row, read_study, row_folder, starting_checkpoint, study_list
-from misc.system.distributed import Launch
-from misc.terminal import show
+from misc.system.distributed import Launch, local_rank
+from misc.terminal import report, show
 
 STUDY_TABLES: dict[str, Callable[[dict[str, Row], Path], str]] = {
     "list": lambda rows, root: study_list(rows),
@@ -46,6 +46,8 @@ def configure_row(name: str, path: str | Path, overrides: Sequence[str], *, resu
     row, root = find_row(read_study(), name), study_root(overrides)
     config = load_config(path, row=row, overrides=tuple(overrides))
     config.model.saved_path = str(row_folder(root, row.name, config.misc.seed))
+    if row.name != name and local_rank() == 0:
+        report(f"note: {name} is the same as {row.name}, so they share the run in {config.model.saved_path}")
     exists = (Path(config.model.saved_path) / LAST_CHECKPOINT).is_file()
     continues = exists and (resume or Launch.current().attempt > 0)
     given = any(override.startswith("model.checkpoint=") for override in overrides)

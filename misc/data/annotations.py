@@ -122,21 +122,30 @@ def read_annotations(
             the annotation. If a path is listed several times, its entries are joined in order.
         max_words: captions are cut to this length.
 
+    Backslashes in a path are separators if there is such an image, for annotations written on Windows.
+
     Returns: the splits that have entries.
     Raises UserError if a folder, a file or a required split is missing, or if an entry is wrong.
     """
     anno_dir, image_dir = _existing_folder("anno_dir", anno_dir), _existing_folder("image_dir", image_dir)
-    entries = [
-        _parse_entry(entry, entry_name, own_split)
-        for path, split in _annotation_files(anno_dir, splits, required)
-        for entry_name, entry in _read_json_list(path)
-        if (own_split := split or _split_of(entry, entry_name)) in splits
-    ]
+    entries = []
+    for path, split in _annotation_files(anno_dir, splits, required):
+        named = _read_json_list(path)
+        if split is None and named and not any("split" in entry for _, entry in named):
+            raise UserError(
+                f"{path} has no `split` in any entry: get a file with splits; caption_all.json of CUHK-PEDES has "
+                "none and cannot be used under any name, get reid_raw.json"
+            )
+        for entry_name, entry in named:
+            own_split = split or _split_of(entry, entry_name)
+            if own_split in splits:
+                entries.append(_parse_entry(entry, entry_name, own_split))
     for name in required:
         if not any(entry.split == name for entry in entries):
             raise UserError(f"the annotation in {anno_dir} has no {name} entries: get the complete file")
     if back_translation_file is not None:
         entries = _join_back_translations(entries, Path(back_translation_file))
+    entries = [_with_separators(entry, image_dir) for entry in entries]
     folder = _image_folder(entries, image_dir)
     by_split = {name: [entry for entry in entries if entry.split == name] for name in SPLITS}
     return {
@@ -172,6 +181,11 @@ def check_images(splits: dict[str, Split], image_dir: str | Path) -> None:
             f"{len(missing):,} of {len(paths):,} annotated images are missing under {image_dir}: "
             f"{examples}; set `image_dir` to the folder that these paths start from, or unpack the images again"
         )
+
+
+def data_title(dataset: str | None, split: str, anno_dir: str) -> str:
+    """Returns the dataset, the split and the folder of an evaluation, to name its results by."""
+    return f"{dataset} {split} in {anno_dir}" if dataset else f"{split} in {anno_dir}"
 
 
 def few_shot(split: Split, share: float, seed: int) -> Split:
@@ -265,11 +279,20 @@ def _read_json_list(path: Path) -> list[tuple[str, dict]]:
     if not is_file(path):
         raise UserError(f"{path} is not a file: correct the path")
     try:
-        entries = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    try:
+        entries = json.loads(content)
     except (ValueError, RecursionError) as error:  # not JSON, or not text
-        raise UserError(f"{path} cannot be read as JSON ({error}): get the file again") from error
+        remedy = "get the file again"
+        if isinstance(error, UnicodeDecodeError):
+            remedy = f"if it is in another encoding, for example GBK, convert it: iconv -f GBK -t UTF-8; else {remedy}"
+        elif _is_json_lines(content):
+            remedy = (
+                "it is JSON Lines, with an object on each line: convert it to one JSON list, for example with jq -s ."
+            )
+        raise UserError(f"{path} cannot be read as JSON ({error}): {remedy}") from error
     if not isinstance(entries, list):
         raise UserError(f"{path} contains {shortened(entries)}, expected a JSON list with one entry per image")
     named = [(f"{path} entry {number} (counted from 1)", entry) for number, entry in enumerate(entries, start=1)]
@@ -279,6 +302,14 @@ def _read_json_list(path: Path) -> list[tuple[str, dict]]:
                 f"{entry_name} is {shortened(entry)}, expected an object with `file_path`: fix or remove it"
             )
     return named
+
+
+def _is_json_lines(content: bytes) -> bool:
+    """Returns whether the first line is an object and ends with it."""
+    try:
+        return isinstance(json.loads(content.lstrip().partition(b"\n")[0]), dict)
+    except ValueError:
+        return False
 
 
 def _split_of(entry: dict, entry_name: str) -> str:
@@ -302,7 +333,7 @@ def _image_path(entry: dict, entry_name: str) -> str:
     path = entry.get(field)
     if not (isinstance(path, str) and path):
         raise _field_error(entry, entry_name, field, "the path of an image")
-    location = Path(path)
+    location = Path(path.replace("\\", "/"))
     if location.anchor or ".." in location.parts:  # under Windows, `/x` and `C:x` are not absolute
         raise _field_error(entry, entry_name, field, "a path inside the image folder, without `..`")
     return path
@@ -335,17 +366,24 @@ def _join_back_translations(entries: list[_Entry], path: Path) -> list[_Entry]:
     available: dict[str, list[list[str | None]]] = defaultdict(list)
     for entry_name, translated in _read_json_list(path):
         if texts := _back_translations(translated, entry_name):
-            available[_image_path(translated, entry_name)].append(texts)
-    if not any(entry.image_path in available for entry in entries):
+            available[_image_path(translated, entry_name).replace("\\", "/")].append(texts)
+    if not any(entry.image_path.replace("\\", "/") in available for entry in entries):
         raise UserError(
             f"{path} has no back-translation of any annotated image, such as {entries[0].image_path!r}: "
             "use the file of this dataset, with the same paths as the annotation"
         )
     joined = []
     for entry in entries:
-        remaining = available[entry.image_path]
+        remaining = available[entry.image_path.replace("\\", "/")]
         joined.append(entry._replace(back_translations=remaining.pop(0)) if remaining else entry)
     return joined
+
+
+def _with_separators(entry: _Entry, image_dir: Path) -> _Entry:
+    """Returns the entry with the backslashes of its path as separators, if its image is there."""
+    path = entry.image_path.replace("\\", "/")
+    found = path != entry.image_path and any((image_dir / folder / path).is_file() for folder in ("", IMAGE_SUBFOLDER))
+    return entry._replace(image_path=path) if found else entry
 
 
 def _image_folder(entries: list[_Entry], image_dir: Path) -> str:

@@ -18,7 +18,7 @@ MARKS = {RIGHT: "✓ ", WRONG: "✗ "}
 
 PIXELS = 100
 """Per inch."""
-TEXT_WIDTH, CELL_WIDTH, ROW_HEIGHT, GAP = 340, 95, 210, 20
+TEXT_WIDTH, CELL_WIDTH, ROW_HEIGHT, GAP = 340, 95, 216, 20
 """In pixels; a gap separates a cell that is not one of the first images."""
 IMAGE_SIZE = (83, 158)
 """Width and height of the box of an image, in pixels."""

@@ -293,8 +293,8 @@ def contribution_folder(checkpoint: Path) -> Path:
     return check_new_path(folder, "--contribution", "copy the checkpoint to another folder")
 
 
-def write_contribution(folder: Path, contribution: Contribution) -> None:
-    """Writes `contribution.json` and `contribution.png` into a new folder: both files or none.
+def write_contribution(folder: Path, contribution: Contribution, log: RunLog) -> None:
+    """Writes `contribution.json` and `contribution.png` into a new folder, which then exists completely or not at all.
 
     Raises UserError if they cannot be written.
     """
@@ -304,7 +304,8 @@ def write_contribution(folder: Path, contribution: Contribution) -> None:
     try:
         with atomic_folder(folder) as part:
             (part / "contribution.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            draw_contribution_chart(part / "contribution.png", **towers)
+            with log.decoration("contribution.png"):
+                draw_contribution_chart(part / "contribution.png", **towers)
     except OSError as error:
         raise UserError(
             f"--contribution: {folder} cannot be written ({error.strerror}): copy the results from the table above"

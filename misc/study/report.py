@@ -4,11 +4,15 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from misc.errors import UserError
-from misc.files import atomic_file
-from misc.run.folder import METRICS, read_records
+from misc.config.loading import flatten, read_yaml
+from misc.data.annotations import data_title
+from misc.errors import UserError, first_of
+from misc.files import atomic_file, is_file
+from misc.run.folder import CONFIG, METRICS, read_records
 from misc.study.rows import COLUMNS, Row
 
+PUBLISHED_ON = "CUHK-PEDES"
+"""The dataset of the published figures, unless the row sets another."""
 PUBLISHED, MEASURED = "#9aa5b1", "#1a9641"
 
 
@@ -18,10 +22,12 @@ class Measured:
 
     Attributes:
         figures: for each column, one figure per seed whose run is finished and recorded it.
+        data: the data of each finished run that recorded it: a title, and the name of the dataset or None.
         unfinished: folders of the seeds whose run has not reached its last epoch; they are ignored.
     """
 
     figures: dict[str, list[float]]
+    data: tuple[tuple[str, str | None], ...] = ()
     unfinished: tuple[str, ...] = ()
 
     def mean(self, column: str) -> float:
@@ -32,7 +38,7 @@ def measured(root: Path, row: Row) -> Measured | None:
     """Reads the results of a row's runs; None if it has no run. The retrieval metrics are those of the epoch with the
     best R@1."""
     figures: dict[str, list[float]] = {column: [] for column in row.columns}
-    unfinished = []
+    unfinished, data = [], []
     for folder in sorted((root / row.run).glob("seed_*")):
         records = read_records(folder / METRICS)
         if not records:
@@ -41,6 +47,10 @@ def measured(root: Path, row: Row) -> Measured | None:
         if len(records) < last.get("epochs", 0):
             unfinished.append(folder.name)
             continue
+        if is_file(folder / CONFIG):
+            config = {"data.dataset": None, "data.evaluate_on": "test", **flatten(read_yaml(folder / CONFIG))}
+            dataset = config["data.dataset"]
+            data.append((data_title(dataset, config["data.evaluate_on"], config["anno_dir"]), dataset))
         best = max(records, key=lambda record: record["r1"])
         results = best | {
             "epochs": len(records),
@@ -52,7 +62,7 @@ def measured(root: Path, row: Row) -> Measured | None:
         for column in row.columns:
             if column in results:
                 figures[column].append(results[column])
-    return Measured(figures, tuple(unfinished)) if unfinished or any(figures.values()) else None
+    return Measured(figures, tuple(data), tuple(unfinished)) if unfinished or any(figures.values()) else None
 
 
 def write_report(rows: dict[str, Row], root: Path) -> str:
@@ -70,6 +80,7 @@ def write_report(rows: dict[str, Row], root: Path) -> str:
     for table in tables:
         table_rows = [row for row in rows.values() if row.table == table]
         parts.append(f"### {table}\n\n{_table(table_rows, found)}")
+        parts += _data_lines(table_rows, found)
     text = "\n\n".join(parts)
     drawn = [row for row in rows.values() if row.name in found and found[row.name].figures[row.columns[0]]]
     try:
@@ -82,6 +93,22 @@ def write_report(rows: dict[str, Row], root: Path) -> str:
             f"--study report: {root} cannot be written to ({error.strerror}): set model.saved_path to a copy of it"
         ) from error
     return text
+
+
+def _data_lines(rows: list[Row], found: dict[str, Measured]) -> list[str]:
+    """Returns a paragraph on the data of a table's runs, with a warning if the published figures are of other data."""
+    measured_on: dict[str, None] = {}
+    other: dict[str, None] = {}
+    for row in rows:
+        published_on = row.settings.get("data.dataset", PUBLISHED_ON)
+        for title, dataset in found[row.name].data if row.name in found else ():
+            measured_on[title] = None
+            if dataset != published_on:
+                other[f"{row.name} ({published_on} published, {title} measured)"] = None
+    lines = [f"Measured on: {', '.join(measured_on)}."] if measured_on else []
+    if other:
+        lines.append(f"**The published figures are of other data**: {first_of(list(other))}.")
+    return lines
 
 
 def _table(rows: list[Row], found: dict[str, Measured]) -> str:

@@ -227,6 +227,49 @@ def test_caption_all_cannot_be_used(tmp_path):
     assert len(read_annotations(tmp_path, tmp_path)["train"]) == 6
 
 
+def test_caption_all_under_another_name_is_recognised(tmp_path):
+    write_json(tmp_path / "reid_raw.json", [{"id": 1, "file_path": "a.jpg", "captions": ["a"]}])
+    fails(tmp_path, "no `split` in any entry", "caption_all.json", "get reid_raw.json")
+
+
+@pytest.mark.parametrize("folder", ["", "imgs"])
+def test_backslashes_are_separators_where_that_finds_the_image(tmp_path, folder):
+    """Except in the name of an image that contains one."""
+    for name in ("cam_a/1.png", "odd\\name.png"):
+        path = tmp_path / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    names = {"cam_a\\1.png": "cam_a/1.png", "odd\\name.png": "odd\\name.png", "cam_b\\2.png": "cam_b\\2.png"}
+    write_json(
+        tmp_path / "reid_raw.json",
+        [entry("test" if "odd" in name else "train", number, name, "a") for number, name in enumerate(names)],
+    )
+    write_json(tmp_path / "translated.json", [{"file_path": "cam_a/1.png", "captions_bt": ["b"]}])
+    splits = read_annotations(tmp_path, tmp_path, back_translation_file=tmp_path / "translated.json")
+    prefix = f"{folder}/".lstrip("/")
+    assert splits["train"].image_paths == [prefix + names[r"cam_a\1.png"], prefix + names[r"cam_b\2.png"]]
+    assert splits["test"].image_paths == [prefix + r"odd\name.png"]
+    assert splits["train"].back_translations == ["b", None]
+
+
+def test_only_the_asked_splits_are_read(tmp_path):
+    write_json(tmp_path / "test_reid.json", [reid_entry(1, "a.jpg", "x")])
+    assert list(read_annotations(tmp_path, tmp_path, splits=("test",), required=())) == ["test"]
+    fails(tmp_path, "test_reid.json", "no train_reid.json")
+    (tmp_path / "train_reid.json").write_text("broken")
+    assert list(read_annotations(tmp_path, tmp_path, splits=("test",), required=())) == ["test"]
+    other = tmp_path / "raw"
+    other.mkdir()
+    write_json(other / "reid_raw.json", [{"split": "train"}, entry("test", 1, "a.jpg", "x")])
+    assert list(read_annotations(other, other, splits=("test",), required=())) == ["test"]
+
+
+def test_captions_stay_as_annotated_for_people_to_read(tmp_path):
+    write_json(tmp_path / "reid_raw.json", [entry("train", 1, "a.jpg", "A (red) Coat."), entry("test", 2, "b.jpg", "")])
+    train = read_annotations(tmp_path, tmp_path)["train"]
+    assert (train.captions, train.annotated_captions) == (["a red coat"], ["A (red) Coat."])
+
+
 def test_several_raw_files(tmp_path):
     write_json(tmp_path / "reid_raw.json", CUHK)
     write_json(tmp_path / "data_captions.json", RSTP)
@@ -252,6 +295,14 @@ def test_missing_folders(tmp_path):
 def test_not_json(tmp_path, content):
     (tmp_path / "reid_raw.json").write_bytes(content)
     fails(tmp_path, "reid_raw.json cannot be read as JSON")
+
+
+def test_other_encodings_and_json_lines_are_named(tmp_path):
+    text = json.dumps(CUHK, ensure_ascii=False).replace("cam_a", "相机")
+    (tmp_path / "reid_raw.json").write_bytes(text.encode("gbk"))
+    fails(tmp_path, "cannot be read as JSON", "GBK", "iconv")
+    (tmp_path / "reid_raw.json").write_text("".join(json.dumps(entry) + "\n" for entry in CUHK))
+    fails(tmp_path, "cannot be read as JSON", "JSON Lines", "one JSON list")
 
 
 @pytest.mark.parametrize("content", [{"annotations": []}, "text", None, 3])

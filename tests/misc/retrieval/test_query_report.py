@@ -110,8 +110,21 @@ def test_runs_and_evaluations_leave_their_queries(run, data, tmp_path):
         assert record["average_precision"] == pytest.approx([query["average_precision"] for query in pair])
     assert "queries got better" in outcome.out
 
-    assert "exists" in only_error(run(*fixed, "--evaluate", one, "--sheet", "3"))
-    assert run(*fixed, "--evaluate", one).status == 0  # which writes nothing
+    evaluate_one = (*fixed, "--evaluate", one)
+    for existing in (("--sheet", "3"), ("--against", two)):
+        message = only_error(run(*evaluate_one, *existing))
+        assert str(folder) in message and "already exists" in message and "--out" in message
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.jsonl", "queries.jsonl", "retrieval.png"]
+    elsewhere = tmp_path / "new" / "elsewhere"
+    assert run(*evaluate_one, "--sheet", "1", "--out", elsewhere).status == 0
+    assert run(*evaluate_one, "--against", two, "--out", elsewhere).status == 0  # the next line of the documents
+    for name in ("comparison.jsonl", "queries.jsonl"):
+        assert (elsewhere / name).read_bytes() == (folder / name).read_bytes()
+    assert (elsewhere / "retrieval.png").is_file()
+    assert "--out" in only_error(run(*evaluate_one, "--out", elsewhere))
+    of_checkpoint = run(*QUICK, "--evaluate", one)  # the data is that of the checkpoint; it writes nothing
+    assert of_checkpoint.status == 0 and f"{one}, test in {data.anno_dir}: 20 queries" in of_checkpoint.out
+    assert "back_trans" not in of_checkpoint.out
     assert "--evaluate" in only_error(run(*fixed, "--against", two))
     assert run(*fixed, "--evaluate", two, "--sheet", "0").status == 0
     assert [path.name for path in (tmp_path / "two" / "checkpoint_best_retrieval").iterdir()] == ["queries.jsonl"]

@@ -4,12 +4,14 @@ Neither the people nor their captions were seen in training.
 """
 
 import http.client
+import http.server
 import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -430,8 +432,68 @@ def test_number_of_results_and_threshold(page):
         page.one(field).send_keys(page.keys.CONTROL, "a")
         page.one(field).send_keys(value or page.keys.DELETE)
         page.until(lambda expected=expected: len(page.paths()) == expected)
+        if value == "1":
+            page.until(lambda: page.one("#status-1").text.startswith("nothing above 1.00; the best score is 0."))
     page.settle()
     assert page.one("#status-1").text.startswith("5 of ")
+
+
+class SubPath(http.server.BaseHTTPRequestHandler):
+    """Passes requests below a path on to the site, as the proxies of notebook servers do."""
+
+    site: Site
+    path_of_page = "/user/me/proxy/8123/"
+
+    def do_GET(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.site.port)
+        below = self.path.startswith(self.path_of_page)
+        connection.request("GET", self.path.removeprefix(self.path_of_page[:-1]) if below else "/nothing")
+        answer = connection.getresponse()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer.read())
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_the_page_behind_a_path_of_another_server(page, site):
+    SubPath.site = site
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SubPath) as proxy:
+        threading.Thread(target=proxy.serve_forever).start()
+        try:
+            page.browser.get(f"http://127.0.0.1:{proxy.server_port}{SubPath.path_of_page}")
+            page.type("a woman in a red coat")
+            assert len(page.paths()) == 20 and SubPath.path_of_page in page.browser.current_url
+            picture = page.one("#results-1 img")
+            page.until(lambda: picture.get_property("naturalWidth") == 64)
+            assert page.one(".picture").value_of_css_property("position") == "relative"  # the style is there
+        finally:
+            proxy.shutdown()
+            page.open()
+
+
+def test_the_end_of_a_long_name_is_visible(page):
+    page.type("a man in black")
+    left, right, box = page.browser.execute_script("""
+        const name = document.querySelector(".file bdi");
+        name.textContent = "x".repeat(60) + "_0001.jpg";
+        const end = document.createRange();
+        end.setStart(name.firstChild, 60);
+        end.setEnd(name.firstChild, 69);
+        const [text, box] = [end, name.parentElement].map((one) => one.getBoundingClientRect());
+        return [text.left, text.right, [box.left, box.right]];
+    """)
+    assert box[0] <= left < right <= box[1] + 1
+
+
+def test_a_description_that_is_cut_is_noticed(page):
+    page.type("a woman with red hair and " * 19)
+    assert "Note: the model reads 77 tokens" in page.one("#status-1").text
+    page.type("a woman with red hair")
+    assert "Note" not in page.one("#status-1").text
 
 
 def test_the_page_with_only_the_keyboard(page):

@@ -367,7 +367,7 @@ def test_cells_have_the_colours_of_their_values(tmp_path):
 
 def test_the_files_are_complete_or_do_not_exist(tmp_path, full_disk):
     content = Contribution(50.0, 1.5, made_up(0.5, 0.1), made_up(1.0, 0.2))
-    write_contribution(tmp_path / "whole", content)
+    write_contribution(tmp_path / "whole", content, RunLog(None))
     found = json.loads((tmp_path / "whole" / "contribution.json").read_text())
     assert (found["r1"], found["seconds"], found["points"]) == (50.0, 1.5, 3)
     assert found["alphas"] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
@@ -375,7 +375,7 @@ def test_the_files_are_complete_or_do_not_exist(tmp_path, full_disk):
     assert found["text"] == [dict.fromkeys(KINDS, {"r1_removed": 10.0, "c1": 1.0, "c2": 0.2})] * 3
     full_disk(2000)
     with pytest.raises(UserError, match="half cannot be written"):
-        write_contribution(tmp_path / "half", content)
+        write_contribution(tmp_path / "half", content, RunLog(None))
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 

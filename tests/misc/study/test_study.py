@@ -11,7 +11,8 @@ import yaml
 from misc.builders.architecture import resolve_architecture
 from misc.builders.model import build_model
 from misc.builders.training import build_objectives
-from misc.config.loading import flatten, load_config
+from misc.commands.study import configure_row
+from misc.config.loading import DEFAULT_CONFIG, flatten, load_config
 from misc.config.rules import RULES
 from misc.errors import UserError
 from misc.pedestrians import draw_dataset
@@ -21,6 +22,7 @@ from misc.study.rows import Row, find_row, read_study, row_folder, study_list
 from misc.system.distributed import Ranks
 from model.tbps_clip import count_trainable
 from tests.helpers.runs import ARCHITECTURE, QUICK, finished, of_dataset, only_error, start_forked
+from tests.helpers.streams import closed_pipe, full_device
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_wordnet import write_wordnet
 
@@ -259,6 +261,15 @@ def test_the_list_has_a_line_for_each_row():
     assert named["irra_on_tbps_clip/RSTPReid/irra"].split()[1:] == ["60.20", "81.30", "88.20", "47.17", "25.28"]
 
 
+def test_a_reader_of_the_list_may_end_early(run, monkeypatch):
+    with closed_pipe() as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert run("--study", "list") == (0, "", "")
+    with full_device() as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert "No space left on device" in only_error(run("--study", "list"))
+
+
 def write_run(root: Path, name: str, seed: int, *r1: float, epochs: int | None = None) -> None:
     folder = row_folder(root, name, seed)
     folder.mkdir(parents=True)
@@ -285,6 +296,26 @@ def test_the_report_compares_the_best_epochs_of_all_seeds(tmp_path):
     assert "### augmentation" in report and "### tricks" not in report
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == report + "\n"
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_says_which_data_it_saw(tmp_path):
+    data = {"losses/ss_i": "CUHK-PEDES", "losses/ss_t": None, "benchmarks/RSTPReid/tbps_clip_vitb16": "RSTPReid"}
+    for name, dataset in data.items():
+        write_run(tmp_path, name, 1, 60)
+        config = {"anno_dir": f"data/{dataset}", "data": {"dataset": dataset, "evaluate_on": "test"}}
+        (row_folder(tmp_path, name, 1) / "config.yaml").write_text(yaml.safe_dump(config))
+    report = write_report(ROWS, tmp_path)
+    assert "Measured on: CUHK-PEDES test in data/CUHK-PEDES, test in data/None." in report
+    assert "Measured on: RSTPReid test in data/RSTPReid." in report
+    (warning,) = [line for line in report.splitlines() if "other data" in line]
+    assert warning.endswith(": losses/ss_t (CUHK-PEDES published, test in data/None measured).")
+
+
+def test_a_row_that_equals_another_says_that_they_share_a_run(tmp_path, capfd):
+    config = configure_row("losses/itc", DEFAULT_CONFIG, [f"model.saved_path={tmp_path}"], resume=False)
+    assert config.model.saved_path == str(row_folder(tmp_path, "augmentation/image_and_text", 1))
+    note = capfd.readouterr().err
+    assert all(part in note for part in ("losses/itc", "augmentation/image_and_text", str(tmp_path)))
 
 
 def test_the_report_counts_parameters_epochs_and_seconds(tmp_path):

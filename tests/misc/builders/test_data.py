@@ -1,0 +1,51 @@
+"""The dataset that a mode reads."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from misc.builders.data import evaluated_data, with_recorded_data
+from misc.config.loading import load_config
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Returns the settings of a dataset whose two folders exist."""
+    for name in ("anno", "imgs"):
+        (tmp_path / name).mkdir()
+    return {"anno_dir": str(tmp_path / "anno"), "image_dir": str(tmp_path / "imgs")}
+
+
+def chosen(recorded: dict, given: tuple[str, ...] = ()) -> tuple[str, str, str | None, list[str]]:
+    config = load_config(overrides=("anno_dir=mine", "image_dir=my_images", "data.dataset=ICFG-PEDES"))
+    weights = SimpleNamespace(name="w.pth", config=recorded)
+    config, notes = with_recorded_data(config, weights, given)
+    return config.anno_dir, config.image_dir, config.data.dataset, notes
+
+
+def test_the_data_of_a_checkpoint_is_taken_unless_the_user_sets_another(folders):
+    recorded = {**folders, "data": {"dataset": "RSTPReid"}}
+    anno_dir, image_dir = folders.values()
+    mine = ("mine", "my_images", "ICFG-PEDES", [])
+    assert chosen(recorded) == (anno_dir, image_dir, "RSTPReid", [])
+    assert chosen(recorded, ("data.dataset",)) == (anno_dir, image_dir, "ICFG-PEDES", [])
+    assert chosen(recorded, ("anno_dir", "image_dir")) == chosen(recorded, ("anno_dir",)) == mine
+    assert chosen(folders) == (anno_dir, image_dir, None, [])  # the published code records no name
+
+
+@pytest.mark.parametrize("recorded", [{}, {"anno_dir": 3, "image_dir": "x"}, {"anno_dir": "x"}])
+def test_weights_that_record_no_data_are_evaluated_on_the_configured_data(recorded):
+    assert chosen(recorded) == ("mine", "my_images", "ICFG-PEDES", [])
+
+
+def test_data_of_a_checkpoint_that_is_not_here_is_a_warning(folders):
+    *data, (note,) = chosen({**folders, "image_dir": "elsewhere/imgs"})
+    assert data == ["mine", "my_images", "ICFG-PEDES"]
+    assert note.startswith("warning: w.pth was trained on ") and "elsewhere/imgs" in note
+
+
+def test_a_result_names_dataset_split_and_folder():
+    config = load_config(overrides=("anno_dir=data/r", "data.dataset=RSTPReid", "data.evaluate_on=val"))
+    assert evaluated_data(config) == "RSTPReid val in data/r"
+    config.data.dataset = None
+    assert evaluated_data(config) == "val in data/r"
