@@ -28,7 +28,7 @@ def draw_result_sheet(path: Path, folder: Path, query: Query, results: Sequence[
         except UserError:  # one removed file must not prevent drawing the others
             missing += 1
             continue
-        cells.append(Cell(picture, f"{rank}.  {score:.3f}", Path(name).name))
+        cells.append(Cell(picture, f"{rank}. {score:.3f}", Path(name).name))
     first = query.description or f"like {query.file}"
     starts = range(0, max(1, len(cells)), PER_ROW)
     rows = [Row("" if start else first, "", cells[start : start + PER_ROW]) for start in starts]

@@ -86,7 +86,7 @@ def test_the_first_match_follows_where_all_shown_images_are_wrong(tiny_dataset, 
 
 def test_labels_of_ordinary_file_names_do_not_overlap(tmp_path, drawn):
     names = ["0001_c1s1_001051_00.jpg", "camera_07_2024-05-01_12-30-59_person.png", "MMMMMMMMMMMMMMMMMMMMMM.jpg"]
-    cells = [Cell(Image.new("RGB", (20, 40)), f"{rank}.  0.123", names[rank % 3]) for rank in range(1, 11)]
+    cells = [Cell(Image.new("RGB", (20, 40)), f"{rank}. 0.123", names[rank % 3]) for rank in range(1, 11)]
     with (tmp_path / "sheet.png").open("wb") as file:
         draw_sheet(file, [Row("word " * 400, "a note", cells), Row("x" * 2000, "", [])])
     boxes = [axes.xaxis.label.get_window_extent() for axes in drawn[0].axes]
@@ -96,7 +96,7 @@ def test_labels_of_ordinary_file_names_do_not_overlap(tmp_path, drawn):
         assert text.get_window_extent().x1 < drawn[0].axes[0].get_window_extent().x0
         assert text.get_window_extent().height < drawn[0].bbox.height / 2
     assert labels(drawn[0])[0].replace("\n", "").endswith("person.png")  # the end distinguishes names
-    assert labels(drawn[0])[2].replace("\n", "") == f"3.  0.123{names[0]}"  # 23 characters are shown completely
+    assert labels(drawn[0])[2].replace("\n", "") == f"3. 0.123{names[0]}"  # 23 characters are shown completely
 
 
 def test_characters_that_no_font_has_are_replaced_without_warnings(tmp_path, drawn, recwarn, caplog, monkeypatch):
