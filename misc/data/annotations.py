@@ -308,7 +308,7 @@ def _is_json_lines(content: bytes) -> bool:
     """Returns whether the first line is an object and ends with it."""
     try:
         return isinstance(json.loads(content.lstrip().partition(b"\n")[0]), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -2,12 +2,16 @@
 
 import asyncio
 import json
-import resource
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
 
 MOST_CONNECTIONS, LONGEST_QUEUE = 256, 128
 """Connections at the same time, and connections that wait to be accepted, if the system allows so many open files."""
@@ -23,6 +27,8 @@ def connection_limits() -> tuple[int, int]:
 
     A connection needs up to two: itself, and the picture that it sends.
     """
+    if resource is None:
+        return MOST_CONNECTIONS, LONGEST_QUEUE
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = MOST_CONNECTIONS * 4 if allowed == resource.RLIM_INFINITY else allowed - len([*Path("/dev/fd").iterdir()])
     free = max(8, free - RESERVED_FILES)
