@@ -8,8 +8,8 @@ from the demo dataset. Coordinates are pixels, (0, 0) at the top left.
 
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,12 +17,12 @@ import torch
 from matplotlib.patches import Arc, Circle, FancyBboxPatch, Patch, Rectangle
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root, for the imports below
 from misc.config.loading import load_config
 from misc.data.image_operations import build_operations
-from misc.data.views import PoolView, SimCLRView, to_tensor
+from misc.data.views import PoolView, SimCLRView
 from misc.pedestrians import draw_pedestrian, imagine_identity
 from misc.system.randomness import seeded
 from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
@@ -73,10 +73,7 @@ def picture(image: Image.Image, left: float, middle: float, width: float, height
     add(Rectangle((left, top), width, height, fill=False, ec=BLUE, lw=2, ls=line, zorder=3))
 
 
-def augmented(view: Callable[[Tensor], Tensor], pixels: Tensor, seed: int) -> Image.Image:
-    """Returns one random view of an image, without its normalisation."""
-    with seeded("view", seed):
-        normalised = view(pixels)
+def without_normalisation(normalised: Tensor) -> Image.Image:
     deviation, mean = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEVIATION, IMAGENET_MEAN))
     return to_pil_image((normalised * deviation + mean).clamp(0, 1))
 
@@ -87,7 +84,8 @@ def draw_image_views(image: Image.Image) -> None:
     write(350, SIMCLR - 31, "SimCLR views", weight="bold", color=BLUE)
     write(350, SIMCLR + 16, "crop, colour jitter,\ngrayscale, blur, flip")
     for left, seed in ((486, 6), (574, 32)):
-        picture(augmented(SimCLRView(RESOLUTION), to_tensor(image), seed), left, SIMCLR, 80, 80, DASHED)
+        view = SimCLRView(RESOLUTION)(pil_to_tensor(image), Random(seed))
+        picture(without_normalisation(view), left, SIMCLR, 80, 80, DASHED)
 
     box(240, SECOND_VIEW - 60, 220, 271, BLUE, LIGHT_BLUE)
     write(350, SECOND_VIEW - 34, "Augmentation pool", weight="bold", color=BLUE)
@@ -96,7 +94,9 @@ def draw_image_views(image: Image.Image) -> None:
     recipe = load_config().experiment
     pool = PoolView(RESOLUTION, build_operations(recipe.image_operations, RESOLUTION), recipe.image_pool)
     for middle, seed, line in ((SECOND_VIEW, 16, DASHED), (FIRST_VIEW, 6, SOLID)):
-        picture(augmented(pool, pool.resize(image), seed), 540, middle, 60, 120, line)
+        with seeded("view", seed):
+            view = pool(pool.resize(image))
+        picture(without_normalisation(view), 540, middle, 60, 120, line)
 
 
 def draw_text_view(caption: str) -> None:

@@ -8,7 +8,7 @@ from easydict import EasyDict
 from torch.utils.data import DataLoader
 
 from misc.config.loading import flatten, to_plain
-from misc.config.rules import RULES
+from misc.config.rules import AUTO, RULES
 from misc.data.annotations import Split, check_images, data_title, few_shot, read_annotations, statistics_table
 from misc.data.batches import training_loader
 from misc.data.sampler import GlobalBatchSampler
@@ -141,6 +141,7 @@ def build_loader(
     synonyms = None
     if experiment.text_operation in NEEDS_SYNONYMS and experiment.eda_alpha > 0:
         synonyms = WordNet(Path(experiment.wordnet)).synonyms
+    on_device = config.data.simclr_on_device
     augmentation = Augmentation(
         resolution=tuple(config.experiment.input_resolution),
         text_length=experiment.text_length,
@@ -156,6 +157,7 @@ def build_loader(
         text_strength=experiment.eda_alpha,
         synonyms=synonyms,
         mixgen=experiment.mixgen_type if experiment.mixgen else None,
+        simclr_on_device=ranks.device.type == "cuda" if on_device == AUTO else on_device,
     )
     dataset = TrainingSet(split, Path(config.image_dir), tokenizer, augmentation, config.misc.seed)
     return training_loader(dataset, sampler, workers=config.data.num_workers, pin_memory=ranks.device.type == "cuda")

@@ -93,6 +93,7 @@ def _list_of(length: int, item: Values) -> Values:
 
 
 SWITCH = Values("true or false", lambda value: isinstance(value, bool))
+SWITCH_OR_AUTO = Values("auto, true or false", lambda value: value == AUTO or isinstance(value, bool))
 TEXT = Values("a text", lambda value: isinstance(value, str) and value != "")
 TEXT_OR_NULL = Values("a text or null", lambda value: value is None or TEXT.accepts(value))
 RATIO = _number(0)
@@ -219,6 +220,7 @@ RULES: dict[str, Rule] = {
     "data.evaluate_on": Rule(_choice("test", "val")),
     "data.batch_size": Rule(COUNT, may_change=True, file_wins=True),
     "data.chunk_size": Rule(COUNT_OR_NULL, may_change=True),
+    "data.simclr_on_device": Rule(SWITCH_OR_AUTO, may_change=True),
     "data.test_batch_size": Rule(COUNT, may_change=True),
     "data.num_workers": Rule(_integer(0), may_change=True),
     "distributed.backend": Rule(_choice("nccl", "gloo"), may_change=True),

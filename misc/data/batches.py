@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from misc.data.adjustments import Adjustments
 from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import EvaluationImages, Sample, TrainingSet
+from misc.data.views import finish_simclr_views
 from misc.data.workers import build_loader, received
 from misc.errors import UserError
 from model.tbps_clip import Views, needed
@@ -22,11 +24,20 @@ Item = TypeVar("Item")
 
 @dataclass
 class Batch:
-    """B samples of this rank: the views to encode, the identities (B,) int64, and the image files for messages."""
+    """B samples of this rank.
+
+    Attributes:
+        views: the views to encode.
+        identities: (B,) int64.
+        paths: the image files, for messages.
+        adjustments: if the SimCLR views are still crops (B, 3, H, W) uint8, the adjustments of the first and the second
+            view of each sample; None if they are finished. `to` finishes them.
+    """
 
     views: Views
     identities: Tensor
     paths: list[str]
+    adjustments: list[list[Adjustments]] | None = None
 
     def __len__(self) -> int:
         return len(self.identities)
@@ -34,10 +45,18 @@ class Batch:
     def rows(self, start: int, stop: int) -> "Batch":
         """Returns samples `start` to `stop`, which share the memory of this batch."""
         selected = _map_tensors(self, lambda tensor: tensor[start:stop])
-        return dataclasses.replace(selected, paths=self.paths[start:stop])
+        adjustments = None if self.adjustments is None else self.adjustments[start:stop]
+        return dataclasses.replace(selected, paths=self.paths[start:stop], adjustments=adjustments)
 
     def to(self, device: torch.device) -> "Batch":
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        """Moves the batch, and finishes its SimCLR views there."""
+        moved = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        if moved.adjustments is None:
+            return moved
+        crops = torch.cat(needed(moved.views.simclr_images))
+        first, second = zip(*moved.adjustments, strict=True)
+        views = dataclasses.replace(moved.views, simclr_images=finish_simclr_views(crops, first + second).chunk(2))
+        return dataclasses.replace(moved, views=views, adjustments=None)
 
     def pin_memory(self) -> "Batch":
         return _map_tensors(self, Tensor.pin_memory)
@@ -92,7 +111,8 @@ def _stack_samples(samples: list[Sample]) -> Batch:
         masked_labels=pad_tokens(masked_labels, IGNORED_LABEL) if masked else None,
     )
     identities = torch.tensor([sample.identity for sample in samples])
-    return Batch(views, identities, [sample.path for sample in samples])
+    adjustments = [sample.adjustments for sample in samples] if samples[0].adjustments else None
+    return Batch(views, identities, [sample.path for sample in samples], adjustments)
 
 
 def pad_tokens(rows: list[list[int]], padding: int = 0) -> Tensor:

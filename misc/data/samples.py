@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from misc.data.adjustments import Adjustments
 from misc.data.annotations import Split
 from misc.data.image_operations import build_operations
 from misc.data.images import read_image
 from misc.data.sampler import Draw
-from misc.data.views import EvaluationView, PoolView, SimCLRView, mix_captions, mix_images, to_tensor
+from misc.data.transforms import functional as F
+from misc.data.views import EvaluationView, PoolView, SimCLRView, mix_captions, mix_images
 from misc.errors import UserError
 from misc.system.randomness import derive_seed, seeded, single_threaded
 from text_utils.augmentation import augment_caption
@@ -28,9 +30,13 @@ from text_utils.tokenizer import Tokenizer
 
 @dataclass
 class Sample:
-    """One augmented (image, caption) pair: `images` (3, H, W) by view, and the token ids of `captions` by view."""
+    """One augmented (image, caption) pair: `images` (3, H, W) by view, and the token ids of `captions` by view.
+
+    With `Augmentation.simclr_on_device`, the SimCLR views are uint8 crops, and `adjustments` lists what each lacks.
+    """
 
     images: dict[str, Tensor]
+    adjustments: list[Adjustments]
     captions: dict[str, list[int]]
     masked_ids: list[int] | None
     masked_labels: list[int] | None
@@ -56,6 +62,7 @@ class Augmentation:
         synonyms: returns the synonyms of a word, for the operations in `NEEDS_SYNONYMS`. It must be picklable, because
             it is sent to the workers.
         mixgen: `ori`, `cat` or None.
+        simclr_on_device: whether SimCLR views are only cropped here; `Batch.to` finishes them.
     """
 
     resolution: tuple[int, int]
@@ -72,6 +79,7 @@ class Augmentation:
     text_strength: float
     synonyms: Callable[[str], list[str]] | None = None
     mixgen: str | None = None
+    simclr_on_device: bool = False
 
 
 class TrainingSet(Dataset):
@@ -109,8 +117,16 @@ class TrainingSet(Dataset):
             images = {name: mix_images(view, partners[name], kind) for name, view in images.items()}
             others = self._captions(draw.epoch, draw.partner)
             captions = {name: mix_captions(caption, others[name]) for name, caption in captions.items()}
+        adjustments: list[Adjustments] = []
         if self.augmentation.simclr_views:
-            images |= self._simclr_views(draw.epoch, draw.index, decoded)
+            pixels = F.pil_to_tensor(decoded)
+            for name in ("first_simclr", "second_simclr"):
+                random = Random(derive_seed(self.seed, draw.epoch, draw.index, name, "image"))
+                if self.augmentation.simclr_on_device:
+                    images[name] = self.simclr_view.crop(pixels, random)
+                    adjustments.append(self.simclr_view.draw(random))
+                else:
+                    images[name] = self.simclr_view(pixels, random)
         if self.augmentation.simclr_captions:
             for name in ("first_simclr", "second_simclr"):
                 captions[name] = self._caption(draw.epoch, draw.index, name)
@@ -125,6 +141,7 @@ class TrainingSet(Dataset):
         image = self.split.caption_images[draw.index]
         return Sample(
             images=images,
+            adjustments=adjustments,
             captions=ids,
             masked_ids=masked_ids,
             masked_labels=masked_labels,
@@ -139,18 +156,10 @@ class TrainingSet(Dataset):
         """Makes one view, or two if a loss needs them. They share the resized image."""
         resized = self.pool_view.resize(decoded)
         names = ("image", "second_image") if self.augmentation.second_view else ("image",)
-        return self._views(names, epoch, index, resized, self.pool_view)
-
-    def _simclr_views(self, epoch: int, index: int, decoded: Image.Image) -> dict[str, Tensor]:
-        return self._views(("first_simclr", "second_simclr"), epoch, index, to_tensor(decoded), self.simclr_view)
-
-    def _views(
-        self, names: tuple[str, ...], epoch: int, index: int, image: Tensor, view: PoolView | SimCLRView
-    ) -> dict[str, Tensor]:
         views = {}
         for name in names:
             with seeded(self.seed, epoch, index, name):
-                views[name] = view(image)
+                views[name] = self.pool_view(resized)
         return views
 
     def _captions(self, epoch: int, index: int) -> dict[str, str]:

@@ -1,18 +1,20 @@
 """From images to normalised tensors: training view, SimCLR view, evaluation view, MixGen.
 
-Tensors are (3, H, W) float32; before normalisation their values are in [0, 1]. All random numbers come from torch's
-default CPU generator, which the caller seeds for each sample.
+Tensors are (3, H, W) float32; before normalisation their values are in [0, 1]. The random numbers of a training view
+come from torch's default CPU generator, those of a SimCLR view from a `Random`. The caller seeds them for each sample.
 """
 
 import math
 from collections.abc import Sequence
+from random import Random
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from misc.data.adjustments import Adjustments, apply_adjustments
 from misc.data.image_operations import Operation
-from misc.data.transforms import InterpolationMode, v2
+from misc.data.transforms import InterpolationMode
 from misc.data.transforms import functional as F
 from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
 
@@ -23,10 +25,17 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def normalise(
-    image: Tensor, mean: Sequence[float] = IMAGENET_MEAN, deviation: Sequence[float] = IMAGENET_DEVIATION
+    images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, deviation: Sequence[float] = IMAGENET_DEVIATION
 ) -> Tensor:
-    """Subtracts the mean of each channel and divides by its deviation. The defaults are ImageNet's, not CLIP's."""
-    return F.normalize(image, list(mean), list(deviation))
+    """Subtracts the mean of each channel and divides by its deviation. The defaults are ImageNet's, not CLIP's.
+
+    Args:
+        images: (..., 3, H, W) on any device.
+    """
+    centre, scale = (
+        torch.tensor(values).view(3, 1, 1).to(images.device, non_blocking=True) for values in (mean, deviation)
+    )
+    return images.sub(centre).div_(scale)
 
 
 class EvaluationView:
@@ -85,35 +94,67 @@ class PoolView:
 
 
 class SimCLRView:
-    """SimCLR's strong augmentation of the decoded image, for SS-I."""
+    """SimCLR's strong augmentation of the decoded image, for SS-I: crop, colour jitter, grayscale, blur and flip.
+
+    A view is made in two steps: `crop` for a single image, then `finish_simclr_views` with the adjustments of `draw`,
+    which can run on a GPU for a whole batch.
+    """
 
     def __init__(self, resolution: tuple[int, int]):
-        self.transforms = v2.Compose(
-            [
-                v2.RandomResizedCrop(list(resolution), scale=(0.2, 1.0)),
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                v2.RandomGrayscale(p=0.2),
-                v2.RandomApply([GaussianBlur(0.1, 2.0)], p=0.5),
-                v2.RandomHorizontalFlip(p=0.5),
-            ]
-        )
+        self.resolution = resolution
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Augments an image (3, H', W') in [0, 1] of any size. Returns: (3, H, W), normalised."""
-        return normalise(self.transforms(image))
+    def __call__(self, image: Tensor, random: Random) -> Tensor:
+        """Makes a view (3, H, W) float32, normalised, of an image (3, H', W') uint8 of any size."""
+        crop = self.crop(image, random)
+        return finish_simclr_views(crop[None], [self.draw(random)])[0]
+
+    def crop(self, image: Tensor, random: Random) -> Tensor:
+        """Resizes a random crop of an image (3, H', W') uint8, with 0.2 to 1 of its area, to (3, H, W) uint8."""
+        top, left, height, width = draw_crop(image.shape[1], image.shape[2], random)
+        cropped = image[None, :, top : top + height, left : left + width]
+        return torch.nn.functional.interpolate(cropped, self.resolution, mode="bilinear", antialias=True)[0]
+
+    def draw(self, random: Random) -> Adjustments:
+        """Draws the adjustments of a view: four of the colour jitter in random order, then grayscale, blur and flip."""
+        jitter: Adjustments = [None] * 4
+        if random.random() < 0.8:
+            jitter = [(name, random.uniform(0.6, 1.4)) for name in ("brightness", "contrast", "saturation")]
+            jitter.append(("hue", random.uniform(-0.1, 0.1)))
+            random.shuffle(jitter)
+        return [
+            *jitter,
+            ("grayscale", 1.0) if random.random() < 0.2 else None,
+            ("blur", random.uniform(0.1, 2.0)) if random.random() < 0.5 else None,
+            ("flip", 1.0) if random.random() < 0.5 else None,
+        ]
 
 
-class GaussianBlur(torch.nn.Module):
-    """Gaussian blur. Sigma in pixels is drawn uniformly; the kernel extends to three sigma."""
+def draw_crop(height: int, width: int, random: Random) -> tuple[int, int, int, int]:
+    """Draws the top, left, height and width of SimCLR's crop, in pixels.
 
-    def __init__(self, low: float, high: float):
-        super().__init__()
-        self.low, self.high = low, high
+    As in torchvision, its share of the area is uniform in (0.2, 1) and its aspect ratio log-uniform in (3/4, 4/3). If
+    ten such crops do not fit, the result is the largest one in the middle with an allowed ratio.
+    """
+    narrowest, widest = 3 / 4, 4 / 3
+    for _ in range(10):
+        area = height * width * random.uniform(0.2, 1.0)
+        ratio = math.exp(random.uniform(math.log(narrowest), math.log(widest)))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            break
+    else:
+        crop_height, crop_width = min(height, round(width / narrowest)), min(width, round(height * widest))
+        return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+    return random.randint(0, height - crop_height), random.randint(0, width - crop_width), crop_height, crop_width
 
-    def forward(self, image: Tensor) -> Tensor:
-        sigma = torch.empty(1).uniform_(self.low, self.high).item()
-        size = 2 * math.ceil(3 * sigma) + 1
-        return F.gaussian_blur(image, [size, size], [sigma, sigma])
+
+def finish_simclr_views(crops: Tensor, adjustments: Sequence[Adjustments]) -> Tensor:
+    """Adjusts and normalises the crops (B, 3, H, W) uint8 of SimCLR views, on their device.
+
+    Args:
+        adjustments: a result of `SimCLRView.draw` for each crop.
+    """
+    return normalise(apply_adjustments(crops.to(torch.float32).div_(255), adjustments))
 
 
 def mix_images(image: Tensor, partner: Tensor, kind: str) -> Tensor:

@@ -268,6 +268,21 @@ class CountedView:
         return self.view(resized)
 
 
+def test_simclr_views_that_the_device_finishes_are_those_of_the_loader(training_set):
+    """And nothing else differs, also in a chunk of a batch."""
+    draws = [Draw(1, index) for index in range(12)]
+    expected = collate([training_set()[draw] for draw in draws])
+    waiting = collate([training_set(dataclasses.replace(ALL_VIEWS, simclr_on_device=True))[draw] for draw in draws])
+    assert all(view.dtype == torch.uint8 for view in waiting.views.simclr_images)
+    for start, stop in ((0, 12), (5, 9)):
+        found, rows = waiting.rows(start, stop).to(torch.device("cpu")), expected.rows(start, stop)
+        assert found.adjustments is None and same(found.to(torch.device("cpu")), found)
+        for view, other in zip(found.views.simclr_images, rows.views.simclr_images, strict=True):
+            assert view.shape == other.shape and (view - other).abs().max() < 1e-5
+        assert same(dataclasses.replace(found.views, simclr_images=rows.views.simclr_images), rows.views)
+        assert torch.equal(found.identities, rows.identities) and found.paths == rows.paths
+
+
 def test_a_sample_carries_its_pair(training_set, split):
     sample = training_set(PLAIN)[Draw(0, 7)]
     image = split.caption_images[7]
