@@ -3,18 +3,19 @@
 - Every view has its own forward pass, and the soft labels need further passes.
 - Captions are padded to 77 tokens, and attention returns its weights.
 - All tokens go through the last block, though only one is used.
-- All four views are decoded, augmented and moved to the device, even if the recipe does not use them.
+- All four views are augmented and moved to the device, even if the recipe does not use them.
 - Every parameter is its own optimizer group, and each iteration waits for the losses.
 - The whole similarity matrix is sorted.
 
 Shapes: B rows, L tokens, D width of an encoder, E width of the shared space.
 """
 
+import random
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision import transforms as v1
 
@@ -189,9 +190,10 @@ def optimizer(model: nn.Module, *, weight_decay: float, betas: tuple[float, floa
 
 
 class PublishedAugmentation:
-    """All four views of an image, each made from the decoded image.
+    """All four views of an image, which is decoded once.
 
-    Uses version 1 of torchvision's transforms, on float tensors.
+    Uses version 1 of torchvision's transforms. SimCLR views stay Pillow images, in bytes, until they are normalised.
+    Pool views are resized as Pillow images; their operations work on float tensors.
     """
 
     def __init__(self, resolution: tuple[int, int]):
@@ -208,27 +210,37 @@ class PublishedAugmentation:
         ]
         self.simclr = v1.Compose(
             [
-                v1.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+                v1.RandomResizedCrop(size, scale=(0.2, 1.0)),
                 v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
                 v1.RandomGrayscale(p=0.2),
-                v1.RandomApply([v1.GaussianBlur(13, (0.1, 2.0))], p=0.5),
-                v1.RandomHorizontalFlip(p=0.5),
+                v1.RandomApply([PillowBlur(0.1, 2.0)], p=0.5),
+                v1.RandomHorizontalFlip(),
+                v1.ToTensor(),
                 self.normalise,
             ]
         )
-        self.to_tensor = v1.ToTensor()
 
     def __call__(self, path: Path) -> list[Tensor]:
         """Returns two pool views and two SimCLR views, each (3, H, W)."""
         with Image.open(path) as file:
             image = file.convert("RGB")
-        views = []
-        for _ in range(2):
-            view = self.resize(image)
-            for index in torch.randint(len(self.pool), (2,)).tolist():
-                view = self.pool[index](view)
-            views.append(self.normalise(view))
-        return [*views, *(self.simclr(self.to_tensor(image)) for _ in range(2))]
+        return [self.pool_view(image), self.pool_view(image), self.simclr(image), self.simclr(image)]
+
+    def pool_view(self, image: Image.Image) -> Tensor:
+        view = self.resize(image)
+        for operation in random.choices(self.pool, k=2):
+            view = operation(view)
+        return self.normalise(view)
+
+
+class PillowBlur:
+    """Pillow's Gaussian blur, which approximates a Gaussian by box blurs. Sigma in pixels is drawn uniformly."""
+
+    def __init__(self, low: float, high: float):
+        self.low, self.high = low, high
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(self.low, self.high)))
 
 
 def rank_metrics(

@@ -36,17 +36,23 @@ class Comparison:
 HEADER = f"{'':<44} {'baseline':>11} {'ours':>11} {'':<6} {'ratio':>7}  range over rounds"
 
 
-def in_turn(name: str, baseline: Callable[[], object], ours: Callable[[], object], rounds: int) -> Comparison:
+def in_turn(
+    name: str,
+    baseline: Callable[[], object],
+    ours: Callable[[], object],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Comparison:
     """Runs both once to warm up, then times them in turn, `rounds` times. Waits until their work on a GPU is done."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         for function, seconds in zip((baseline, ours), times, strict=True):
-            started = time.perf_counter()
+            started = clock()
             function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number > 0:
-                seconds.append(time.perf_counter() - started)
+                seconds.append(clock() - started)
     medians = [statistics.median(seconds) for seconds in times]
     ratios = [before / after for before, after in zip(*times, strict=True)]
     return Comparison(name, *medians, "s", medians[0] / medians[1], (min(ratios), max(ratios)))

@@ -8,10 +8,12 @@ gradients are compared with those of the baseline.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -185,11 +187,11 @@ def bench_optimizer(setup: Setup) -> Iterator[Comparison]:
 
 
 def bench_loader(setup: Setup) -> Iterator[Comparison]:
-    """Times the loading of a batch on one core, from images of 150 × 400 pixels."""
+    """Measures the processor time of one thread for loading a batch, from images of 150 × 400 pixels."""
     with tempfile.TemporaryDirectory() as folder:
         split = write_images(Path(folder), 48)
         torch.set_num_threads(1)
-        for recipe in RECIPES:
+        for recipe, on_device in (("full", False), ("full", True), ("simplified", False)):
             experiment = setup.configuration(recipe).experiment
             resolution = tuple(experiment.input_resolution)
             augmentation = baseline.PublishedAugmentation(resolution)
@@ -210,19 +212,24 @@ def bench_loader(setup: Setup) -> Iterator[Comparison]:
                     back_translation_probability=0.0,
                     text_operation="random_deletion",
                     text_strength=experiment.eda_alpha,
+                    simclr_on_device=on_device,
                 ),
                 seed=1,
             )
+
+            epochs = itertools.count()
 
             def published(augmentation=augmentation) -> None:
                 views = [augmentation(Path(folder) / path) for path in split.image_paths]
                 for view in zip(*views, strict=True):
                     torch.stack(view)
 
-            def ours(dataset=dataset) -> None:
-                collate([dataset[Draw(0, index)] for index in range(len(split))])
+            def ours(dataset=dataset, epochs=epochs) -> None:
+                epoch = next(epochs)
+                collate([dataset[Draw(epoch, index)] for index in range(len(split))])
 
-            yield in_turn(f"loading 48 samples on one core, {recipe}", published, ours, setup.rounds)
+            name = f"loading 48 samples, {recipe}" + (", colours on the device" if on_device else "")
+            yield in_turn(name, published, ours, setup.rounds, time.process_time)
 
 
 def write_images(folder: Path, count: int) -> Split:
