@@ -95,7 +95,7 @@ def draw_image_views(image: Image.Image) -> None:
     pool = PoolView(RESOLUTION, build_operations(recipe.image_operations, RESOLUTION), recipe.image_pool)
     for middle, seed, line in ((SECOND_VIEW, 16, DASHED), (FIRST_VIEW, 6, SOLID)):
         with seeded("view", seed):
-            view = pool(pool.resize(image))
+            view = pool(pool.resize(pil_to_tensor(image)))
         picture(without_normalisation(view), 540, middle, 60, 120, line)
 
 

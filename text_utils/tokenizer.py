@@ -99,8 +99,7 @@ class Tokenizer:
         A caption with more than `length` (>= 2) ids is truncated and keeps `END`. Every text is accepted: control
         characters are dropped, broken encodings and HTML entities are fixed. An empty caption has two ids.
         """
-        text = html.unescape(html.unescape(ftfy.fix_text(caption))).lower()
-        ids = [i for word in _WORD.findall(text) for i in self._word_ids(word)]
+        ids = [i for word in _WORD.findall(_repair(caption).lower()) for i in self._word_ids(word)]
         return [START, *ids][: length - 1] + [END]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -118,6 +117,13 @@ class Tokenizer:
                 break
             symbols = _merge(symbols, best)
         return [self._id_of_symbol[symbol] for symbol in symbols]
+
+
+def _repair(text: str) -> str:
+    """Fixes broken encodings and HTML entities, as CLIP does. Plain English has none; to look for them takes longer."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:

@@ -52,23 +52,29 @@ def adjust_hue(images: Tensor, shifts: list[float]) -> Tensor:
     """Shifts the hue, by -0.5 to 0.5 turns of the colour circle. Saturation and value in HSV stay.
 
     Red, green and blue have their peaks at the hues 0, 2 and 4, in sixths of a turn. A channel has its largest value up
-    to a distance of 1 from its peak, and its smallest from a distance of 2.
+    to a distance of 1 from its peak, and its smallest from a distance of 2. Hues and distances are multiplied by the
+    chroma here, so that nothing is divided, and grey pixels need no exception.
     """
     red, green, blue = images.unbind(dim=1)
     largest = torch.maximum(torch.maximum(red, green), blue)
     smallest = torch.minimum(torch.minimum(red, green), blue)
     chroma = largest - smallest
-    scale = (chroma + 1e-30).reciprocal_()  # a grey pixel stays grey with any hue
-    hue = torch.where(
-        largest == red,
-        (green - blue).mul_(scale),
-        torch.where(largest == green, (blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4)),
-    )
-    hue = hue.add_(_column([6 * shift for shift in shifts], images, dimensions=3))  # -4 to 8
-    # The distance to the nearest peak: 0 or 6; 2, -4 or 8; 4 or -2.
-    distance = torch.stack([hue - 3, hue - 2, hue - 1], dim=1).abs_().sub_(3).abs_()
-    distance[:, 1].neg_().add_(3)
-    return torch.addcmul(largest[:, None], chroma[:, None], distance.sub_(1).clamp_(0, 1), value=-1)
+    hue = (red - green).add_(chroma, alpha=4)
+    # Where green or red is the largest: with masks of 0 and 1, which are several times as fast as torch.where.
+    hue.lerp_((blue - red).add_(chroma, alpha=2), largest.clone().eq_(green))
+    hue.lerp_(green - blue, largest.clone().eq_(red))
+    hue.add_(chroma * _column([6 * shift for shift in shifts], images, dimensions=3))  # -4 to 8
+    distances = torch.empty_like(images)
+    for channel, distance in enumerate(distances.unbind(dim=1)):
+        torch.sub(hue, chroma, alpha=3 - channel, out=distance)
+    # To the nearest peak of red, which is 0 or 6, and of blue, -2 or 4; for green, 3 minus that to -4, 2 or 8.
+    distances.abs_().sub_(chroma[:, None], alpha=3).abs_()
+    distances.clamp_(chroma[:, None], 2 * chroma[:, None])
+    red, green, blue = distances.unbind(dim=1)
+    torch.sub(largest.add_(chroma), red, out=red)
+    torch.sub(largest, blue, out=blue)
+    green.add_(smallest.sub_(chroma))
+    return distances
 
 
 def grayscale(images: Tensor, values: list[float]) -> Tensor:
@@ -90,7 +96,8 @@ def gaussian_blur(images: Tensor, sigmas: list[float]) -> Tensor:
         images = padded.narrow(dim, reach, size) * taps[0]
         for tap in range(1, reach + 1):
             pair = padded.narrow(dim, reach - tap, size) + padded.narrow(dim, reach + tap, size)
-            images.add_(pair.mul_(taps[tap]))
+            weight = taps[tap]
+            images = images.addcmul_(pair, weight) if isinstance(weight, Tensor) else images.add_(pair, alpha=weight)
     return images
 
 

@@ -62,7 +62,7 @@ def _crop(smallest: float, resolution: tuple[int, int]) -> Operation:
     # The paper's aspect ratios are meant for a square input. No such crop of a tall input is large enough, and
     # torchvision would always return the same square from its middle, without head and legs.
     aspect = resolution[1] / resolution[0]
-    return v2.RandomResizedCrop(list(resolution), scale=(smallest, 1.0), ratio=(3 / 4 * aspect, 4 / 3 * aspect))
+    return RandomResizedCrop(list(resolution), scale=(smallest, 1.0), ratio=(3 / 4 * aspect, 4 / 3 * aspect))
 
 
 class ColorJitter(v2.ColorJitter):
@@ -77,6 +77,16 @@ class ColorJitter(v2.ColorJitter):
             if value is not None:
                 images = ADJUSTMENTS[name](images, [value])
         return images[0]
+
+
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's crop of an image that has the output size already, so that it is only enlarged."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        box = self.make_params([image])
+        top, left = box["top"], box["left"]
+        cropped = image[None, :, top : top + box["height"], left : left + box["width"]]
+        return F.interpolate(cropped, self.size, mode="bilinear")[0]
 
 
 class RandomRotation(v2.RandomRotation):

@@ -10,7 +10,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -107,11 +106,11 @@ class TrainingSet(Dataset):
             return error
 
     def _sample(self, draw: Draw) -> Sample:
-        decoded = self._decode(draw.index)
-        images = self._pool_views(draw.epoch, draw.index, decoded)
+        pixels = self._pixels(draw.index)
+        images = self._pool_views(draw.epoch, draw.index, pixels)
         captions = self._captions(draw.epoch, draw.index)
         if draw.partner is not None:
-            partners = self._pool_views(draw.epoch, draw.partner, self._decode(draw.partner))
+            partners = self._pool_views(draw.epoch, draw.partner, self._pixels(draw.partner))
             kind = self.augmentation.mixgen
             assert kind is not None  # without MixGen, no sample has a partner
             images = {name: mix_images(view, partners[name], kind) for name, view in images.items()}
@@ -119,7 +118,6 @@ class TrainingSet(Dataset):
             captions = {name: mix_captions(caption, others[name]) for name, caption in captions.items()}
         adjustments: list[Adjustments] = []
         if self.augmentation.simclr_views:
-            pixels = F.pil_to_tensor(decoded)
             for name in ("first_simclr", "second_simclr"):
                 random = Random(derive_seed(self.seed, draw.epoch, draw.index, name, "image"))
                 if self.augmentation.simclr_on_device:
@@ -149,12 +147,13 @@ class TrainingSet(Dataset):
             path=self.split.image_paths[image],
         )
 
-    def _decode(self, index: int) -> Image.Image:
-        return read_image(self.image_dir / self.split.image_paths[self.split.caption_images[index]])
+    def _pixels(self, index: int) -> Tensor:
+        """Decodes the image of a sample to (3, H', W') uint8."""
+        return F.pil_to_tensor(read_image(self.image_dir / self.split.image_paths[self.split.caption_images[index]]))
 
-    def _pool_views(self, epoch: int, index: int, decoded: Image.Image) -> dict[str, Tensor]:
+    def _pool_views(self, epoch: int, index: int, pixels: Tensor) -> dict[str, Tensor]:
         """Makes one view, or two if a loss needs them. They share the resized image."""
-        resized = self.pool_view.resize(decoded)
+        resized = self.pool_view.resize(pixels)
         names = ("image", "second_image") if self.augmentation.second_view else ("image",)
         views = {}
         for name in names:

@@ -4,6 +4,7 @@ Tensors are (3, H, W) float32; before normalisation their values are in [0, 1]. 
 come from torch's default CPU generator, those of a SimCLR view from a `Random`. The caller seeds them for each sample.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from random import Random
@@ -33,9 +34,14 @@ def normalise(
         images: (..., 3, H, W) on any device.
     """
     centre, scale = (
-        torch.tensor(values).view(3, 1, 1).to(images.device, non_blocking=True) for values in (mean, deviation)
+        _channel_values(tuple(values)).to(images.device, non_blocking=True) for values in (mean, deviation)
     )
     return images.sub(centre).div_(scale)
+
+
+@functools.cache
+def _channel_values(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(3, 1, 1)
 
 
 class EvaluationView:
@@ -60,6 +66,11 @@ class EvaluationView:
         return normalise(resized, self.mean, self.deviation)
 
 
+def _resize(pixels: Tensor, resolution: tuple[int, int]) -> Tensor:
+    """Resizes an image (3, H', W') uint8 to (3, H, W) uint8. Twice as fast as Pillow, and at most one level off."""
+    return torch.nn.functional.interpolate(pixels[None], resolution, mode="bilinear", antialias=True)[0]
+
+
 class PoolView:
     """The training view: resized, augmented and normalised.
 
@@ -75,13 +86,13 @@ class PoolView:
     """
 
     def __init__(self, resolution: tuple[int, int], operations: list[Operation], drawn: int | None):
-        self.resolution = list(resolution)
+        self.resolution = resolution
         self.operations = operations
         self.drawn = drawn
 
-    def resize(self, image: Image.Image) -> Tensor:
-        """Resizes an RGB image to (3, H, W) in [0, 1], bilinear and antialiased."""
-        return to_tensor(F.resize(image, self.resolution, InterpolationMode.BILINEAR))
+    def resize(self, pixels: Tensor) -> Tensor:
+        """Resizes an image (3, H', W') uint8 to (3, H, W) float32 in [0, 1], bilinear and antialiased."""
+        return _resize(pixels, self.resolution).to(torch.float32).div_(255)
 
     def __call__(self, resized: Tensor) -> Tensor:
         """Augments and normalises the (3, H, W) image of `resize`."""
@@ -111,8 +122,7 @@ class SimCLRView:
     def crop(self, image: Tensor, random: Random) -> Tensor:
         """Resizes a random crop of an image (3, H', W') uint8, with 0.2 to 1 of its area, to (3, H, W) uint8."""
         top, left, height, width = draw_crop(image.shape[1], image.shape[2], random)
-        cropped = image[None, :, top : top + height, left : left + width]
-        return torch.nn.functional.interpolate(cropped, self.resolution, mode="bilinear", antialias=True)[0]
+        return _resize(image[:, top : top + height, left : left + width], self.resolution)
 
     def draw(self, random: Random) -> Adjustments:
         """Draws the adjustments of a view: four of the colour jitter in random order, then grayscale, blur and flip."""

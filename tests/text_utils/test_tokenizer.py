@@ -1,4 +1,5 @@
 import gzip
+import html
 import importlib.util
 import json
 import multiprocessing
@@ -9,10 +10,11 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from random import Random
 
+import ftfy
 import pytest
 
 from misc.errors import UserError
-from text_utils.tokenizer import END, MASK, START, VOCABULARY_SIZE, Tokenizer
+from text_utils.tokenizer import END, MASK, START, VOCABULARY_SIZE, Tokenizer, _repair
 
 ROWS = json.loads((Path(__file__).parents[1] / "golden" / "captions.json").read_text(encoding="utf-8"))
 LITERAL_SPECIALS = [row["text"] for row in ROWS if "<|" in row["text"]]
@@ -72,6 +74,16 @@ def test_characters_that_cannot_be_shown_are_dropped(tokenizer):
 def test_html_entities_are_decoded_twice(tokenizer):
     """ftfy does not decode entities in a text that contains a `<`."""
     assert tokenizer.encode("a < b &amp;amp; c") == tokenizer.encode("a < b & c")
+
+
+def test_what_is_not_repaired_needs_no_repair():
+    """Plain captions skip the search for broken encodings and HTML entities, with the same result."""
+    random = Random(0)
+    characters = [*map(chr, range(32, 127)), "&", "&amp;", "&quot;", "é", "Ã©", "\u2019", "\x07", "\t", " "]
+    texts = ["".join(random.choices(characters, k=random.randint(0, 40))) for _ in range(3000)]
+    texts += ["".join(random.choices(characters[:95], k=40)).replace("&", "") for _ in range(3000)]
+    assert sum(text.isascii() and text.isprintable() and "&" not in text for text in texts) > 3000
+    assert [_repair(text) for text in texts] == [html.unescape(html.unescape(ftfy.fix_text(text))) for text in texts]
 
 
 def test_contractions_are_found_in_any_case(tokenizer):
