@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from misc.data.adjustments import Adjustments
 from misc.data.sampler import GlobalBatchSampler
@@ -94,7 +94,8 @@ def _all_or_error(items: list[Item | UserError]) -> list[Item] | UserError:
 
 def _stack_samples(samples: list[Sample]) -> Batch:
     names = samples[0].images.keys()
-    images = {name: torch.stack([sample.images[name] for sample in samples]) for name in names}
+    # In a loader process, this stacks into memory that is shared with the training process; torch.stack would need a copy.
+    images = {name: default_collate([sample.images[name] for sample in samples]) for name in names}
     rows = [sample.captions[name] for name in samples[0].captions for sample in samples]
     masked = samples[0].masked_ids is not None  # then all samples are
     masked_ids = [needed(sample.masked_ids) for sample in samples if masked]
@@ -139,7 +140,7 @@ def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, 
 
 def _stack_images(images: list[Tensor | UserError]) -> Tensor | UserError:
     decoded = _all_or_error(images)
-    return decoded if isinstance(decoded, UserError) else torch.stack(decoded)
+    return decoded if isinstance(decoded, UserError) else default_collate(decoded)
 
 
 def batches(loader: DataLoader, stop: Callable[[], bool] = lambda: False) -> Iterator:

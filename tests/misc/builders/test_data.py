@@ -1,11 +1,16 @@
-"""The dataset that a mode reads."""
+"""The dataset that a mode reads, and the training loader."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from misc.builders.data import evaluated_data, with_recorded_data
+from misc.builders.data import build_loader, evaluated_data, with_recorded_data
+from misc.builders.training import build_objectives
 from misc.config.loading import load_config
+from misc.data.annotations import read_annotations
+from misc.system.distributed import Ranks
+from text_utils.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -49,3 +54,15 @@ def test_a_result_names_dataset_split_and_folder():
     assert evaluated_data(config) == "RSTPReid val in data/r"
     config.data.dataset = None
     assert evaluated_data(config) == "val in data/r"
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "expected"),
+    [("auto", "cuda", True), ("auto", "cpu", False), ("true", "cpu", True), ("false", "cuda", False)],
+)
+def test_where_simclr_views_are_finished(tiny_dataset, value, device, expected):
+    config = load_config(overrides=("data.batch_size=4", "data.num_workers=0", f"data.simclr_on_device={value}"))
+    ranks = Ranks(0, 1, torch.device(device))
+    split = read_annotations(*tiny_dataset)["train"]
+    loader = build_loader(config, split, build_objectives(config, ranks), Tokenizer(), ranks)
+    assert loader.dataset.augmentation.simclr_on_device is expected
