@@ -94,7 +94,7 @@ def _all_or_error(items: list[Item | UserError]) -> list[Item] | UserError:
 
 def _stack_samples(samples: list[Sample]) -> Batch:
     names = samples[0].images.keys()
-    # In a loader process, this stacks into memory that is shared with the training process; torch.stack would need a copy.
+    # In a loader process, this stacks into memory shared with the training process; torch.stack would need a copy.
     images = {name: default_collate([sample.images[name] for sample in samples]) for name in names}
     rows = [sample.captions[name] for name in samples[0].captions for sample in samples]
     masked = samples[0].masked_ids is not None  # then all samples are
