@@ -24,9 +24,15 @@ from model.objectives import Objectives
 from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
 from model.pretrained.names import from_ours
 from model.tbps_clip import TBPSCLIP, Views
-from model.transformer import QuickGELU
 
 TEXT_LENGTH = 77
+
+
+class QuickGELU(nn.Module):
+    """QuickGELU as it is published, which keeps three tensors for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
 
 class Block(nn.Module):

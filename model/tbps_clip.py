@@ -131,6 +131,12 @@ class TBPSCLIP(nn.Module):
             if isinstance(module, Transformer):
                 module.grad_checkpointing = grad_checkpointing
 
+    def compile_blocks(self) -> None:
+        """Compiles the transformer blocks for training (`Transformer.compile_blocks`)."""
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.compile_blocks()
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Encodes images: (B, 3, H, W) normalised pixels → (B, D), not L2-normalised."""
         features = self.image_encoder(images)

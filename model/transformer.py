@@ -5,6 +5,7 @@ unchanged.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,8 @@ class QuickGELU(nn.Module):
     """The activation of OpenAI's weights: x · sigmoid(1.702 x). It differs from torch's GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        # Equal to x · sigmoid(1.702 x), but keeps only one tensor for the backward pass, and needs fewer kernels there.
+        return F.silu(1.702 * x) / 1.702
 
 
 ACTIVATIONS = {QUICK_GELU: QuickGELU, GELU: nn.GELU}
@@ -150,6 +152,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.width = width
         self.grad_checkpointing = False
+        self._compiled: Callable[..., Tensor] | None = None
         self.resblocks = nn.ModuleList(
             ResidualBlock(width, heads, dropout, activation=activation) for _ in range(layers)
         )
@@ -161,7 +164,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
         for block in self.blocks:
-            x = self._run(block, x, causal=causal, valid=valid)
+            x = self._run(self._function(block), x, causal=causal, valid=valid)
         return x
 
     def pooled(self, x: Tensor, position: Tensor, *, causal: bool = False) -> Tensor:
@@ -176,8 +179,18 @@ class Transformer(nn.Module):
         """
         *blocks, last = self.blocks
         for block in blocks:
-            x = self._run(block, x, causal=causal)
+            x = self._run(self._function(block), x, causal=causal)
         return self._run(last.pooled, x, position, causal=causal)
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks for training. Parameter names stay as they are; evaluation and export are not compiled.
+
+        All blocks share one graph for each shape of their input, so compiling takes seconds, not minutes.
+        """
+        self._compiled = torch.compile(ResidualBlock.forward, dynamic=False)
+
+    def _function(self, block: ResidualBlock) -> Callable[..., Tensor]:
+        return block if self._compiled is None or not self.training else partial(self._compiled, block)
 
     def _run(self, function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from misc.system.distributed import Ranks, gather, gather_detached
 from misc.system.precision import Precision
+from misc.training.compilation import CAPTION_MULTIPLE, compile_model
 from misc.training.optimizer import build_optimizer, learning_rate, parameter_groups
 from misc.training.trainer import Trainer
 from model.objectives import Objectives
@@ -35,6 +36,8 @@ def build_trainer(
         steps: number of steps in an epoch.
     """
     model = model.to(ranks.device)
+    if config.misc.compile:
+        compile_model(model, ranks.device)
     schedule = config.schedule
     groups = parameter_groups(model, weight_decay=schedule.weight_decay, head_ratio=schedule.ratio_factor)
     return Trainer(
@@ -58,6 +61,7 @@ def build_trainer(
         ranks=ranks,
         seed=config.misc.seed,
         chunk_size=config.data.chunk_size,
+        caption_multiple=CAPTION_MULTIPLE if config.misc.compile else 1,
     )
 
 

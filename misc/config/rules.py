@@ -135,6 +135,7 @@ RULES: dict[str, Rule] = {
     "image_dir": Rule(TEXT, may_change=True, file_wins=True),
     "misc.seed": Rule(_integer(0, 2**32 - 1), file_wins=True),
     "misc.precision": Rule(_choice("auto", "bf16", "fp16", "fp32"), may_change=True, file_wins=True),
+    "misc.compile": Rule(SWITCH, may_change=True, file_wins=True),
     "experiment.input_resolution": Rule(RESOLUTION, file_wins=True, for_search=True),
     "experiment.text_length": Rule(_integer(3, 1024), file_wins=True),
     "experiment.dropout": Rule(PROBABILITY),

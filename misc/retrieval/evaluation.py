@@ -18,6 +18,7 @@ from misc.data.samples import EvaluationImages
 from misc.retrieval.metrics import QueryResults, check_features, queries_without_match, rank_queries, summarise
 from misc.system.distributed import Ranks, gather_strided
 from misc.system.precision import Precision
+from misc.system.prefetch import prefetched
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import Tokenizer
 
@@ -166,8 +167,7 @@ class Evaluator:
         device = self.ranks.device
         nothing = torch.zeros(0, width, device=device)  # a rank beyond the last item still takes part in the gathers
         features = [[nothing] for _ in encoders]
-        for batch in inputs:
-            batch = batch.to(device, non_blocking=True)
+        for batch in prefetched(inputs, device, lambda batch: batch.to(device, non_blocking=True)):
             for encoder, encoded in zip(encoders, features, strict=True):
                 with self.precision.autocast():
                     raw = encoder(batch)

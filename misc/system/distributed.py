@@ -20,6 +20,7 @@ from torch import Tensor
 
 from misc.errors import UserError
 from misc.system import slurm
+from misc.system.precision import disable_tf32
 from misc.terminal import report
 
 Value = TypeVar("Value")
@@ -37,6 +38,15 @@ SECONDS_TO_RELEASE = 0.1
 """How long gloo's threads get to release the tensors of the last collectives. They need microseconds of CPU time."""
 
 NO_GPU = "device: cuda, but torch finds no GPU on this machine: set device=cpu, or install torch for your GPU"
+
+
+_all_gather_single, _reduce_scatter_single = (
+    getattr(dist, name, None) or getattr(dist, name_before_torch_2_14)
+    for name, name_before_torch_2_14 in (
+        ("all_gather_single", "all_gather_into_tensor"),
+        ("reduce_scatter_single", "reduce_scatter_tensor"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -226,6 +236,7 @@ def _select(device: torch.device) -> None:
     if device.type == "cuda":
         check_gpu(device)
         torch.cuda.set_device(device)
+        disable_tf32()
 
 
 def check_gpu(device: torch.device) -> None:

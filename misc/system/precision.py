@@ -39,6 +39,12 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
+def disable_tf32() -> None:
+    """Makes float32 exact on GPUs. By default, torch rounds the inputs of float32 convolutions there to TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
 def _cpu_has_bf16() -> bool:
     """Returns whether the CPU has instructions for bf16. Without them, bf16 is slower than fp32."""
     if not hasattr(torch.cpu, "get_capabilities"):  # an older torch does not report them

@@ -10,13 +10,14 @@ contrastive losses need the features of all B rows of this rank at the same time
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from misc.data.batches import Batch
+from misc.system.prefetch import prefetched
 from model.objectives import Objectives, total
 from model.tbps_clip import Features, Views
 
@@ -52,10 +53,13 @@ def backward_in_chunks(
     labels = batch.views.masked_labels
     picked = objectives.picked_tokens(labels.to(device, non_blocking=True) if labels is not None else None)
 
+    def on_device() -> Iterator[Batch]:
+        return prefetched(chunks, device, lambda chunk: chunk.to(device))
+
     with torch.no_grad():
         parts = [
-            _contrastive_features(encode(_without_masked_captions(chunk.to(device).views), number))
-            for number, chunk in enumerate(chunks)
+            _contrastive_features(encode(_without_masked_captions(chunk.views), number))
+            for number, chunk in enumerate(on_device())
         ]
     whole = _concatenate(parts)
     weighted = objectives.contrast(whole, identities, soft_label_ratio)
@@ -63,10 +67,9 @@ def backward_in_chunks(
     weighted = {name: loss.detach() for name, loss in weighted.items()}
     gradients = [None if view.grad is None else view.grad.split(chunk_size) for view in _row_features(whole)]
 
-    for number, chunk in enumerate(chunks):
+    for number, chunk in enumerate(on_device()):
         last = number == len(chunks) - 1
         with nullcontext() if last else without_reduction():
-            chunk = chunk.to(device)
             features = encode(chunk.views, number)
             outputs: list[tuple[Tensor, Tensor | None]] = [
                 (view, gradient[number])

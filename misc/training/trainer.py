@@ -20,12 +20,14 @@ from misc.run.profiling import peak_memory_gigabytes
 from misc.run.progress import EpochRecord, Progress
 from misc.system.distributed import Ranks
 from misc.system.precision import Precision
+from misc.system.prefetch import prefetched
 from misc.system.randomness import derive_seed
+from misc.training.compilation import pad_captions
 from misc.training.gradient_cache import backward_in_chunks
 from misc.training.meter import Meter, NonFiniteLoss
 from misc.training.optimizer import set_learning_rate
 from model.objectives import Objectives, soft_label_ratio_at, total
-from model.tbps_clip import TBPSCLIP, Features, Views
+from model.tbps_clip import TBPSCLIP, Features, Views, needed
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Trainer:
         ranks: the rank of this process, and how many there are.
         seed: the seed of the dropout.
         chunk_size: number of rows that are encoded at the same time; None encodes all B rows of this rank.
+        caption_multiple: captions are padded to a multiple of this length, so that few shapes are compiled.
     """
 
     model: TBPSCLIP | DistributedDataParallel
@@ -54,6 +57,7 @@ class Trainer:
     ranks: Ranks
     seed: int
     chunk_size: int | None = None
+    caption_multiple: int = 1
 
     def step(self, batch: Batch, iteration: int, steps_per_epoch: int) -> dict[str, Tensor]:
         """Makes one optimizer step with this rank's B samples of the global batch.
@@ -68,12 +72,12 @@ class Trainer:
         set_learning_rate(self.optimizer, self.learning_rates[iteration])
         self.optimizer.zero_grad(set_to_none=True)
         soft_label_ratio = soft_label_ratio_at(iteration, steps_per_epoch, self.final_soft_label_ratio)
-        if self.chunk_size is None or self.chunk_size >= len(batch):
+        if not self._in_chunks(len(batch)):
             weighted = self._backward(batch, iteration, soft_label_ratio)
         else:
             weighted = backward_in_chunks(
                 batch,
-                self.chunk_size,
+                needed(self.chunk_size),
                 device=self.ranks.device,
                 encode=lambda views, number: self._encode(views, iteration, number),
                 objectives=self.objectives,
@@ -103,8 +107,17 @@ class Trainer:
         after a restart.
         """
         torch.manual_seed(derive_seed(self.seed, "dropout", iteration, self.ranks.rank, chunk))
+        longest = len(self.bare_model.text_encoder.positional_embedding)
+        views = pad_captions(views, self.caption_multiple, longest)
         with self.precision.autocast():
             return self.model(views)
+
+    def _in_chunks(self, rows: int) -> bool:
+        return self.chunk_size is not None and self.chunk_size < rows
+
+    def move(self, batch: Batch) -> Batch:
+        """Moves a batch to the device without waiting, if it is not encoded in chunks: they are moved one by one."""
+        return batch if self._in_chunks(len(batch)) else batch.to(self.ranks.device)
 
     def _without_reduction(self) -> AbstractContextManager:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
@@ -146,7 +159,8 @@ class Trainer:
         with log.progress(steps, progress.step, f"epoch {progress.epoch + 1}") as bar:
             waiting_since = time.perf_counter()
             # A signal must end a rank that waits for its data in vain. Several ranks only stop together, after a step.
-            for batch in batches(loader, stop if self.ranks.world_size == 1 else lambda: False):
+            loaded = batches(loader, stop if self.ranks.world_size == 1 else lambda: False)
+            for batch in prefetched(loaded, self.ranks.device, self.move):
                 meter.waited(time.perf_counter() - waiting_since)
                 iteration = progress.epoch * steps + progress.step
                 meter.add(self.step(batch, iteration, steps), batch.paths)
@@ -200,7 +214,8 @@ class Trainer:
         """
         if not self.scaler.is_enabled():
             return 0
-        return iterations - max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+        counts = [state["step"] for state in self.optimizer.state.values()]
+        return iterations - (int(torch.stack(counts).max()) if counts else 0)
 
     def summary(self, progress: Progress) -> dict[str, float]:
         """Summarises the epoch that `progress` has just finished, for metrics.jsonl.

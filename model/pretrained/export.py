@@ -9,7 +9,8 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Export:
     """The content of an export.
 
     Attributes:
-        model: the model in evaluation mode, with float32 parameters on the CPU.
+        model: the model in evaluation mode, with float32 parameters on any device.
         architecture: sizes of `model`.
         preprocessing: preprocessing of images.
         tokenizer: tokenizer of captions.
@@ -64,6 +65,8 @@ def export(form: str, folder: Path, content: Export) -> str:
     package is not installed or too old.
     """
     check_export(form, folder, content.architecture.resolution)
+    if content.model.logit_scale.device.type != "cpu":
+        content = replace(content, model=deepcopy(content.model).cpu())
     try:
         with atomic_folder(folder) as part:
             FORMS[form](part, content)

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.tbps_clip import count_trainable
-from model.transformer import Transformer
+from model.transformer import QuickGELU, Transformer
 from tests.helpers.golden_models import VIT_B16, assert_close, load, make_model, seeded_model, tiny_model
 from tests.helpers.seeded import clip_weights, normal
 
@@ -65,6 +65,19 @@ def test_the_last_block_computes_little_where_one_token_is_wanted():
             run()
         counted.append(counter.get_total_flops())
     assert counted[1] < 0.25 * counted[0]
+
+
+def test_quick_gelu_is_x_times_sigmoid_and_keeps_one_tensor():
+    """Compares values and gradients with the formula; counts what the backward pass needs besides the output."""
+    x = torch.linspace(-8, 8, 1001, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = QuickGELU()(x)
+    expected = x * torch.sigmoid(1.702 * x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(value.sum(), x, retain_graph=True)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+    assert sum(tensor.numel() == x.numel() for tensor in kept) == 1
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from misc.errors import UserError
+from misc.system import distributed
 from misc.system.precision import Precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -69,3 +70,19 @@ def test_only_fp16_scales_losses(name):
 def test_fp16_scales_losses(monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: (device, enabled))
     assert Precision("fp16", "cuda").scaler() == ("cuda", True)
+
+
+def test_float32_on_a_gpu_is_never_rounded_to_tf32(monkeypatch):
+    """torch's default rounds the inputs of convolutions."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(distributed, "check_gpu", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
+        distributed._select(GPU)
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])

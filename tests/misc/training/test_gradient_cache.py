@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from misc.builders.training import build_objectives, build_trainer
 from misc.data.batches import Batch
@@ -296,6 +297,42 @@ def test_gradient_checkpointing_repeats_the_dropout(golden):
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     assert_same_gradients(gradients(grad_checkpointing=True), gradients(), 1e-6)
+
+
+# ---- waiting --------------------------------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Records the operations whose result Python needs, so that a GPU would have to finish first."""
+
+    READING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "item", "_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            index is not None and index.dtype == torch.bool for index in arguments[1]
+        )
+        if masked or name in self.READING:
+            self.found.append(name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_step_of_the_recipe_never_waits_for_the_device(golden, chunk_size):
+    """With AdamW's fused kernel; the losses stay on the device until the log line."""
+    trainer = trainer_of(golden, dropping_model(), **({"data.chunk_size": chunk_size} if chunk_size else {}))
+    batch = reference_batch(ALONE, golden)
+    trainer.step(batch, 0, 3)  # AdamW creates its state
+    with Reads() as reads:
+        losses = trainer.step(batch, 1, 3)
+    assert reads.found == []
+    with Reads() as reads:
+        losses["nitc"].item()
+    assert reads.found == ["_local_scalar_dense"]
 
 
 # ---- mixed precision ------------------------------------------------------------------------------------------------
