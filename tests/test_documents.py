@@ -45,6 +45,7 @@ PARSERS = {
     "misc.pedestrians": ("misc.pedestrians",),
     "benchmarks": ("benchmarks",),
     "benchmarks.chunks": ("benchmarks.chunks",),
+    "benchmarks.gpu": ("benchmarks.gpu",),
     "benchmarks.search": ("benchmarks.search",),
 }
 """Commands of this project, each with the script or module that parses it, and its subcommand."""
@@ -52,7 +53,7 @@ OTHER_TOOLS = {
     "torchrun": "--standalone --nproc_per_node --nnodes --node_rank --master_addr --master_port --max-restarts",
     "docker": "--shm-size",
     "hf": "--local-dir",
-    "pip": "--upgrade --index-url",
+    "pip": "--upgrade --index-url --no-deps",
     "uv": "--torch-backend",
     "srun": "--kill-on-bad-exit",
     "sbatch": "--signal",
