@@ -26,6 +26,7 @@ IF_THERE = {
     ("misc/data/workers.py", "signal.sigwaitinfo"),
     ("misc/files.py", "os.register_at_fork"),
     ("misc/run/profiling.py", "resource"),
+    ("misc/search/connections.py", "resource"),
 }
 """Names of Unix in the product. Each is only used where it exists."""
 PACKAGES = {"PIL": "pillow", "open_clip": "open_clip_torch", "yaml": "pyyaml"}
