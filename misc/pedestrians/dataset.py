@@ -60,8 +60,8 @@ def draw_dataset(
     val_identities: int = 100,
     test_identities: int = 250,
     images_per_identity: int = 4,
-    height: int = 128,
-    width: int = 64,
+    height: int = 96,
+    width: int = 48,
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
