@@ -40,15 +40,6 @@ SECONDS_TO_RELEASE = 0.1
 NO_GPU = "device: cuda, but torch finds no GPU on this machine: set device=cpu, or install torch for your GPU"
 
 
-_all_gather_single, _reduce_scatter_single = (
-    getattr(dist, name, None) or getattr(dist, name_before_torch_2_14)
-    for name, name_before_torch_2_14 in (
-        ("all_gather_single", "all_gather_into_tensor"),
-        ("reduce_scatter_single", "reduce_scatter_tensor"),
-    )
-)
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The rank of this process, and the collectives of all ranks.
