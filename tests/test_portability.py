@@ -23,6 +23,7 @@ UNIX_ONLY = {f"{module.__name__}.{name}" for module, names in NAMES.items() for 
 IF_THERE = {
     ("misc/data/workers.py", "os.setpgrp"),
     ("misc/data/workers.py", "signal.pthread_sigmask"),
+    ("misc/data/workers.py", "signal.SIGCHLD"),
     ("misc/data/workers.py", "signal.sigwaitinfo"),
     ("misc/files.py", "os.register_at_fork"),
     ("misc/run/profiling.py", "resource"),

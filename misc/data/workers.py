@@ -150,6 +150,8 @@ def reported_workers(option: str) -> Iterator[None]:
         lost = LOST_WORKER.match(str(error.__cause__)) or LOST_WORKER.match(str(error))
         if lost is None:
             raise
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise again when the other workers end
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise UserError(
             f"a process that decodes images has ended ({lost[1]}): it may have had too little memory; set a lower "
             f"{option}, or {option} 0 to decode without such processes"
