@@ -92,7 +92,7 @@ def test_annotations_have_the_form_of_cuhk_pedes(dataset: Path) -> None:
         for caption, tokens in zip(entry["captions"], entry["processed_tokens"], strict=True):
             assert tokens == re.findall(r"[a-z-]+", caption.lower())
         with Image.open(dataset / "imgs" / entry["file_path"]) as image:
-            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 128))
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (48, 96))
     assert len({entry["file_path"] for entry in entries}) == len(entries)
 
 

@@ -16,7 +16,6 @@ from misc.search import engines
 from misc.search.engine import EngineChoice, Exact
 from misc.search.gallery import Encoded, Gallery, Info, default_index, held_index, write_generation, write_info
 from misc.search.pictures import Picture
-from misc.search.result_sheet import _short
 from misc.search.searcher import LONGEST_DESCRIPTION, checked_description
 from tests.helpers.runs import only_error
 from tests.helpers.searching import GELU, encoder_of, features_one_by_one, paths_of, save_picture, write_clip
@@ -309,11 +308,6 @@ def test_a_query_prints_the_first_results_and_draws_them(make_index, call_search
     sheet = Path(outcome.err.splitlines()[-1].removeprefix("sheet: "))
     assert sheet == default_index(people) / "sheets" / "a_man_in_a_red_coat.png"
     assert Image.open(sheet).width > 300
-
-
-def test_long_names_on_a_sheet_lose_their_beginning():
-    assert _short("0001_c1s1_001051_00.jpg") == "…1_001051_00.jpg"
-    assert _short("0001.jpg") == "0001.jpg"
 
 
 def test_a_picture_finds_itself_first(make_index, call_search, people, tmp_path):

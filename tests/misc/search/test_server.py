@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from misc.search.pictures import Picture
 from misc.search.searcher import Result
 
 for module in ("fastapi", "uvicorn"):
@@ -32,8 +33,10 @@ class TwoPictures:
     def __init__(self, folder: Path):
         self.folder = folder
         info = SimpleNamespace(pictures=2, checkpoint="clip.pt")
-        rows = {"a.jpg": 0, "b.jpg": 1}
-        self.gallery = SimpleNamespace(info=info, row_of=rows.get)
+        names = ["a.jpg", "b.jpg"]
+        pictures = [Picture(name, 0, 0) for name in names]
+        rows = {name: row for row, name in enumerate(names)}
+        self.gallery = SimpleNamespace(info=info, row_of=rows.get, picture=pictures.__getitem__)
 
     def search(self, queries: list) -> list[list[Result]]:
         return [[Result("a.jpg", 0.75), Result("b.jpg", 0.5)] for _ in queries]

@@ -78,7 +78,7 @@ def test_a_crash_in_any_step_only_costs_time(train, unstopped, monkeypatch, tmp_
     "place",
     [
         "main.result_lines",
-        "main.write_retrieval",
+        "misc.run.log.RunLog.decoration",
         "misc.training.resume.CheckpointWriter.save_best",
         "misc.run.log.RunLog.curve",
     ],
