@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.data.adjustments import ADJUSTMENTS
-from misc.data.transforms import v2
+from misc.data.transforms import draw_parameters, v2
 
 Operation = Callable[[Tensor], Tensor]
 
@@ -69,7 +69,7 @@ class ColorJitter(v2.ColorJitter):
     """torchvision's colour jitter, with faster adjustments of the same result."""
 
     def forward(self, image: Tensor) -> Tensor:
-        drawn = self.make_params([])
+        drawn = draw_parameters(self, [])
         images = image[None].clone()
         for number in drawn["fn_idx"].tolist():
             name = ("brightness", "contrast", "saturation", "hue")[number]
@@ -83,7 +83,7 @@ class RandomResizedCrop(v2.RandomResizedCrop):
     """torchvision's crop of an image that has the output size already, so that it is only enlarged."""
 
     def forward(self, image: Tensor) -> Tensor:
-        box = self.make_params([image])
+        box = draw_parameters(self, [image])
         top, left = box["top"], box["left"]
         cropped = image[None, :, top : top + box["height"], left : left + box["width"]]
         return F.interpolate(cropped, self.size, mode="bilinear")[0]
@@ -93,7 +93,7 @@ class RandomRotation(v2.RandomRotation):
     """torchvision's rotation, with a faster lookup of the nearest pixels."""
 
     def forward(self, image: Tensor) -> Tensor:
-        return rotate(image, self.make_params([image])["angle"])
+        return rotate(image, draw_parameters(self, [image])["angle"])
 
 
 def rotate(image: Tensor, degrees: float) -> Tensor:

@@ -3,8 +3,10 @@
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from misc.errors import UserError
 from misc.system.distributed import refuse
@@ -26,3 +28,9 @@ except (AttributeError, ImportError, OSError, RuntimeError) as error:
         "where this torch came from (docs/training.md#install)"
     )
     sys.exit(refuse(UserError(message)))
+
+
+def draw_parameters(transform: v2.Transform, images: list[Tensor]) -> dict[str, Any]:
+    """Draws the random parameters of a transform for these images. torchvision before 0.21 has another name for it."""
+    draw = transform.make_params if hasattr(transform, "make_params") else transform._get_params
+    return draw(images)

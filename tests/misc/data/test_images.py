@@ -69,7 +69,11 @@ RAMP = np.linspace(0, 255, 20 * 40).round().astype(np.uint8).reshape(40, 20)
 
 @pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm"])
 def test_grey_of_16_bits_is_scaled(tmp_path, name):
-    Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / name)
+    values = RAMP.astype(np.uint16) * 257
+    if name == "grey.pgm":  # old releases of Pillow cannot write it
+        (tmp_path / name).write_bytes(b"P5 20 40 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(tmp_path / name)
     assert (pixels(tmp_path / name) == RAMP[..., None]).all()
 
 
@@ -89,6 +93,11 @@ def test_every_mode_becomes_the_same_colours(tmp_path, mode, name, tolerance):
     expected = Image.new("RGB", (16, 32), "black")
     expected.paste("white", (0, 0, 16, 16))
     expected.convert(mode).save(tmp_path / name)
+    if mode == "YCbCr":
+        try:
+            Image.open(tmp_path / name).load()
+        except OSError:
+            pytest.skip("this release of Pillow cannot read such files")
     assert abs(pixels(tmp_path / name) - np.asarray(expected).astype(int)).max() <= tolerance
 
 

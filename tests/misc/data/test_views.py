@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from misc.config.loading import load_config
 from misc.data.image_operations import IMAGE_OPERATIONS, build_operations, wrong_operations
+from misc.data.transforms import draw_parameters
 from misc.data.views import (
     EvaluationView,
     PoolView,
@@ -272,9 +273,8 @@ def test_the_pool_has_the_six_operations_with_the_parameters_of_the_paper():
 def test_crops_of_a_tall_input_keep_nine_tenths_of_it():
     """The paper's aspect ratios are meant for a square input. With them, crops of a tall one are always its middle."""
     crop = operation(paper_pool(TALL), v2.RandomResizedCrop)
-    parameters = crop.make_params if hasattr(crop, "make_params") else crop._get_params  # before torchvision 0.21
     with seeded("crop"):
-        boxes = [parameters([torch.zeros(3, *TALL)]) for _ in range(200)]
+        boxes = [draw_parameters(crop, [torch.zeros(3, *TALL)]) for _ in range(200)]
     areas = [box["height"] * box["width"] / (TALL[0] * TALL[1]) for box in boxes]
     assert min(areas) > 0.87 and len({tuple(box.values()) for box in boxes}) > 50  # sides are rounded to whole pixels
 
@@ -402,7 +402,7 @@ def test_the_boxes_of_simclr_crops_are_distributed_as_torchvision_s():
     for size in ((90, 80), (100, 40), (100, 15), (15, 100)):
         ours = torch.tensor([draw_crop(*size, random) for _ in range(times)], dtype=torch.float64)
         with seeded("boxes"):
-            boxes = [crop.make_params([torch.zeros(3, *size)]) for _ in range(times)]
+            boxes = [draw_parameters(crop, [torch.zeros(3, *size)]) for _ in range(times)]
         theirs = torch.tensor(
             [[box[name] for name in ("top", "left", "height", "width")] for box in boxes], dtype=torch.float64
         )

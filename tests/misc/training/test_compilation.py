@@ -115,7 +115,9 @@ def test_all_layers_and_all_lengths_within_a_multiple_share_a_graph(graphs):
     for tokens in (9, 10, 16, 17):
         trainer._encode(dataclasses.replace(views(tokens), masked_token_ids=None), 1)
         counts.append(graphs.frame_count - before)
-    assert counts == [2, 2, 2, 3]  # one for the images, one for each length of captions
+    frames = counts[0] // 2  # torch 2.4 counts each graph twice
+    assert frames in (1, 2)
+    assert counts == [2 * frames, 2 * frames, 2 * frames, 3 * frames]  # the images, and each length of captions
 
 
 def views(tokens: int) -> Views:
