@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from misc.errors import UserError
+from misc.terminal import report
 
 POLL_SECONDS = 1
 """While a process waits for a batch, it looks this often whether it should stop."""
@@ -125,10 +125,9 @@ def received(loader: DataLoader, stop: Callable[[], bool] = lambda: False) -> It
             continue
         if isinstance(batch, _Unshared):
             if not warned:
-                print(
+                report(
                     f"warning: loader workers have too little shared memory, so they are slower ({batch.reason}): "
-                    "enlarge /dev/shm (docker run --shm-size=8g), or use fewer workers",
-                    file=sys.stderr,
+                    "enlarge /dev/shm (docker run --shm-size=8g), or use fewer workers"
                 )
             warned, batch = True, pickle.loads(batch.content)
         yield batch

@@ -1,8 +1,8 @@
-"""The checkpoint of the demo, without training, and drawn people that were not in its training data.
+"""A checkpoint of the demo, without training, and drawn people that were not in its training data.
 
-`demo_weights.npz` contains the weights that `make demo` trained (seed 0, R@1 55.35 on its 250 unseen people), so that
-tests need not train for minutes. Matrices have eight bits per number and a scale for each row. The token embedding has
-only the tokens of the demo's captions. To write the file again, run
+`demo_weights.npz` contains weights of an earlier demo (128 × 64 pixels, seed 0, R@1 55.35 on its 250 unseen people), so
+that tests need not train for minutes. Matrices have eight bits per number and a scale for each row. The token embedding
+has only the tokens of the demo's captions. To write the file again, run
 `python -m tests.helpers.demo runs/demo/checkpoint_best.pth data/pedestrians`.
 """
 
