@@ -41,7 +41,9 @@ def pair_distribution(rows: int, columns: int, offset: int, like: Tensor) -> Ten
     return torch.eye(columns, dtype=like.dtype, device=like.device)[offset : offset + rows]
 
 
-def normalised_contrastive(logits: Tensor, targets: Tensor, soft_label_ratio: float) -> Tensor:
+def normalised_contrastive(
+    logits: Tensor, targets: Tensor, soft_label_ratio: float, predicting: Tensor | None = None
+) -> Tensor:
     """Computes N-ITC in one direction: the cross-entropy with q̂, softened by the model's own prediction.
 
     MVS-I is the mean of N-ITC over two views of the image.
@@ -50,8 +52,9 @@ def normalised_contrastive(logits: Tensor, targets: Tensor, soft_label_ratio: fl
         logits: (B, G) scaled cosines.
         targets: (B, G) q̂ of `matching_distribution`.
         soft_label_ratio: α in [0, 1], weight of the model's own softmax, which passes no gradient.
+        predicting: (B, G) the scaled cosines of that softmax, or None if they are `logits`.
     """
-    prediction = logits.detach().softmax(dim=1)
+    prediction = (logits if predicting is None else predicting).detach().softmax(dim=1)
     labels = soft_label_ratio * prediction + (1 - soft_label_ratio) * targets
     return -(labels * logits.log_softmax(dim=1)).sum(dim=1).mean()
 

@@ -256,15 +256,28 @@ def _nitc(objectives: Objectives, batch: Contrast) -> Tensor:
     if objectives.mvs_text:
         second = normalise_rows(needed(batch.features.second_text))
         texts.append((second, objectives.gather(second)))
-    views = []
-    for number, ((image, all_images), (text, all_texts)) in enumerate(product(images, texts)):
-        directions = cosines if number == 0 else (image @ all_texts.T, text @ all_images.T)
+    predicting_texts = texts
+    if batch.features.soft_label_texts is not None:
+        predicting_texts = [
+            (row, objectives.gather(row)) for row in map(normalise_rows, batch.features.soft_label_texts)
+        ]
+    scale, views = batch.features.scale, []
+    for number, (image, (text, predicting_text)) in enumerate(
+        product(images, zip(texts, predicting_texts, strict=True))
+    ):
+        directions = cosines if number == 0 else _cosines(image, text)
+        predicting = directions if predicting_text is text else _cosines(image, predicting_text)
         image_to_text, text_to_image = (
-            losses.normalised_contrastive(batch.features.scale * direction, labels, batch.soft_label_ratio)
-            for direction in directions
+            losses.normalised_contrastive(scale * logits, labels, batch.soft_label_ratio, scale * predicting_logits)
+            for logits, predicting_logits in zip(directions, predicting, strict=True)
         )
         views.append((image_to_text + text_to_image) / 2)
     return reduce(add, views) / len(views)
+
+
+def _cosines(image: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the cosines in both directions, each (B, G), of views given as rows of this rank and of all ranks."""
+    return image[0] @ text[1].T, text[0] @ image[1].T
 
 
 def _ritc(objectives: Objectives, batch: Contrast) -> Tensor:

@@ -61,6 +61,8 @@ class Features:
         simclr, simclr_text: two tensors (B, D) each, outputs of the SimCLR projectors (SS-I, SS-T).
         masked_logits: (M, vocabulary) (MLM).
         identity_logits: (B, identities) for the image, and for the text (ID).
+        soft_label_texts: the captions of N-ITC, encoded again with other dropout and without gradient, for its soft
+            labels: (B, D) each, in the order text, second_text. None if that would equal `text` and `second_text`.
     """
 
     image: Tensor
@@ -72,6 +74,7 @@ class Features:
     simclr_text: tuple[Tensor, Tensor] | None = None
     masked_logits: Tensor | None = None
     identity_logits: tuple[Tensor, Tensor] | None = None
+    soft_label_texts: tuple[Tensor, ...] | None = None
 
 
 class TBPSCLIP(nn.Module):
@@ -154,8 +157,13 @@ class TBPSCLIP(nn.Module):
         scale = self.logit_scale.exp()
         return scale - (scale - MAXIMUM_SCALE).clamp(min=0).detach()
 
-    def forward(self, views: Views) -> Features:
-        """Encodes all views of a batch, in one pass over the images and one over the captions."""
+    def forward(self, views: Views, *, soft_labels: bool = False) -> Features:
+        """Encodes all views of a batch, in one pass over the images and one over the captions.
+
+        Args:
+            views: the views that the losses need.
+            soft_labels: also compute `Features.soft_label_texts`. Images have no dropout and are not encoded again.
+        """
         batch = len(views.image)
         masked_token_ids = views.masked_token_ids
         image_views = _present(views.image, views.second_image, *(views.simclr_images or ()))
@@ -189,6 +197,10 @@ class TBPSCLIP(nn.Module):
                 self.identity_classifier(features.image),
                 self.identity_classifier(features.text),
             )
+        if soft_labels and self.training and self.text_encoder.dropout > 0:
+            captions = _present(views.token_ids, views.second_token_ids)
+            with torch.no_grad():
+                features.soft_label_texts = self.encode_text(torch.cat(captions)).split(batch)
         return features
 
 

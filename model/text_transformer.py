@@ -18,6 +18,7 @@ class TextTransformer(nn.Module):
 
     def __init__(self, architecture: Architecture, *, dropout: float = 0.0):
         super().__init__()
+        self.dropout = dropout
         width = architecture.text_width
         self.token_embedding = nn.Embedding(architecture.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(architecture.text_length, width))

@@ -17,7 +17,7 @@ from misc.system.precision import FORMATS, Precision
 from misc.training.trainer import Trainer
 from model import losses
 from model.objectives import Objectives, total
-from model.tbps_clip import TBPSCLIP
+from model.tbps_clip import TBPSCLIP, needed
 
 EXACT = 1e-4
 """The bound for float32: ten times the one on the CPU, because a GPU adds up in another order."""
@@ -212,12 +212,13 @@ def _chunks_with_dropout(context: Context, rows: int, chunk: int, precision: str
     seen: list[Tensor] = []
     trainer.bare_model.text_encoder.register_forward_hook(lambda *call: seen.append(call[2].detach().clone()))
     trainer.step(batch, 1, 2)
-    half = len(seen) // 2
-    passes = max(difference(second, first) for first, second in zip(seen[:half], seen[half:], strict=True))
+    chunks = len(seen) // 3  # the first pass encodes the captions of a chunk again, for its soft labels
+    first_pass, second_pass = seen[: 2 * chunks : 2], seen[2 * chunks :]
+    passes = max(difference(second, first) for first, second in zip(first_pass, second_pass, strict=True))
     found = {name: parameter.grad for name, parameter in trainer.bare_model.named_parameters()}
     trainer, batch = _trainer(context, rows, precision, settings)
     parts = [
-        trainer._encode(batch.rows(start, start + chunk).to(context.device).views, 1, number)
+        trainer._encode(batch.rows(start, start + chunk).to(context.device).views, 1, number, soft_labels=True)
         for number, start in enumerate(range(0, rows, chunk))
     ]
     features = dataclasses.replace(
@@ -226,6 +227,7 @@ def _chunks_with_dropout(context: Context, rows: int, chunk: int, precision: str
         text=torch.cat([part.text for part in parts]),
         second_image=torch.cat([part.second_image for part in parts if part.second_image is not None]),
         simclr=tuple(torch.cat([part.simclr[view] for part in parts if part.simclr]) for view in (0, 1)),
+        soft_label_texts=(torch.cat([needed(part.soft_label_texts)[0] for part in parts]),),
     )
     weighted = trainer.objectives(features, batch.identities.to(context.device), trainer.final_soft_label_ratio / 2)
     total(weighted).backward()

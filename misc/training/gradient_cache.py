@@ -27,7 +27,7 @@ def backward_in_chunks(
     chunk_size: int,
     *,
     device: torch.device,
-    encode: Callable[[Views, int], Features],
+    encode: Callable[[Views, int, bool], Features],
     objectives: Objectives,
     soft_label_ratio: float,
     scale_loss: Callable[[Tensor], Tensor],
@@ -39,7 +39,8 @@ def backward_in_chunks(
         batch: B samples of this rank, on any device.
         chunk_size: number of rows that are on the device, and encoded, at the same time.
         device: the device of the encoders.
-        encode: views and number of a chunk → features; the same number must give the same dropout.
+        encode: views and number of a chunk, and whether features for soft labels are needed → features; the same
+            number must give the same dropout.
         objectives: the losses.
         soft_label_ratio: α of N-ITC.
         scale_loss: scales a loss like the gradient scaler.
@@ -58,7 +59,7 @@ def backward_in_chunks(
 
     with torch.no_grad():
         parts = [
-            _contrastive_features(encode(_without_masked_captions(chunk.views), number))
+            _contrastive_features(encode(_without_masked_captions(chunk.views), number, soft_label_ratio > 0))
             for number, chunk in enumerate(on_device())
         ]
     whole = _concatenate(parts)
@@ -70,7 +71,7 @@ def backward_in_chunks(
     for number, chunk in enumerate(on_device()):
         last = number == len(chunks) - 1
         with nullcontext() if last else without_reduction():
-            features = encode(chunk.views, number)
+            features = encode(chunk.views, number, False)
             outputs: list[tuple[Tensor, Tensor | None]] = [
                 (view, gradient[number])
                 for view, gradient in zip(_row_features(features), gradients, strict=True)
@@ -109,6 +110,7 @@ def _row_features(features: Features) -> list[Tensor]:
 def _concatenate(parts: list[Features]) -> Features:
     """Concatenates the features of all chunks, as leaves that collect gradients."""
     image, text, *others = (torch.cat(rows).requires_grad_() for rows in zip(*map(_row_features, parts), strict=True))
+    soft_label_texts = [part.soft_label_texts for part in parts if part.soft_label_texts is not None]
     return Features(
         image=image,
         text=text,
@@ -117,4 +119,5 @@ def _concatenate(parts: list[Features]) -> Features:
         second_text=others.pop(0) if parts[0].second_text is not None else None,
         simclr=(others.pop(0), others.pop(0)) if parts[0].simclr is not None else None,
         simclr_text=(others.pop(0), others.pop(0)) if parts[0].simclr_text is not None else None,
+        soft_label_texts=tuple(map(torch.cat, zip(*soft_label_texts, strict=True))) if soft_label_texts else None,
     )

@@ -79,7 +79,7 @@ class Trainer:
                 batch,
                 needed(self.chunk_size),
                 device=self.ranks.device,
-                encode=lambda views, number: self._encode(views, iteration, number),
+                encode=lambda views, number, soft_labels: self._encode(views, iteration, number, soft_labels),
                 objectives=self.objectives,
                 soft_label_ratio=soft_label_ratio,
                 scale_loss=self.scaler.scale,
@@ -95,13 +95,13 @@ class Trainer:
         Returns: weighted losses by name, detached.
         """
         batch = batch.to(self.ranks.device)
-        features = self._encode(batch.views, iteration)
+        features = self._encode(batch.views, iteration, soft_labels=soft_label_ratio > 0)
         weighted = self.objectives(features, batch.identities, soft_label_ratio, batch.views.masked_labels)
         self.scaler.scale(total(weighted)).backward()
         return {name: loss.detach() for name, loss in weighted.items()}
 
-    def _encode(self, views: Views, iteration: int, chunk: int = 0) -> Features:
-        """Encodes a chunk.
+    def _encode(self, views: Views, iteration: int, chunk: int = 0, soft_labels: bool = False) -> Features:
+        """Encodes a chunk; with `soft_labels`, its captions once more with other dropout, for N-ITC.
 
         Its dropout depends only on (seed, iteration, rank, chunk): it is the same when the chunk is encoded again, and
         after a restart.
@@ -110,7 +110,7 @@ class Trainer:
         longest = len(self.bare_model.text_encoder.positional_embedding)
         views = pad_captions(views, self.caption_multiple, longest)
         with self.precision.autocast():
-            return self.model(views)
+            return self.model(views, soft_labels=soft_labels and "nitc" in self.objectives.weights)
 
     def _in_chunks(self, rows: int) -> bool:
         return self.chunk_size is not None and self.chunk_size < rows

@@ -73,6 +73,34 @@ def test_multi_view_supervision_is_the_mean_over_the_combinations_of_views(image
     assert_close(found, sum(each) / len(each), 1e-6)
 
 
+@pytest.mark.parametrize("captions", [False, True])
+def test_soft_labels_come_from_the_captions_with_other_dropout_without_gradient(captions):
+    objectives = dataclasses.replace(ALONE, nitc_labels="pair", mvs_image=True, mvs_text=captions)
+    names = ["text", "second text"] if captions else ["text"]
+    views = {name: rows(name).requires_grad_() for name in ["image", "second image", *names]}
+    again = tuple(rows(f"{name} again").requires_grad_() for name in names)
+    own = Features(
+        image=views["image"],
+        text=views["text"],
+        scale=torch.tensor(SCALE),
+        second_image=views["second image"],
+        second_text=views.get("second text"),
+        soft_label_texts=again,
+    )
+    (found,) = objectives(own, IDENTITIES, 0.5).values()
+    found.backward()
+    expected = []
+    for image, name in product(("image", "second image"), names):
+        logits = SCALE * unit(rows(image)) @ unit(rows(name)).T
+        predicting = SCALE * unit(rows(image)) @ unit(rows(f"{name} again")).T
+        for scores, guesses in ((logits, predicting), (logits.T, predicting.T)):
+            labels = 0.5 * guesses.softmax(dim=1) + 0.5 * torch.eye(8)
+            expected.append(-(labels * scores.log_softmax(dim=1)).sum() / 8)
+    assert_close(found.detach(), sum(expected) / len(expected), 1e-6)
+    assert all(view.grad.abs().max() > 0 for view in views.values())
+    assert all(view.grad is None or not view.grad.any() for view in again)
+
+
 def test_ss_t_is_nt_xent_of_the_captions():
     objectives = dataclasses.replace(ALONE, nitc_ratio=0.0, ss_text=True)
     assert objectives.needs_simclr_captions and not objectives.needs_simclr_views

@@ -168,7 +168,7 @@ def test_both_passes_over_a_chunk_have_the_same_dropout(golden):
     model = dropping_model()
     seen = text_features_seen(model)
     trainer_of(golden, model, **{"data.chunk_size": 3}).step(reference_batch(ALONE, golden), 1, 1)
-    first_pass, second_pass = seen[:3], seen[3:]
+    first_pass, second_pass = seen[:6:2], seen[6:]  # between the captions of the first pass: those of soft labels
     assert [len(features) for features in first_pass] == [3, 3, 2]
     for first, second in zip(first_pass, second_pass, strict=True):
         assert torch.equal(first, second)
@@ -186,7 +186,7 @@ def test_chunks_and_iterations_have_different_dropout(golden):
     trainer = trainer_of(golden, model, **{"data.chunk_size": 4, "schedule.lr": 1e-30, "schedule.lr_end": 0})
     trainer.step(batch, 1, 3)
     trainer.step(batch, 2, 3)
-    passes = [seen[0], seen[1], seen[4], seen[5]]  # two chunks of each step
+    passes = [*seen[:4], *seen[6:10]]  # two chunks of each step, each also for its soft labels
     for number, one in enumerate(passes):
         assert not any(torch.equal(one, other) for other in passes[:number])
 
@@ -200,18 +200,48 @@ def test_with_dropout_the_gradients_belong_to_the_features_of_the_losses(golden)
 
     model = dropping_model()
     other = trainer_of(golden, model)
-    parts = [other._encode(batch.rows(start, start + 3).views, 1, chunk) for chunk, start in enumerate((0, 3, 6))]
+    parts = [other._encode(batch.rows(start, start + 3).views, 1, chunk, True) for chunk, start in enumerate((0, 3, 6))]
     features = Features(
         image=torch.cat([part.image for part in parts]),
         text=torch.cat([part.text for part in parts]),
         scale=parts[0].scale,
         second_image=torch.cat([part.second_image for part in parts]),
         simclr=tuple(torch.cat([part.simclr[view] for part in parts]) for view in (0, 1)),
+        soft_label_texts=(torch.cat([part.soft_label_texts[0] for part in parts]),),
     )
     ratio = soft_label_ratio_at(1, 1, other.final_soft_label_ratio)
     sum(other.objectives(features, batch.identities, ratio).values()).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert_same_gradients({name: p.grad for name, p in chunked.named_parameters()}, expected, 1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize(
+    ("iteration", "overrides", "again"),
+    [
+        (1, {}, True),
+        (0, {}, False),  # their weight grows from 0
+        (1, {"model.softlabel_ratio": 0}, False),
+        (1, {"experiment.nitc_ratio": 0}, False),
+    ],
+    ids=["recipe", "first step", "without soft labels", "without n-itc"],
+)
+def test_captions_are_encoded_again_for_the_soft_labels_that_count(golden, iteration, overrides, again, chunk_size):
+    model = dropping_model()
+    seen = text_features_seen(model)
+    trainer = trainer_of(golden, model, **overrides | ({"data.chunk_size": chunk_size} if chunk_size else {}))
+    trainer.step(reference_batch(ALONE, golden), iteration, 3)
+    passes = 1 if chunk_size is None else 4  # two chunks, each twice
+    assert len(seen) == passes + again * (1 if chunk_size is None else 2)
+    if again:
+        assert not torch.allclose(seen[0], seen[1])
+
+
+def test_without_dropout_captions_are_encoded_once(golden):
+    model = tiny_model(simclr_widths=PROJECTOR_WIDTHS).train()
+    seen = text_features_seen(model)
+    trainer_of(golden, model).step(reference_batch(ALONE, golden), 1, 3)
+    assert len(seen) == 1
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -348,7 +378,7 @@ def test_the_scaler_scales_every_gradient_of_a_chunk(golden):
             masked_batch(golden),
             3,
             device=ALONE.device,
-            encode=lambda views, number: trainer._encode(views, 0, number),
+            encode=lambda views, number, soft_labels: trainer._encode(views, 0, number, soft_labels),
             objectives=trainer.objectives,
             soft_label_ratio=0.3,
             scale_loss=lambda loss: factor * loss,
