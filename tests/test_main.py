@@ -185,7 +185,7 @@ def test_evaluation_needs_only_its_own_split(full, run, tiny_dataset):
         assert outcome.status == 0 and "back" not in outcome.out, outcome
         assert printed_metrics(outcome.out) == [rounded(full.records[-1])]
     message = only_error(run("--evaluate", full.folder / "checkpoint_last.pth", *own, "data.evaluate_on=val"))
-    assert "data.evaluate_on" in message and "no val split" in message
+    assert "data.evaluate_on=test" in message and "no val entries, only test" in message
 
 
 def test_two_ranks_evaluate_a_checkpoint_like_one_rank(full, data):

@@ -9,12 +9,20 @@ from torch.utils.data import DataLoader
 
 from misc.config.loading import flatten, to_plain
 from misc.config.rules import AUTO, RULES
-from misc.data.annotations import Split, check_images, data_title, few_shot, read_annotations, statistics_table
+from misc.data.annotations import (
+    Split,
+    check_images,
+    data_title,
+    few_shot,
+    image_notes,
+    read_annotations,
+    statistics_table,
+)
 from misc.data.batches import training_loader
 from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import Augmentation, TrainingSet
 from misc.errors import UserError
-from misc.files import is_folder
+from misc.files import is_file, is_folder
 from misc.retrieval.evaluation import Evaluator
 from misc.system.distributed import Ranks
 from misc.system.precision import Precision
@@ -50,13 +58,14 @@ def with_recorded_data(config: EasyDict, weights: Weights, given: Sequence[str])
         section, _, name = key.rpartition(".")
         if key not in given:
             (own[section] if section else own)[name] = recorded[key]
-    if is_folder(own.anno_dir) and is_folder(own.image_dir):
+    annotated = is_folder(own.anno_dir) or is_file(own.anno_dir)
+    if annotated and is_folder(own.image_dir):
         return own, []
     if own.anno_dir == config.anno_dir:
         return config, []
-    missing = own.image_dir if is_folder(own.anno_dir) else own.anno_dir
+    missing = f"folder {own.image_dir}" if annotated else f"annotation {own.anno_dir}"
     return config, [
-        f"warning: {weights.name} was trained on {own.anno_dir}, but there is no folder {missing}: evaluated on the "
+        f"warning: {weights.name} was trained on {own.anno_dir}, but there is no {missing}: evaluated on the "
         "configured dataset instead"
     ]
 
@@ -64,21 +73,10 @@ def with_recorded_data(config: EasyDict, weights: Weights, given: Sequence[str])
 def read_evaluated_split(config: EasyDict) -> tuple[dict[str, Split], list[str]]:
     """Reads and checks only the split that `data.evaluate_on` names. Returns the same as `read_dataset`."""
     name = config.data.evaluate_on
-    splits = read_annotations(config.anno_dir, config.image_dir, splits=(name,), required=())
-    _check_evaluated_split(config, splits)
+    splits = read_annotations(config.anno_dir, config.image_dir, splits=(name,), required=(name,))
     check_images(splits, config.image_dir)
     table, warnings = statistics_table(splits, config.data.dataset, compared=(name,))
-    return splits, [table, *(f"warning: {warning}" for warning in warnings)]
-
-
-def _check_evaluated_split(config: EasyDict, splits: dict[str, Split]) -> None:
-    name = config.data.evaluate_on
-    if name not in splits:
-        other = "test" if name == "val" else "val"
-        raise UserError(
-            f"data.evaluate_on: the dataset in {config.anno_dir} has no {name} split: set it to {other}, or get the "
-            "complete annotation"
-        )
+    return splits, [table, *image_notes(splits), *(f"warning: {warning}" for warning in warnings)]
 
 
 def read_dataset(config: EasyDict) -> tuple[dict[str, Split], list[str]]:
@@ -90,13 +88,12 @@ def read_dataset(config: EasyDict) -> tuple[dict[str, Split], list[str]]:
     splits = read_annotations(
         config.anno_dir,
         config.image_dir,
-        required=tuple(name for name in used if name != "val"),
+        required=used,
         back_translation_file=config.data.back_translation_file,
     )
-    _check_evaluated_split(config, splits)
     check_images({name: splits[name] for name in used}, config.image_dir)
     table, warnings = statistics_table(splits, config.data.dataset)
-    notes = [table, *(f"warning: {warning}" for warning in warnings)]
+    notes = [table, *image_notes(splits), *(f"warning: {warning}" for warning in warnings)]
     translated = any(text is not None for text in splits["train"].back_translations)
     if config.experiment.back_trans and config.experiment.backtrans_p > 0 and not translated:
         notes.append(

@@ -107,7 +107,7 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
     objectives = build_objectives(config, ranks)
     evaluator = build_evaluator(config, splits, tokenizer, precision, ranks)
     loader = build_loader(config, splits["train"], objectives, tokenizer, ranks)
-    identities = splits["train"].counts.identities
+    identities = len(set(splits["train"].image_identities))
     model, weight_notes = build_model(config, objectives, identities, weights=weights, resumed=saved is not None)
     del weights
     trainer = build_trainer(config, model, objectives, len(loader), precision, ranks)

@@ -1,13 +1,20 @@
-"""Reads the annotation files of CUHK-PEDES, ICFG-PEDES and RSTPReid, raw or as `{train,val,test}_reid.json`.
+"""Reads the annotation of a dataset: raw files of its authors, `{train,val,test}_reid.json`, or any JSON or CSV file.
 
 One entry of a file describes one image: its path, the person's id and the captions. A raw file contains all splits, and
-each entry names its split. The `*_reid.json` files contain one split each; a `split` in their entries is ignored.
+each entry names its split. The `*_reid.json` files contain one split each; a `split` in their entries is ignored. A CSV
+file has a row per caption.
 """
 
+import csv
 import hashlib
+import io
+import itertools
 import json
+import posixpath
+import re
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -21,12 +28,17 @@ from text_utils.cleaning import clean_caption
 SPLITS = ("train", "val", "test")
 RAW_FILES = ("reid_raw.json", "ICFG-PEDES.json", "ICFG_PEDES.json", "data_captions.json")
 IMAGE_SUBFOLDER = "imgs"
+CSV_SUFFIXES = (".csv", ".tsv")
+"""Suffixes of the files that are read as CSV; all others are read as JSON."""
+
+Identity = int | str
+"""The annotated id of a person."""
 
 
 class Counts(NamedTuple):
-    """Size of a split."""
+    """Size of a split. The number of identities is None if it is not published."""
 
-    identities: int
+    identities: int | None
     images: int
     captions: int
 
@@ -46,7 +58,16 @@ PUBLISHED_COUNTS = {
         "val": Counts(200, 1_000, 2_000),
         "test": Counts(200, 1_000, 2_000),
     },
+    "UFine6926": {
+        "train": Counts(None, 18_577, 37_154),
+        "test": Counts(None, 7_629, 15_258),
+    },
+    "UFine3C": {
+        "test": Counts(2_250, 7_446, 37_939),
+    },
 }
+PUBLISHED_IDENTITIES = {"UFine6926": 6_926}
+"""The number of identities of all splits together, where it is only published so."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +75,15 @@ class Split:
     """One split. A training sample is one (image, caption) pair, so the length of a split is its number of captions.
 
     Attributes:
-        image_paths: per image, relative to the image folder.
-        image_identities: per image. Training identities are renumbered 0..n-1 in order of first appearance; others stay
-            as annotated.
-        captions: cleaned, listed image by image.
+        image_paths: per image, relative to the image folder. Each image is listed once.
+        image_identities: per image. Training identities are renumbered 0..n-1 in order of first appearance. Those of
+            other splits stay as annotated, or are renumbered too if one of them is not an integer of 64 bits.
+        captions: cleaned, in the order of the annotation.
         back_translations: per caption, cleaned; None if it has no back-translation.
         caption_images: per caption, the index of its image.
         annotated_captions: the captions as annotated, for people to read.
+        identity_names: for identities that are renumbered, except those of the training split, the annotated one.
+        caption_entries: per caption, the index of its entry in the annotation; None if each image has one entry.
     """
 
     image_paths: list[str]
@@ -69,6 +92,8 @@ class Split:
     back_translations: list[str | None]
     caption_images: list[int]
     annotated_captions: list[str]
+    identity_names: dict[int, Identity] = field(default_factory=dict)
+    caption_entries: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -80,9 +105,20 @@ class Split:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of identities, captions, back-translations and their order. The image paths do not change it."""
-        content = [self.image_identities, self.captions, self.back_translations, self.caption_images]
+        """A hash of identities, captions, back-translations and their order.
+
+        The image paths do not change it. It is a hash of the entries as annotated, so merging them changes nothing.
+        """
+        identities, entries = self.image_identities, self.caption_images
+        if self.caption_entries is not None:
+            entries = self.caption_entries
+            identities = list(dict(zip(entries, self.caption_identities, strict=True)).values())
+        content = [identities, self.captions, self.back_translations, entries]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def annotated_identity(self, identity: int) -> Identity:
+        """Returns the id of a person as annotated, for people to read. Not for the training split."""
+        return self.identity_names.get(identity, identity)
 
     @cached_property
     def counts(self) -> Counts:
@@ -95,7 +131,7 @@ class _Entry(NamedTuple):
 
     split: str
     image_path: str
-    identity: int
+    identity: Identity
     captions: list[str]
     back_translations: list[str | None]
 
@@ -114,7 +150,8 @@ def read_annotations(
     Args:
         anno_dir: folder with `{train,val,test}_reid.json`, or with one raw file: `reid_raw.json` (CUHK-PEDES),
             `ICFG-PEDES.json` or `ICFG_PEDES.json`, or `data_captions.json` (RSTPReid). If it has both, a
-            `train_reid.json` decides for the first.
+            `train_reid.json` decides for the first. Or one file: a JSON list like the raw files, under any name, or a
+            CSV file with a row per caption and the columns `split`, `id`, `file_path` and `caption`.
         image_dir: folder that the annotated paths start from, or its parent if that folder is named `imgs`.
         splits: the splits to read; entries of others are not checked.
         required: those that must have entries.
@@ -122,15 +159,18 @@ def read_annotations(
             the annotation. If a path is listed several times, its entries are joined in order.
         max_words: captions are cut to this length.
 
-    Backslashes in a path are separators if there is such an image, for annotations written on Windows.
+    Backslashes in a path are separators if there is such an image, for annotations written on Windows. Entries of the
+    same image in a split are merged.
 
     Returns: the splits that have entries.
-    Raises UserError if a folder, a file or a required split is missing, or if an entry is wrong.
+    Raises UserError if a folder, a file or a required split is missing, if an entry is wrong, or if an image has two
+        identities in a split.
     """
-    anno_dir, image_dir = _existing_folder("anno_dir", anno_dir), _existing_folder("image_dir", image_dir)
-    entries = []
+    anno_dir, image_dir = Path(anno_dir), _existing_folder("image_dir", image_dir)
+    entries: list[_Entry] = []
+    present = dict.fromkeys(SPLITS, False)
     for path, split in _annotation_files(anno_dir, splits, required):
-        named = _read_json_list(path)
+        named = _read_entries(path)
         if split is None and named and not any("split" in entry for _, entry in named):
             raise UserError(
                 f"{path} has no `split` in any entry: get a file with splits; caption_all.json of CUHK-PEDES has "
@@ -138,11 +178,14 @@ def read_annotations(
             )
         for entry_name, entry in named:
             own_split = split or _split_of(entry, entry_name)
+            present[own_split] = True
             if own_split in splits:
                 entries.append(_parse_entry(entry, entry_name, own_split))
     for name in required:
-        if not any(entry.split == name for entry in entries):
-            raise UserError(f"the annotation in {anno_dir} has no {name} entries: get the complete file")
+        if not present[name]:
+            others = [other for other in SPLITS if present[other]]
+            only = f", only {' and '.join(others)}" if others else ""
+            raise UserError(f"the annotation in {anno_dir} has no {name} entries{only}: {_remedy(name, others)}")
     if back_translation_file is not None:
         entries = _join_back_translations(entries, Path(back_translation_file))
     entries = [_with_separators(entry, image_dir) for entry in entries]
@@ -164,7 +207,7 @@ def read_captions(path: str | Path) -> list[tuple[str, list[str]]]:
     """
     return [
         (_image_path(entry, entry_name), _captions(entry, entry_name))
-        for entry_name, entry in _read_json_list(Path(path))
+        for entry_name, entry in _read_entries(Path(path))
     ]
 
 
@@ -183,6 +226,22 @@ def check_images(splits: dict[str, Split], image_dir: str | Path) -> None:
         )
 
 
+def image_notes(splits: dict[str, Split]) -> list[str]:
+    """Returns lines for the log: images that have several entries, and warnings of images in two splits."""
+    notes = []
+    for name, split in splits.items():
+        if split.caption_entries is not None:
+            entries, images = len(set(split.caption_entries)), len(split.image_paths)
+            notes.append(f"{name}: {entries:,} entries describe {images:,} images, so entries of an image are merged")
+    for (name, split), (other_name, other) in itertools.combinations(splits.items(), 2):
+        paths = set(split.image_paths)
+        if shared := [path for path in other.image_paths if path in paths]:
+            notes.append(
+                f"warning: images in both {name} and {other_name}: {first_of(shared)}: remove them from one of the two"
+            )
+    return notes
+
+
 def data_title(dataset: str | None, split: str, anno_dir: str) -> str:
     """Returns the dataset, the split and the folder of an evaluation, to name its results by."""
     return f"{dataset} {split} in {anno_dir}" if dataset else f"{split} in {anno_dir}"
@@ -192,17 +251,36 @@ def few_shot(split: Split, share: float, seed: int) -> Split:
     """Draws a share of the images, at least one, with all their captions. Identities are renumbered."""
     images = len(split.image_paths)
     drawn = sorted(Random(f"few-shot {seed}").sample(range(images), max(1, round(share * images))))
-    new_index = {image: index for index, image in enumerate(drawn)}
-    identities: dict[int, int] = {}
+    return keep_images(split, drawn, renumber=True)
+
+
+def keep_images(split: Split, images: Sequence[int], *, renumber: bool) -> Split:
+    """Returns a split with only these images, and all their captions.
+
+    Args:
+        images: their indices, in ascending order.
+        renumber: whether identities are renumbered, as in a training split.
+    """
+    new_index = {image: index for index, image in enumerate(images)}
+    identities = [split.image_identities[image] for image in images]
     captions = [number for number, image in enumerate(split.caption_images) if image in new_index]
+    entries = split.caption_entries
     return Split(
-        image_paths=[split.image_paths[image] for image in drawn],
-        image_identities=[identities.setdefault(split.image_identities[image], len(identities)) for image in drawn],
+        image_paths=[split.image_paths[image] for image in images],
+        image_identities=_numbered(identities) if renumber else identities,
         captions=[split.captions[number] for number in captions],
         back_translations=[split.back_translations[number] for number in captions],
         caption_images=[new_index[split.caption_images[number]] for number in captions],
         annotated_captions=[split.annotated_captions[number] for number in captions],
+        identity_names=split.identity_names,
+        caption_entries=None if entries is None else _numbered(entries[number] for number in captions),
     )
+
+
+def _numbered(values: Iterable[Identity]) -> list[int]:
+    """Replaces equal values by the same number, counted from 0 in order of first appearance."""
+    numbers: dict[Identity, int] = {}
+    return [numbers.setdefault(value, len(numbers)) for value in values]
 
 
 def statistics_table(
@@ -228,13 +306,20 @@ def _differences(splits: dict[str, Split], dataset: str, compared: tuple[str, ..
     """Returns one line for each number that differs from the published one. A missing split counts as zero."""
     ours = {name: split.counts for name, split in splits.items()}
     empty = Counts(0, 0, 0)
-    return [
-        f"{dataset} {name}: {found:,} {field} here, {published:,} published"
+    numbers = [
+        (name, field, found, published)
         for name in compared
         for field, found, published in zip(
             Counts._fields, ours.get(name, empty), PUBLISHED_COUNTS[dataset].get(name, empty), strict=True
         )
-        if found != published
+    ]
+    if dataset in PUBLISHED_IDENTITIES and set(compared) == set(SPLITS):  # no person is in two splits
+        together = sum(counts.identities or 0 for counts in ours.values())
+        numbers.append(("all splits", "identities", together, PUBLISHED_IDENTITIES[dataset]))
+    return [
+        f"{dataset} {name}: {found:,} {field} here, {published:,} published"
+        for name, field, found, published in numbers
+        if published is not None and found != published
     ]
 
 
@@ -248,13 +333,20 @@ def _annotation_files(
     anno_dir: Path, splits: tuple[str, ...], required: tuple[str, ...]
 ) -> list[tuple[Path, str | None]]:
     """Returns the files to read, each with its split. The split is None if the entries name it."""
+    if is_file(anno_dir):
+        return [(anno_dir, next((split for split in SPLITS if anno_dir.name == f"{split}_reid.json"), None))]
+    if not is_folder(anno_dir):
+        raise UserError(
+            f"`anno_dir: {anno_dir}` does not exist: set it to the folder of the annotation, or to its JSON or CSV file"
+        )
     split_files = {split: anno_dir / f"{split}_reid.json" for split in SPLITS}
     split_files = {split: path for split, path in split_files.items() if is_file(path)}
     raw = [anno_dir / name for name in RAW_FILES if is_file(anno_dir / name)]
     if "train" in split_files or (split_files and not raw):
         if missing := [split for split in required if split not in split_files]:
             present = first_of([path.name for path in split_files.values()])
-            raise UserError(f"{anno_dir} contains {present} but no {missing[0]}_reid.json: get the complete annotation")
+            remedy = _remedy(missing[0], list(split_files))
+            raise UserError(f"{anno_dir} contains {present} but no {missing[0]}_reid.json: {remedy}")
         return [(path, split) for split, path in split_files.items() if split in splits]
 
     if len(raw) == 1:
@@ -267,27 +359,82 @@ def _annotation_files(
             f"{anno_dir} contains caption_all.json, which has no `split` and cannot be used: "
             "get reid_raw.json of CUHK-PEDES"
         )
-    present = ", ".join(sorted(path.name for path in anno_dir.glob("*.json"))) or "none"
+    suffixes = (".json", *CSV_SUFFIXES)
+    present = ", ".join(sorted(path.name for path in anno_dir.iterdir() if path.suffix.lower() in suffixes)) or "none"
     raise UserError(
         f"no annotation in {anno_dir}: expected train_reid.json and test_reid.json, or one of "
-        f"{', '.join(RAW_FILES)}; JSON files there: {present}"
+        f"{', '.join(RAW_FILES)}; to use another file, set anno_dir to it; JSON and CSV files there: {present}"
     )
 
 
-def _read_json_list(path: Path) -> list[tuple[str, dict]]:
-    """Reads the entries of a file, each with its name for error messages."""
+def _remedy(split: str, present: list[str]) -> str:
+    """Returns what the user can do if a split is missing."""
+    remedy = "get the complete annotation"
+    if split == "train":
+        return f"{remedy}, or only evaluate on it with --evaluate"
+    other = "test" if split == "val" else "val"
+    return f"{remedy}, or set data.evaluate_on={other}" if other in present else remedy
+
+
+def _read_entries(path: Path) -> list[tuple[str, dict]]:
+    """Reads the entries of an annotation file, each with its name for error messages."""
+    return _read_csv(path) if path.suffix.lower() in CSV_SUFFIXES else _read_json_list(path)
+
+
+def _read_bytes(path: Path) -> bytes:
     if not is_file(path):
         raise UserError(f"{path} is not a file: correct the path")
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+
+
+CONVERT = "if it is in another encoding, for example GBK, convert it: iconv -f GBK -t UTF-8"
+
+
+def _read_csv(path: Path) -> list[tuple[str, dict]]:
+    """Reads a CSV file. Rows of the same image become one entry. Semicolons and tabs may separate the columns too."""
+    try:
+        text = _read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read as CSV ({error}): {CONVERT}") from error
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    entries: dict[tuple[str | None, ...], tuple[str, dict]] = {}
+    try:
+        columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
+        if "caption" not in columns or not {"file_path", "img_path"} & set(columns):
+            raise UserError(
+                f"the first line of {path} is {shortened(text.partition(chr(10))[0])}, expected the names of the "
+                "columns: split,id,file_path,caption"
+            )
+        for row in reader:
+            name = f"{path} line {reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{name} has {'more' if None in row else 'fewer'} values than the first line has columns: put a "
+                    f"caption that contains {delimiter!r} between double quotes"
+                )
+            caption = row.pop("caption")
+            image = tuple(row.get(column) for column in ("split", "id", "file_path", "img_path"))
+            entries.setdefault(image, (name, row | {"captions": []}))[1]["captions"].append(caption)
+    except csv.Error as error:
+        raise UserError(
+            f"{path} line {reader.reader.line_num} cannot be read as CSV ({error}): fix its quotes"
+        ) from error
+    return list(entries.values())
+
+
+def _read_json_list(path: Path) -> list[tuple[str, dict]]:
+    """Reads the entries of a JSON file, each with its name for error messages."""
+    content = _read_bytes(path)
     try:
         entries = json.loads(content)
     except (ValueError, RecursionError) as error:  # not JSON, or not text
         remedy = "get the file again"
         if isinstance(error, UnicodeDecodeError):
-            remedy = f"if it is in another encoding, for example GBK, convert it: iconv -f GBK -t UTF-8; else {remedy}"
+            remedy = f"{CONVERT}; else {remedy}"
         elif _is_json_lines(content):
             remedy = (
                 "it is JSON Lines, with an object on each line: convert it to one JSON list, for example with jq -s ."
@@ -321,11 +468,30 @@ def _split_of(entry: dict, entry_name: str) -> str:
 
 def _parse_entry(entry: dict, entry_name: str, split: str) -> _Entry:
     """Checks an entry of a split."""
-    if type(entry.get("id")) is not int:  # isinstance would accept true and false
-        raise _field_error(entry, entry_name, "id", "an integer")
+    identity = _identity(entry, entry_name)
     captions = _captions(entry, entry_name)
     back_translations = _back_translations(entry, entry_name)
-    return _Entry(split, _image_path(entry, entry_name), entry["id"], captions, back_translations)
+    return _Entry(split, _image_path(entry, entry_name), identity, captions, back_translations)
+
+
+_WHOLE_NUMBER = re.compile(r"([+-]?[0-9]{1,1000})(?:\.0*)?")
+
+
+def _identity(entry: dict, entry_name: str) -> Identity:
+    """Returns the id of a person: an integer of any size, or a text.
+
+    A number is the same person in every spelling: 1, 1.0, "1", "1.0" and "00001". Programs that write JSON and CSV turn
+    these into each other. Other texts are compared as they are, except for the white space around them.
+    """
+    value = entry.get("id")
+    if type(value) is int:  # isinstance would accept true and false
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:  # others have lost their last digits
+        return int(value)
+    if isinstance(value, str) and (text := value.strip()):
+        number = _WHOLE_NUMBER.fullmatch(text)
+        return int(number[1]) if number else text
+    raise _field_error(entry, entry_name, "id", "a whole number or a text")
 
 
 def _image_path(entry: dict, entry_name: str) -> str:
@@ -396,16 +562,46 @@ def _image_folder(entries: list[_Entry], image_dir: Path) -> str:
 
 
 def _build_split(entries: list[_Entry], folder: str, max_words: int, *, renumber: bool) -> Split:
-    numbers: dict[int, int] = {}
-    split = Split([], [], [], [], [], [])
-    for image, entry in enumerate(entries):
-        identity = numbers.setdefault(entry.identity, len(numbers)) if renumber else entry.identity
-        split.image_paths.append(folder + entry.image_path)
-        split.image_identities.append(identity)
+    """Builds a split from its entries, with each image once."""
+    images: dict[str, int] = {}
+    entry_images = [images.setdefault(posixpath.normpath(entry.image_path), len(images)) for entry in entries]
+    first: dict[int, _Entry] = {}
+    contradictions: dict[int, str] = {}
+    for image, entry in zip(entry_images, entries, strict=True):
+        identity = first.setdefault(image, entry).identity
+        if identity != entry.identity:
+            contradictions[image] = f"{entry.image_path!r} ({identity!r} and {entry.identity!r})"
+    if contradictions:
+        raise UserError(
+            f"images with two ids in the {entries[0].split} entries of the annotation: "
+            f"{first_of(list(contradictions.values()))}: correct their entries"
+        )
+    identities, names = _integers([entry.identity for entry in first.values()], renumber=renumber)
+    paths = [folder + entry.image_path for entry in first.values()]
+    split = Split(paths, identities, [], [], [], [], names, [] if len(images) < len(entries) else None)
+    for number, (image, entry) in enumerate(zip(entry_images, entries, strict=True)):
         for i, caption in enumerate(entry.captions):
             back_translation = entry.back_translations[i] if i < len(entry.back_translations) else None
             split.captions.append(clean_caption(caption, max_words))
             split.back_translations.append(clean_caption(back_translation or "", max_words) or None)
             split.caption_images.append(image)
             split.annotated_captions.append(caption)
+            if split.caption_entries is not None:
+                split.caption_entries.append(number)
     return split
+
+
+def _integers(identities: list[Identity], *, renumber: bool) -> tuple[list[int], dict[int, Identity]]:
+    """Returns the identities as integers of 64 bits, which tensors can contain.
+
+    Args:
+        renumber: whether they are renumbered in any case.
+
+    Returns: the integers, and the annotated identity of those that are not the same. With `renumber`, nobody reads
+        these, and there are none.
+    """
+    integers = [each for each in identities if isinstance(each, int) and -(2**63) <= each < 2**63]
+    if len(integers) == len(identities) and not renumber:
+        return integers, {}
+    numbers = _numbered(identities)
+    return numbers, {} if renumber else dict(zip(numbers, identities, strict=True))

@@ -34,12 +34,13 @@ def choose_queries(retrieval: Retrieval, count: int, choice: str, seed: int) -> 
 def query_records(retrieval: Retrieval, split: Split) -> list[dict[str, Any]]:
     """Returns a record for each query.
 
-    Its fields are `query` (number from 0), `caption` (as annotated), `identity`, `first_match` (rank from 1, or None if
-    the person is not in the gallery), `average_precision` (percent), and `first_images`: the first ten, each with
+    Its fields are `query` (number from 0), `caption` and `identity` (as annotated), `first_match` (rank from 1, or None
+    if the person is not in the gallery), `average_precision` (percent), and `first_images`: the first ten, each with
     `path`, `identity` and `score` (cosine).
     """
     first = retrieval.results.first_match.tolist()
     precision = retrieval.results.average_precision.tolist()
+    names = [split.annotated_identity(identity) for identity in split.image_identities]
     records = []
     for query, caption in enumerate(split.annotated_captions):
         scores, numbers = (values.tolist() for values in retrieval.first_images(query, FIRST_IMAGES))
@@ -47,11 +48,11 @@ def query_records(retrieval: Retrieval, split: Split) -> list[dict[str, Any]]:
             {
                 "query": query,
                 "caption": caption,
-                "identity": split.caption_identities[query],
+                "identity": split.annotated_identity(split.caption_identities[query]),
                 "first_match": first[query] or None,
                 "average_precision": 100 * precision[query],
                 "first_images": [
-                    {"path": split.image_paths[number], "identity": split.image_identities[number], "score": score}
+                    {"path": split.image_paths[number], "identity": names[number], "score": score}
                     for score, number in zip(scores, numbers, strict=True)
                 ],
             }
@@ -111,7 +112,7 @@ def compare_queries(before: Retrieval, after: Retrieval, split: Split) -> list[d
         {
             "query": query,
             "caption": split.annotated_captions[query],
-            "identity": split.caption_identities[query],
+            "identity": split.annotated_identity(split.caption_identities[query]),
             "first_match": [rank or None for rank in pairs[0][query].tolist()],
             "average_precision": [100 * value for value in pairs[1][query].tolist()],
         }

@@ -107,12 +107,13 @@ def draw_retrieval_sheet(
                 Cell(
                     image=read_image(image_dir / split.image_paths[number]),
                     label=f"rank {rank:,}" if apart else f"{scores[rank - 1]:.2f}",
-                    name=str(found),
+                    name=str(split.annotated_identity(found)),
                     colour=RIGHT if found == identity else WRONG,
                     apart=apart,
                 )
             )
         match = f"first match: rank {first_match:,}" if first_match else "no image in the gallery"
-        rows.append(Row(split.annotated_captions[query], f"(person {identity}; {match})", cells))
+        person = split.annotated_identity(identity)
+        rows.append(Row(split.annotated_captions[query], f"(person {person}; {match})", cells))
     with atomic_file(path) as file:
         draw_sheet(file, rows)

@@ -1,14 +1,28 @@
+import hashlib
 import json
+import math
 import random
 import time
 from pathlib import Path, PureWindowsPath
 
 import pytest
+import torch
 from PIL import Image
 
 from misc.data import annotations
-from misc.data.annotations import PUBLISHED_COUNTS, Counts, Split, check_images, read_annotations, statistics_table
+from misc.data.annotations import (
+    PUBLISHED_COUNTS,
+    Counts,
+    Split,
+    check_images,
+    image_notes,
+    keep_images,
+    read_annotations,
+    read_captions,
+    statistics_table,
+)
 from misc.errors import UserError
+from text_utils.cleaning import clean_caption
 
 
 def write_json(path: Path, content: object) -> None:
@@ -103,7 +117,7 @@ def write_reid(folder: Path, *, val: list | None = None) -> None:
             reid_entry(7, "a.jpg", "One.", "Two.", captions_bt=["Un.", "DEUX!"]),
             reid_entry(-3, "b.jpg", "Three", "Four", "Five", captions_bt=["", None]),
             reid_entry(7, "c.jpg", "Six"),
-            reid_entry(9, "a.jpg", "Seven", captions_bt=None),
+            reid_entry(7, "a.jpg", "Seven", captions_bt=None),
         ],
     )
     write_json(folder / "test_reid.json", [reid_entry(-1, "d.jpg", "Eight", split="of no account")])
@@ -116,8 +130,9 @@ def test_reid_files(tmp_path):
     splits = read_annotations(tmp_path, tmp_path)
     assert list(splits) == ["train", "val", "test"]
     train = splits["train"]
-    assert train.image_paths == ["a.jpg", "b.jpg", "c.jpg", "a.jpg"]  # an image that is listed twice stays twice
-    assert train.image_identities == [0, 1, 0, 2]
+    assert train.image_paths == ["a.jpg", "b.jpg", "c.jpg"]
+    assert train.image_identities == [0, 1, 0]
+    assert train.caption_images == [0, 0, 1, 1, 1, 2, 0]
     assert train.captions == ["one", "two", "three", "four", "five", "six", "seven"]
     assert train.back_translations == ["un", "deux", None, None, None, None, None]
     assert splits["test"].image_identities == [-1]
@@ -213,11 +228,11 @@ def test_bad_back_translation_files(tmp_path):
 def test_no_annotation(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     expected = ["train_reid.json", "reid_raw.json", "ICFG-PEDES.json", "data_captions.json"]
-    fails(tmp_path, str(tmp_path), *expected, "JSON files there: other.json")
+    fails(tmp_path, str(tmp_path), *expected, "set anno_dir to it", "JSON and CSV files there: other.json")
 
 
 def test_no_file_at_all(tmp_path):
-    fails(tmp_path, "JSON files there: none")
+    fails(tmp_path, "JSON and CSV files there: none")
 
 
 def test_caption_all_cannot_be_used(tmp_path):
@@ -284,8 +299,190 @@ def test_no_test_file(tmp_path):
 def test_missing_folders(tmp_path):
     write_json(tmp_path / "reid_raw.json", CUHK)
     fails(tmp_path / "nowhere", "anno_dir", "nowhere", image_dir=tmp_path)
-    fails(tmp_path / "reid_raw.json", "anno_dir", "reid_raw.json", image_dir=tmp_path)
     fails(tmp_path, "image_dir", "nowhere", image_dir=tmp_path / "nowhere")
+
+
+# One file
+
+
+PEOPLE = [
+    entry("train", 1, "a.jpg", "A red coat, long.", "Red"),
+    entry("test", 2, "b.jpg", "Blue"),
+    entry("train", 1, "c.jpg", "Grey"),
+]
+CSV = """split,id,file_path,caption
+train,1,a.jpg,"A red coat, long."
+test,2,b.jpg,Blue
+train,1,a.jpg,Red
+train,1,c.jpg,Grey
+"""
+
+
+def as_file(folder: Path, name: str, content: str | bytes) -> Path:
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine", "mine.txt", "caption_all.json", "reid_raw.json"])
+def test_a_json_list_under_any_name(tmp_path, name):
+    write_json(tmp_path / "reid_raw.json", PEOPLE)
+    expected = read_annotations(tmp_path, tmp_path)
+    assert read_annotations(as_file(tmp_path, name, json.dumps(PEOPLE)), tmp_path) == expected
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "MINE.CSV", "mine.tsv"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        CSV,
+        CSV.replace("\n", "\r\n"),
+        "\ufeff" + CSV.replace(",", ", ").replace(",  ", ", "),
+        CSV.replace("coat, long", "coat; long").replace(",", ";").replace("coat; long", "coat, long"),
+        CSV.replace("coat, long", "coat@ long").replace(",", "\t").replace("@", ","),
+        "".join(f"{number},{line}\n" for number, line in enumerate(CSV.splitlines())),  # with an index, as by pandas
+        CSV.replace("file_path", "img_path") + "\n\n",
+    ],
+)
+def test_csv_has_a_row_per_caption(tmp_path, name, text):
+    """It is read like a JSON list of the same images."""
+    expected = read_annotations(as_file(tmp_path, "mine.json", json.dumps(PEOPLE)), tmp_path)
+    splits = read_annotations(as_file(tmp_path, name, text), tmp_path)
+    assert splits == expected and image_notes(splits) == []
+
+
+def test_captions_of_csv_are_read_for_back_translation(tmp_path):
+    rows = "file_path,caption\na.jpg,One\nb.jpg,Two\na.jpg,Three\n"
+    assert read_captions(as_file(tmp_path, "mine.csv", rows)) == [("a.jpg", ["One", "Three"]), ("b.jpg", ["Two"])]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["first line", "split,id,file_path,caption"]),
+        ("a.jpg,A man\n", ["first line", "'a.jpg,A man'", "split,id,file_path,caption"]),
+        (CSV + "train,1,d.jpg,A man, walking\n", ["line 6 has more values", "double quotes"]),
+        (CSV + "train,1,d.jpg\n", ["line 6 has fewer values"]),
+        (CSV + 'train,1,d.jpg,"A" man\n', ["line 6 cannot be read as CSV"]),
+        (CSV + 'train,1,d.jpg,"A man\n', ["cannot be read as CSV", "fix its quotes"]),
+        (CSV + "dev,1,d.jpg,A man\n", ["line 6 has `split: 'dev'`", "train, val, test"]),
+        (CSV + "train,,d.jpg,A man\n", ["line 6 has `id: ''`"]),
+        (CSV + "train,1,../d.jpg,A man\n", ["line 6 has `file_path: '../d.jpg'`"]),
+        ("id,file_path,caption\n1,a.jpg,A man\n", ["no `split` in any entry"]),
+        (CSV.replace("Blue", "蓝").encode("gbk"), ["cannot be read as CSV", "GBK", "iconv"]),
+    ],
+)
+def test_csv_with_mistakes(tmp_path, text, parts):
+    fails(as_file(tmp_path, "mine.csv", text), "mine.csv", *parts, image_dir=tmp_path)
+
+
+def test_a_file_needs_only_the_splits_that_are_used(tmp_path):
+    for split in ("test", "val"):
+        file = as_file(tmp_path, "mine.csv", f"split,id,file_path,caption\n{split},1,a.jpg,A man\n")
+        assert list(read_annotations(file, tmp_path, splits=(split,), required=(split,))) == [split]
+        other = "val" if split == "test" else "test"
+        only = f"no {other} entries, only {split}: "
+        options = {"image_dir": tmp_path, "splits": (other,), "required": (other,)}
+        fails(file, only, f"set data.evaluate_on={split}", **options)
+        fails(file, f"no train entries, only {split}: ", "--evaluate", image_dir=tmp_path)
+    write_json(tmp_path / "test_reid.json", [reid_entry(1, "a.jpg", "One")])  # its entries have no split
+    assert read_annotations(tmp_path / "test_reid.json", tmp_path, required=("test",))["test"].captions == ["one"]
+
+
+# Ids
+
+
+@pytest.mark.parametrize(
+    "same",
+    [[1, 1.0, "1", "1.0", "00001", " 1", "1."], [-3, "-3"], ["a-1", " a-1 "], [10**19 + 7, str(10**19 + 7)], ["٣"]],
+)
+def test_spellings_of_an_id(tmp_path, same):
+    others = [2, "a-2", 10**19 + 8, 10**19, "A-1", "1a", "0"]
+    identities = [*same, *others]
+    write_json(
+        tmp_path / "reid_raw.json",
+        [entry(split, each, f"{i}.jpg", "x") for split in ("train", "test") for i, each in enumerate(identities)],
+    )
+    for split in read_annotations(tmp_path, tmp_path).values():
+        own = split.image_identities[: len(same)]
+        assert len(set(own)) == 1 and split.counts.identities == 1 + len(others)
+        assert torch.tensor(split.image_identities).dtype == torch.int64
+
+
+@pytest.mark.parametrize("identities", [[5, 3, 5], ["00005", "3", 5.0], [2**63 - 1, -(2**63), 2**63 - 1]])
+def test_ids_that_are_integers_stay(tmp_path, identities):
+    identities = [1, *identities]
+    entries = [entry("test" if i else "train", each, f"{i}.jpg", "x") for i, each in enumerate(identities)]
+    write_json(tmp_path / "reid_raw.json", entries)
+    test = read_annotations(tmp_path, tmp_path)["test"]
+    assert test.image_identities == [int(each) for each in identities[1:]] and test.identity_names == {}
+
+
+@pytest.mark.parametrize("identities", [[12345678901234567890, 3], ["Anna", 3], [2**63, -1], [-(2**63) - 1, "x"]])
+def test_other_ids_are_numbered_and_shown_as_annotated(tmp_path, identities):
+    entries = [entry("test" if i else "train", each, f"{i}.jpg", "x") for i, each in enumerate([1, *identities])]
+    write_json(tmp_path / "reid_raw.json", entries)
+    test = read_annotations(tmp_path, tmp_path)["test"]
+    assert test.image_identities == [0, 1]
+    assert [test.annotated_identity(each) for each in test.image_identities] == identities
+
+
+# Images with several entries
+
+
+def per_caption(entries: list[dict]) -> list[dict]:
+    """An entry for each caption, all first captions before the second ones."""
+    longest = max(len(one["captions"]) for one in entries)
+    return [
+        one | {"captions": [one["captions"][i]]} for i in range(longest) for one in entries if i < len(one["captions"])
+    ]
+
+
+def test_entries_of_the_same_image_are_merged(tmp_path):
+    write_json(tmp_path / "reid_raw.json", CUHK)
+    expected = read_annotations(tmp_path, tmp_path)
+    entries = per_caption(CUHK)
+    entries[0]["file_path"] = "./cam_a//1.png"
+    write_json(tmp_path / "reid_raw.json", entries)
+    splits = read_annotations(tmp_path, tmp_path)
+    for name, split in expected.items():
+        merged = splits[name]
+        assert merged.counts == split.counts
+        assert merged.image_identities == split.image_identities
+        assert sorted(zip(merged.caption_images, merged.captions, strict=True)) == sorted(
+            zip(split.caption_images, split.captions, strict=True)
+        )
+    assert image_notes(splits) == [
+        "train: 6 entries describe 3 images, so entries of an image are merged",
+        "val: 2 entries describe 1 images, so entries of an image are merged",
+        "test: 2 entries describe 1 images, so entries of an image are merged",
+    ]
+    assert image_notes(expected) == []
+
+
+@pytest.mark.parametrize("entries", [CUHK, per_caption(CUHK)])
+def test_the_fingerprint_is_that_of_the_entries_as_annotated(tmp_path, entries):
+    """So runs resume that were started before entries were merged."""
+    write_json(tmp_path / "reid_raw.json", entries)
+    own = [one for one in entries if one["split"] == "train"]
+    identities = [{12: 0, 5: 1}[one["id"]] for one in own]
+    captions = [clean_caption(caption) for one in own for caption in one["captions"]]
+    images = [i for i, one in enumerate(own) for _ in one["captions"]]
+    content = json.dumps([identities, captions, [None] * len(captions), images])
+    train = read_annotations(tmp_path, tmp_path)["train"]
+    assert train.fingerprint == hashlib.sha256(content.encode()).hexdigest()
+    assert keep_images(train, [0, 1, 2], renumber=True).fingerprint == train.fingerprint
+
+
+def test_an_image_with_two_ids_is_refused(tmp_path):
+    wrong = entry("train", 7, "cam_a/1.png", "A coat.")
+    write_json(tmp_path / "reid_raw.json", [*CUHK, wrong, wrong])
+    fails(tmp_path, "images with two ids in the train entries", ": 'cam_a/1.png' (12 and 7): correct")
+
+
+def test_an_image_in_two_splits_causes_a_warning(tmp_path):
+    write_json(tmp_path / "reid_raw.json", [*CUHK, entry("test", 12, "cam_a/1.png", "A coat.")])
+    (note,) = image_notes(read_annotations(tmp_path, tmp_path))
+    assert note.startswith("warning: images in both train and test: cam_a/1.png: remove")
 
 
 # The content of the file
@@ -326,8 +523,12 @@ MISSING = object()
         ("split", "training"),
         ("split", ["train"]),
         ("id", MISSING),
-        ("id", "12"),
-        ("id", 1.0),
+        ("id", ""),
+        ("id", " "),
+        ("id", 1.5),
+        ("id", 1e20),
+        ("id", math.nan),
+        ("id", math.inf),
         ("id", True),
         ("id", None),
         ("file_path", MISSING),
@@ -463,7 +664,7 @@ def test_five_of_many_missing_images_are_named(tmp_path):
 
 
 def made_up_split(counts: Counts) -> Split:
-    identities = [i % counts.identities for i in range(counts.images)]
+    identities = [i % (counts.identities or 3_463) for i in range(counts.images)]  # half of UFine6926's
     caption_images = [i % counts.images for i in range(counts.captions)]
     captions = [""] * counts.captions
     return Split([""] * counts.images, identities, captions, [None] * counts.captions, caption_images, captions)
@@ -487,7 +688,7 @@ def test_no_warning_if_all_numbers_are_the_published_ones(dataset):
     splits = {name: made_up_split(counts) for name, counts in PUBLISHED_COUNTS[dataset].items()}
     table, warnings = statistics_table(splits, dataset)
     assert warnings == []
-    assert f"{PUBLISHED_COUNTS[dataset]['train'].captions:,}" in table
+    assert f"{PUBLISHED_COUNTS[dataset]['test'].captions:,}" in table
 
 
 def test_a_warning_shows_both_numbers():
@@ -511,22 +712,42 @@ def test_unknown_dataset():
         statistics_table({}, "CUHK")
 
 
-# Speed
+def test_identities_that_are_only_published_for_all_splits_together():
+    splits = {name: made_up_split(counts) for name, counts in PUBLISHED_COUNTS["UFine6926"].items()}
+    splits["test"].image_identities[0] = 3_463
+    assert statistics_table(splits, "UFine6926")[1] == ["UFine6926 all splits: 6,927 identities here, 6,926 published"]
+    assert statistics_table(splits, "UFine6926", compared=("test",))[1] == []
+
+
+# Published sizes
+
+
+FILES = {"CUHK-PEDES": "reid_raw.json", "ICFG-PEDES": "ICFG-PEDES.json", "RSTPReid": "data_captions.json"}
 
 
 @pytest.mark.slow
-def test_a_file_of_published_size_is_read_in_seconds(tmp_path):
-    """68,126 captions of 25 words take about one second, so ten seconds mean that something is wrong."""
+@pytest.mark.parametrize("dataset", PUBLISHED_COUNTS)
+def test_files_of_the_published_sizes_keep_all_their_images(tmp_path, dataset):
+    """CUHK-PEDES takes about one second of processor time, so ten seconds mean that something is wrong."""
     words = random.Random(0).choices(["Red", "shirt", "black", "jeans", "a", "man,", "walking."], k=10_000)
-    sentences = [" ".join(words[i : i + 25]) for i in range(1000)]
-    write_json(
-        tmp_path / "reid_raw.json",
-        [
-            entry("test" if i == 0 else "train", i // 3, f"cam_a/{i}.png", sentences[i % 1000], sentences[i % 997])
-            for i in range(34_064)
-        ],
-    )
-    start = time.perf_counter()
-    splits = read_annotations(tmp_path, tmp_path)
-    assert time.perf_counter() - start < 10
-    assert len(splits["train"]) == 68_126
+    sentences = [" ".join(words[i : i + 25]) for i in range(1000)] if dataset == "CUHK-PEDES" else ["Red"]
+    entries = []
+    for split, counts in PUBLISHED_COUNTS[dataset].items():
+        made_up = made_up_split(counts)
+        captions = [[] for _ in made_up.image_paths]
+        for number, image in enumerate(made_up.caption_images):
+            captions[image].append(sentences[number % len(sentences)])
+        for image, identity in enumerate(made_up.image_identities):
+            entries.append(entry(split, f"{split} {identity}", f"{split}/{image}.jpg", *captions[image]))
+    if dataset == "RSTPReid":
+        entries = [one | {"img_path": one["file_path"]} for one in entries]
+        for one in entries:
+            del one["file_path"]
+    name = FILES.get(dataset, "annotation.json")
+    write_json(tmp_path / name, entries)
+    start = time.process_time()
+    source, splits = tmp_path if dataset in FILES else tmp_path / name, tuple(PUBLISHED_COUNTS[dataset])
+    read = read_annotations(source, tmp_path, required=splits)
+    assert time.process_time() - start < 10
+    assert statistics_table(read, dataset)[1] == [] and image_notes(read) == []
+    assert sum(len(split) for split in read.values()) == sum(len(one["captions"]) for one in entries)

@@ -1,5 +1,6 @@
 """Reports on single queries, tested with retrievals made by hand and with whole runs."""
 
+import dataclasses
 import json
 
 import pytest
@@ -50,6 +51,14 @@ def test_a_record_contains_the_results_of_a_query():
     assert [image["score"] for image in records[1]["first_images"]] == pytest.approx([0.8, 0.6, 0.4])
     assert [image["identity"] for image in records[2]["first_images"]] == [7, 8, 9]
     assert records[3]["first_match"] is None and records[3]["average_precision"] == 0
+
+
+def test_reports_contain_the_annotated_identities():
+    split = dataclasses.replace(SPLIT, identity_names={7: "Anna", 8: 10**20})
+    records = query_records(FIRST, split)
+    assert [record["identity"] for record in records] == ["Anna", 10**20, 9, "Anna"]
+    assert [image["identity"] for image in records[0]["first_images"]] == ["Anna", 10**20, 9]
+    assert {record["query"]: record["identity"] for record in compare_queries(FIRST, SECOND, split)}[1] == 10**20
 
 
 def test_the_hardest_queries_have_the_least_average_precision():
