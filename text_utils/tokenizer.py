@@ -78,6 +78,7 @@ class Tokenizer:
         self._symbols = symbols + [SPELLED[i] for i in (MASK, START, END)]
         # Captions use few different words; the limit matters for a server that runs for months.
         self._word_ids = functools.lru_cache(maxsize=100_000)(self._encode_word)
+        self._lengths = functools.lru_cache(maxsize=100_000)(lambda text: len(self._encode_repaired(text)))
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[()]]:
         """Pickles only the class, so that sending the tokenizer to a loader worker is cheap."""
@@ -99,8 +100,14 @@ class Tokenizer:
         A caption with more than `length` (>= 2) ids is truncated and keeps `END`. Every text is accepted: control
         characters are dropped, broken encodings and HTML entities are fixed. An empty caption has two ids.
         """
-        ids = [i for word in _WORD.findall(_repair(caption).lower()) for i in self._word_ids(word)]
-        return [START, *ids][: length - 1] + [END]
+        return [START, *self._encode_repaired(_repair(caption))][: length - 1] + [END]
+
+    def count(self, caption: str) -> int:
+        """Returns the number of ids of a whole caption, faster than `encode`: captions share most of their words."""
+        return 2 + sum(map(self._lengths, _repair(caption).split()))  # no word of CLIP contains white space
+
+    def _encode_repaired(self, text: str) -> list[int]:
+        return [i for word in _WORD.findall(text.lower()) for i in self._word_ids(word)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids to text, with a space after each word. Special tokens are written out (`<|startoftext|>`)."""

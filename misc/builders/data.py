@@ -12,6 +12,7 @@ from misc.config.rules import AUTO, RULES
 from misc.data.annotations import (
     Split,
     check_images,
+    cut_captions_note,
     data_title,
     few_shot,
     image_notes,
@@ -29,6 +30,7 @@ from misc.system.precision import Precision
 from model.objectives import Objectives
 from model.pretrained.weights import Weights
 from text_utils.augmentation import NEEDS_SYNONYMS
+from text_utils.cleaning import MAX_WORDS
 from text_utils.tokenizer import Tokenizer
 from text_utils.wordnet import WordNet
 
@@ -70,16 +72,35 @@ def with_recorded_data(config: EasyDict, weights: Weights, given: Sequence[str])
     ]
 
 
-def read_evaluated_split(config: EasyDict) -> tuple[dict[str, Split], list[str]]:
-    """Reads and checks only the split that `data.evaluate_on` names. Returns the same as `read_dataset`."""
+def read_evaluated_split(
+    config: EasyDict, tokenizer: Tokenizer, text_lengths: Sequence[int]
+) -> tuple[dict[str, Split], list[str]]:
+    """Reads and checks only the split that `data.evaluate_on` names.
+
+    Args:
+        text_lengths: numbers of tokens that the models take of a caption.
+
+    Returns: the same as `read_dataset`.
+    """
     name = config.data.evaluate_on
-    splits = read_annotations(config.anno_dir, config.image_dir, splits=(name,), required=(name,))
+    splits = read_annotations(
+        config.anno_dir, config.image_dir, splits=(name,), required=(name,), max_words=max_words(max(text_lengths))
+    )
     check_images(splits, config.image_dir)
     table, warnings = statistics_table(splits, config.data.dataset, compared=(name,))
-    return splits, [table, *image_notes(splits), *(f"warning: {warning}" for warning in warnings)]
+    cut = [cut_captions_note(splits, tokenizer, length) for length in sorted(set(text_lengths))]
+    return splits, [table, *image_notes(splits), *cut, *(f"warning: {warning}" for warning in warnings)]
 
 
-def read_dataset(config: EasyDict) -> tuple[dict[str, Split], list[str]]:
+def max_words(text_length: int) -> int:
+    """Returns how many words of a caption are kept: the paper's 77, or one for each of more than 77 tokens.
+
+    A word has at least one token, so only the limit of tokens counts, except for what text augmentation can use.
+    """
+    return max(MAX_WORDS, text_length)
+
+
+def read_dataset(config: EasyDict, tokenizer: Tokenizer) -> tuple[dict[str, Split], list[str]]:
     """Reads and checks the dataset of a training.
 
     Returns: the splits, and lines for the log: their statistics and how they differ from the published ones.
@@ -90,10 +111,12 @@ def read_dataset(config: EasyDict) -> tuple[dict[str, Split], list[str]]:
         config.image_dir,
         required=used,
         back_translation_file=config.data.back_translation_file,
+        max_words=max_words(config.experiment.text_length),
     )
     check_images({name: splits[name] for name in used}, config.image_dir)
     table, warnings = statistics_table(splits, config.data.dataset)
-    notes = [table, *image_notes(splits), *(f"warning: {warning}" for warning in warnings)]
+    cut = cut_captions_note({name: splits[name] for name in used}, tokenizer, config.experiment.text_length)
+    notes = [table, *image_notes(splits), cut, *(f"warning: {warning}" for warning in warnings)]
     translated = any(text is not None for text in splits["train"].back_translations)
     if config.experiment.back_trans and config.experiment.backtrans_p > 0 and not translated:
         notes.append(

@@ -28,8 +28,9 @@ def contribution(config: EasyDict, ranks: Ranks, source: str, *, given: Sequence
     config, data_notes = with_recorded_data(config, weights, given)
     model, config, weight_notes = build_saved_model(config, weights)
     initial, initial_notes = build_initial_model(config, ranks, source, initial_settings)
-    splits, statistics = read_evaluated_split(config)
-    evaluator = build_evaluator(config, splits, Tokenizer(), precision, ranks)
+    tokenizer = Tokenizer()
+    splits, statistics = read_evaluated_split(config, tokenizer, [config.experiment.text_length])
+    evaluator = build_evaluator(config, splits, tokenizer, precision, ranks)
     weight_notes += [f"initially: {note}" for note in initial_notes]
     with RunLog(None, is_main=ranks.is_main) as log:
         for line in [*rank_notes(ranks, precision), *weight_notes, *data_notes, *statistics]:

@@ -67,6 +67,14 @@ def test_a_caption_that_just_fits_is_not_cut(tokenizer):
     assert tokenizer.encode("red shirt", 4) == tokenizer.encode("red shirt")
 
 
+def test_the_ids_of_a_whole_caption_are_counted(tokenizer):
+    random = Random(0)
+    odd = ["a\x1cb\x1d \x1e", "a\u3000b\x85c\u2028d", "İ ﬁ'S 12", "a &amp;nbsp; b &lt; c", "", " "]
+    odd += ["".join(chr(random.randint(1, 0x2FFF)) for _ in range(30)) for _ in range(100)]
+    for text in (*(row["text"] for row in ROWS), *odd, "red shirt " * 100):
+        assert tokenizer.count(text) == len(tokenizer.encode(text, sys.maxsize)), repr(text)
+
+
 def test_characters_that_cannot_be_shown_are_dropped(tokenizer):
     assert tokenizer.encode("\x00red\x07 \x1b[31mshirt\x7f") == tokenizer.encode("red shirt")
 

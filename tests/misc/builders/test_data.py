@@ -1,11 +1,12 @@
 """The dataset that a mode reads, and the training loader."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from misc.builders.data import build_loader, evaluated_data, with_recorded_data
+from misc.builders.data import build_loader, evaluated_data, read_dataset, read_evaluated_split, with_recorded_data
 from misc.builders.training import build_objectives
 from misc.config.loading import load_config
 from misc.data.annotations import read_annotations
@@ -54,6 +55,23 @@ def test_a_result_names_dataset_split_and_folder():
     assert evaluated_data(config) == "RSTPReid val in data/r"
     config.data.dataset = None
     assert evaluated_data(config) == "val in data/r"
+
+
+@pytest.mark.parametrize(("text_length", "seen"), [(64, 77), (77, 77), (82, 82), (168, 100)])
+def test_captions_keep_as_many_words_as_tokens_but_77_at_least(tiny_dataset, text_length, seen):
+    words = [f"w{number}" for number in range(100)]
+    annotation = tiny_dataset.anno_dir / "reid_raw.json"
+    annotation.write_text(
+        json.dumps([entry | {"captions": [" ".join(words)]} for entry in json.loads(annotation.read_text())])
+    )
+    own = (f"anno_dir={tiny_dataset.anno_dir}", f"image_dir={tiny_dataset.image_dir}", "data.dataset=null")
+    config = load_config(overrides=(*own, f"experiment.text_length={text_length}"))
+    tokenizer = Tokenizer()
+    trained, notes = read_dataset(config, tokenizer)
+    evaluated, _ = read_evaluated_split(config, tokenizer, [32, text_length])
+    for split in (trained["train"], trained["test"], evaluated["test"]):
+        assert split.captions[0].split() == words[:seen]
+    assert any(note.startswith(f"captions cut at {text_length} tokens: 24 of 24 in train (by ") for note in notes)
 
 
 @pytest.mark.parametrize(

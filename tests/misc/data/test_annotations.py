@@ -15,6 +15,7 @@ from misc.data.annotations import (
     Counts,
     Split,
     check_images,
+    cut_captions_note,
     image_notes,
     keep_images,
     read_annotations,
@@ -23,6 +24,7 @@ from misc.data.annotations import (
 )
 from misc.errors import UserError
 from text_utils.cleaning import clean_caption
+from text_utils.tokenizer import Tokenizer
 
 
 def write_json(path: Path, content: object) -> None:
@@ -166,6 +168,21 @@ def test_captions_and_back_translations_are_cut(tmp_path):
     train = read_annotations(tmp_path, tmp_path, max_words=2)["train"]
     assert train.captions == ["one two"]
     assert train.back_translations == ["un deux"]
+
+
+def test_the_log_says_how_many_captions_are_cut(tmp_path):
+    """Each of these words has one token."""
+    write_json(
+        tmp_path / "reid_raw.json",
+        [entry("train", 1, "a.jpg", "Red shirt. " * 4, "red " * 9, "red " * 10, ""), entry("test", 1, "b.jpg", "red")],
+    )
+    tokenizer = Tokenizer()
+    for words in (7, 77):
+        splits = read_annotations(tmp_path, tmp_path, max_words=words)
+        assert cut_captions_note(splits, tokenizer, 7) == (
+            "captions cut at 7 tokens: 3 of 4 in train (by 4.0 tokens on average, at most 5), 0 of 1 in test"
+        )
+        assert cut_captions_note(splits, tokenizer, 77).endswith(": 0 of 4 in train, 0 of 1 in test")
 
 
 # Back-translations from a separate file
