@@ -32,7 +32,7 @@ from tests.helpers.runs import (
     start_forked,
 )
 from tests.helpers.seeded import TINY, clip_weights
-from tests.helpers.tiny_dataset import TinyDataset, write_tiny_dataset
+from tests.helpers.tiny_dataset import IDENTITIES, TinyDataset, spoil, write_tiny_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -583,10 +583,38 @@ def test_a_process_reports_a_mistake_in_one_line(tiny_dataset, tmp_path, mistake
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_decoded_is_named(run, tiny_dataset, tmp_path, workers, split):
     path = next(entry["file_path"] for entry in annotation(tiny_dataset) if entry["split"] == split)
-    whole = (tiny_dataset.image_dir / path).read_bytes()
-    (tiny_dataset.image_dir / path).write_bytes(whole[: len(whole) // 2] if split == "train" else b"not an image")
+    spoil(tiny_dataset.image_dir / path, "undecodable")
     own = (f"model.saved_path={tmp_path / 'run'}", f"data.num_workers={workers}", "schedule.epoch=1")
     assert path in only_error(run(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), *own))
+
+
+def test_damaged_images_are_used_counted_and_named(tiny_dataset, tmp_path):
+    """Of all loader processes and ranks, each once in the log of the training."""
+    paths = {split: [e["file_path"] for e in annotation(tiny_dataset) if e["split"] == split] for split in IDENTITIES}
+    for path in (paths["train"][0], paths["train"][9], paths["test"][1]):
+        spoil(tiny_dataset.image_dir / path, "cut off")
+    own = (f"model.saved_path={tmp_path / 'run'}", "data.num_workers=1", "schedule.epoch=1", "log.print_period=1")
+    outcome = start_forked(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), *own, ranks=2)
+    assert outcome.status == 0, outcome.err
+    warnings = [line for line in Run(tmp_path / "run", outcome).log.splitlines() if "damaged image(s)" in line]
+    *in_training, in_evaluation = warnings
+    assert sorted(line.rpartition(": ")[2] for line in in_training) in (
+        [paths["train"][0], paths["train"][9]],
+        [f"{paths['train'][0]}, {paths['train'][9]}"],
+        [f"{paths['train'][9]}, {paths['train'][0]}"],
+    )
+    assert in_evaluation == f"warning: only a part of 1 damaged image(s) can be decoded: {paths['test'][1]}"
+
+
+def test_an_evaluation_says_which_images_it_leaves_out(full, run, tiny_dataset):
+    path = next(entry["file_path"] for entry in annotation(tiny_dataset) if entry["split"] == "test")
+    spoil(tiny_dataset.image_dir / path, "undecodable")
+    own = ("--evaluate", full.folder / "checkpoint_last.pth", *QUICK, *of_dataset(tiny_dataset))
+    outcome = run(*own, "data.skip_unreadable=true")
+    assert outcome.status == 0 and path in only_error(run(*own))
+    assert f"warning: 1 of 10 annotated images cannot be decoded: '{path}' (" in outcome.out
+    assert "warning: test without 1 images and their 2 captions: its results cannot be compared" in outcome.out
+    assert f"test in {tiny_dataset.anno_dir}: 18 queries, 9 images" in outcome.out
 
 
 # ---- mistakes under torchrun --------------------------------------------------------------------------------------
@@ -614,7 +642,7 @@ def test_ranks_report_the_same_mistake_once(data, tmp_path):
 def test_a_mistake_on_one_rank_is_reported_once(tiny_dataset, tmp_path):
     """The other rank loses its partner in the middle of a step, but must not report that."""
     path = annotation(tiny_dataset)[0]["file_path"]  # with seed 1, rank 1 has both its samples
-    (tiny_dataset.image_dir / path).write_bytes(b"not an image")
+    spoil(tiny_dataset.image_dir / path, "undecodable")
     own = (f"model.saved_path={tmp_path / 'run'}", "schedule.epoch=1")
     outcome = start(*ARCHITECTURE, *QUICK, *of_dataset(tiny_dataset), *own, ranks=2)
     assert path in only_error_of_ranks(outcome)

@@ -247,7 +247,7 @@ def _checkpoint(context: Context) -> Path:
 def evaluation(context: Context) -> Iterator[Row]:
     """Compares evaluation and search on the GPU with those on the CPU, in float32."""
     config = load_config(overrides=_tiny_run(context))
-    splits, _ = read_dataset(config, Tokenizer())
+    splits, _ = read_dataset(config, Tokenizer(), context.ranks)
     checkpoint, devices = str(_checkpoint(context)), (torch.device("cpu"), context.device)
     retrievals = []
     for device in devices:

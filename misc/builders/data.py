@@ -11,7 +11,6 @@ from misc.config.loading import flatten, to_plain
 from misc.config.rules import AUTO, RULES
 from misc.data.annotations import (
     Split,
-    check_images,
     cut_captions_note,
     data_title,
     few_shot,
@@ -20,6 +19,7 @@ from misc.data.annotations import (
     statistics_table,
 )
 from misc.data.batches import training_loader
+from misc.data.image_checks import check_images
 from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import Augmentation, TrainingSet
 from misc.errors import UserError
@@ -73,7 +73,7 @@ def with_recorded_data(config: EasyDict, weights: Weights, given: Sequence[str])
 
 
 def read_evaluated_split(
-    config: EasyDict, tokenizer: Tokenizer, text_lengths: Sequence[int]
+    config: EasyDict, tokenizer: Tokenizer, text_lengths: Sequence[int], ranks: Ranks
 ) -> tuple[dict[str, Split], list[str]]:
     """Reads and checks only the split that `data.evaluate_on` names.
 
@@ -86,10 +86,11 @@ def read_evaluated_split(
     splits = read_annotations(
         config.anno_dir, config.image_dir, splits=(name,), required=(name,), max_words=max_words(max(text_lengths))
     )
-    check_images(splits, config.image_dir)
     table, warnings = statistics_table(splits, config.data.dataset, compared=(name,))
+    splits, image_lines = check_images(splits, config.image_dir, ranks, skip_unreadable=config.data.skip_unreadable)
     cut = [cut_captions_note(splits, tokenizer, length) for length in sorted(set(text_lengths))]
-    return splits, [table, *image_notes(splits), *cut, *(f"warning: {warning}" for warning in warnings)]
+    notes = [table, *image_notes(splits), *image_lines, *cut, *(f"warning: {warning}" for warning in warnings)]
+    return splits, notes
 
 
 def max_words(text_length: int) -> int:
@@ -100,7 +101,7 @@ def max_words(text_length: int) -> int:
     return max(MAX_WORDS, text_length)
 
 
-def read_dataset(config: EasyDict, tokenizer: Tokenizer) -> tuple[dict[str, Split], list[str]]:
+def read_dataset(config: EasyDict, tokenizer: Tokenizer, ranks: Ranks) -> tuple[dict[str, Split], list[str]]:
     """Reads and checks the dataset of a training.
 
     Returns: the splits, and lines for the log: their statistics and how they differ from the published ones.
@@ -113,10 +114,13 @@ def read_dataset(config: EasyDict, tokenizer: Tokenizer) -> tuple[dict[str, Spli
         back_translation_file=config.data.back_translation_file,
         max_words=max_words(config.experiment.text_length),
     )
-    check_images({name: splits[name] for name in used}, config.image_dir)
     table, warnings = statistics_table(splits, config.data.dataset)
+    checked, image_lines = check_images(
+        {name: splits[name] for name in used}, config.image_dir, ranks, skip_unreadable=config.data.skip_unreadable
+    )
+    splits |= checked
     cut = cut_captions_note({name: splits[name] for name in used}, tokenizer, config.experiment.text_length)
-    notes = [table, *image_notes(splits), cut, *(f"warning: {warning}" for warning in warnings)]
+    notes = [table, *image_notes(splits), *image_lines, cut, *(f"warning: {warning}" for warning in warnings)]
     translated = any(text is not None for text in splits["train"].back_translations)
     if config.experiment.back_trans and config.experiment.backtrans_p > 0 and not translated:
         notes.append(

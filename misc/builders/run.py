@@ -97,7 +97,7 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
     progress = Progress() if saved is None else Progress.from_state(saved["progress"])
     precision = Precision.choose(config.misc.precision, ranks.device)
     tokenizer = Tokenizer()
-    splits, statistics = read_dataset(config, tokenizer)
+    splits, statistics = read_dataset(config, tokenizer, ranks)
     weights = initial_weights(config, ranks) if saved is None else None
     config = resolve_architecture(config, weights, None if saved is None else saved["config"])
     contrasted = config.data.batch_size * (ranks.world_size if config.model.use_gather else 1)

@@ -223,6 +223,7 @@ RULES: dict[str, Rule] = {
     "data.chunk_size": Rule(COUNT_OR_NULL, may_change=True),
     "data.simclr_on_device": Rule(SWITCH_OR_AUTO, may_change=True),
     "data.test_batch_size": Rule(COUNT, may_change=True),
+    "data.skip_unreadable": Rule(SWITCH, may_change=True),
     "data.num_workers": Rule(_integer(0), may_change=True),
     "distributed.backend": Rule(_choice("nccl", "gloo"), may_change=True),
     "distributed.url": Rule(TEXT, may_change=True),

@@ -213,21 +213,6 @@ def read_captions(path: str | Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-def check_images(splits: dict[str, Split], image_dir: str | Path) -> None:
-    """Checks that all annotated images exist.
-
-    Raises UserError if some are missing. The message contains their number and the first five paths.
-    """
-    paths = dict.fromkeys(path for split in splits.values() for path in split.image_paths)
-    missing = [path for path in paths if not is_file(Path(image_dir) / path)]
-    if missing:
-        examples = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise UserError(
-            f"{len(missing):,} of {len(paths):,} annotated images are missing under {image_dir}: "
-            f"{examples}; set `image_dir` to the folder that these paths start from, or unpack the images again"
-        )
-
-
 def image_notes(splits: dict[str, Split]) -> list[str]:
     """Returns lines for the log: images that have several entries, and warnings of images in two splits."""
     notes = []

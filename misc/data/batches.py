@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from misc.data.adjustments import Adjustments
 from misc.data.sampler import GlobalBatchSampler
-from misc.data.samples import EvaluationImages, Sample, TrainingSet
+from misc.data.samples import EvaluationImages, GalleryImage, Sample, TrainingSet
 from misc.data.views import finish_simclr_views
 from misc.data.workers import build_loader, received
 from misc.errors import UserError
@@ -30,6 +30,7 @@ class Batch:
         views: the views to encode.
         identities: (B,) int64.
         paths: the image files, for messages.
+        damaged: the files that could only be decoded in part.
         adjustments: if the SimCLR views are still crops (B, 3, H, W) uint8, the adjustments of the first and the second
             view of each sample; None if they are finished. `to` finishes them.
     """
@@ -37,6 +38,7 @@ class Batch:
     views: Views
     identities: Tensor
     paths: list[str]
+    damaged: list[str] = field(default_factory=list)
     adjustments: list[list[Adjustments]] | None = None
 
     def __len__(self) -> int:
@@ -113,7 +115,8 @@ def _stack_samples(samples: list[Sample]) -> Batch:
     )
     identities = torch.tensor([sample.identity for sample in samples])
     adjustments = [sample.adjustments for sample in samples] if samples[0].adjustments else None
-    return Batch(views, identities, [sample.path for sample in samples], adjustments)
+    damaged = [path for sample in samples for path in sample.damaged]
+    return Batch(views, identities, [sample.path for sample in samples], damaged, adjustments)
 
 
 def pad_tokens(rows: list[list[int]], padding: int = 0) -> Tensor:
@@ -134,13 +137,17 @@ def training_loader(dataset: TrainingSet, sampler: GlobalBatchSampler, *, worker
 
 
 def gallery_loader(dataset: EvaluationImages, batch_size: int, *, workers: int, pin_memory: bool) -> DataLoader:
-    """Returns a loader of images (B, 3, H, W) in order. Iterate over it with `batches`."""
+    """Returns a loader of `GalleryImage`s in order, with pixels (B, 3, H, W). Iterate over it with `batches`."""
     return build_loader(dataset, _stack_images, workers=workers, batch_size=batch_size, pin_memory=pin_memory)
 
 
-def _stack_images(images: list[Tensor | UserError]) -> Tensor | UserError:
+def _stack_images(images: list[GalleryImage | UserError]) -> GalleryImage | UserError:
     decoded = _all_or_error(images)
-    return decoded if isinstance(decoded, UserError) else default_collate(decoded)
+    if isinstance(decoded, UserError):
+        return decoded
+    return GalleryImage(
+        default_collate([image.pixels for image in decoded]), [path for image in decoded for path in image.damaged]
+    )
 
 
 def batches(loader: DataLoader, stop: Callable[[], bool] = lambda: False) -> Iterator:

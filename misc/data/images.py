@@ -1,14 +1,17 @@
 """Decodes image files."""
 
 import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from misc.errors import UserError
+from misc.errors import UserError, first_of
 from misc.files import open_regular
 
 FORMATS = {
@@ -70,12 +73,67 @@ def read_image(path: Path, *, upright: bool = False) -> Image.Image:
 
     Raises ImageError if the file is not a regular file of one of the `FORMATS`, is too large, or cannot be decoded.
     """
+    with _opened(path) as file:
+        return decode_image(file, path, upright=upright)[0]
+
+
+_PARTIAL = threading.Lock()
+"""Held while Pillow accepts damaged files, which is a setting of the whole process."""
+
+
+def read_dataset_image(path: Path) -> tuple[Image.Image, bool]:
+    """Decodes an image of a dataset like `read_image`. Of a damaged file, it decodes as much as Pillow can.
+
+    The published code uses such files in the same way, for example the first rows of a truncated one.
+
+    Returns: the image, and whether its file is damaged.
+    Raises ImageError if nothing can be decoded.
+    """
+    try:
+        return read_image(path), False
+    except ImageError:
+        with _PARTIAL:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            try:
+                return read_image(path), True
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def damaged_warning(paths: list[str]) -> str:
+    """Returns a line for the log about files that are damaged."""
+    return f"warning: only a part of {len(paths):,} damaged image(s) can be decoded: {first_of(paths, 20)}"
+
+
+def check_header(path: Path) -> None:
+    """Checks an image file as far as its header shows, without decoding it.
+
+    Raises ImageError like `read_image`.
+    """
+    with _opened(path) as file, _reported(path), Image.open(file, formats=_FORMATS) as image:
+        _check_values(image)
+        _limit_pixels(image)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         file = open_regular(path)
     except OSError as error:
         raise ImageError(path, _reason(error)) from error
     with file:
-        return decode_image(file, path, upright=upright)[0]
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ImageError(path, "the file is empty")
+        yield file
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Raises every exception as an ImageError of this file."""
+    try:
+        yield
+    except Exception as error:  # decoders raise many kinds, for example NotImplementedError
+        raise ImageError(path, _reason(error)) from error
 
 
 def decode_image(file: BinaryIO, path: Path, *, upright: bool = False) -> tuple[Image.Image, str]:
@@ -83,16 +141,15 @@ def decode_image(file: BinaryIO, path: Path, *, upright: bool = False) -> tuple[
 
     Returns: the image, and Pillow's name of its format.
     """
-    try:
+    with _reported(path):
         with Image.open(file, formats=_FORMATS) as image:
+            _check_values(image)
             _limit_pixels(image)
             image.load()
             rgb = _to_rgb(image)
             orientation = image.getexif().get(EXIF_ORIENTATION) if upright else None
             form = image.format or ""
         return (rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb), form
-    except Exception as error:  # decoders raise many kinds, for example NotImplementedError
-        raise ImageError(path, _reason(error)) from error
 
 
 def _limit_pixels(image: Image.Image) -> None:
@@ -110,15 +167,23 @@ def _limit_pixels(image: Image.Image) -> None:
         )
 
 
+def _has_16_bits(image: Image.Image) -> bool:
+    # With the mode I, Pillow reads PNG (old versions) and PPM from 16 bits, and other formats from 32.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _check_values(image: Image.Image) -> None:
+    """Raises ValueError if the range of its values is not known."""
+    if image.mode in ("I", "F") and not _has_16_bits(image):
+        raise ValueError("its values have 32 bits, and their range is not known: convert it to 8 or 16 bits")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a decoded image to RGB. Raises ValueError if the range of its values is not known."""
+    """Converts a decoded image to RGB."""
     if image.mode == "RGB":
         return image
-    # Pillow clips values above 255. With this mode it reads only PNG (old versions) and PPM from 16 bits.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if _has_16_bits(image):  # Pillow would clip values above 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("its values have 32 bits, and their range is not known: convert it to 8 or 16 bits")
     return image.convert("RGB")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from misc.data.adjustments import Adjustments
 from misc.data.annotations import Split
 from misc.data.image_operations import build_operations
-from misc.data.images import read_image
+from misc.data.images import read_dataset_image
 from misc.data.sampler import Draw
 from misc.data.transforms import functional as F
 from misc.data.views import EvaluationView, PoolView, SimCLRView, mix_captions, mix_images
@@ -32,6 +32,7 @@ class Sample:
     """One augmented (image, caption) pair: `images` (3, H, W) by view, and the token ids of `captions` by view.
 
     With `Augmentation.simclr_on_device`, the SimCLR views are uint8 crops, and `adjustments` lists what each lacks.
+    `damaged` are the files of its images that could only be decoded in part.
     """
 
     images: dict[str, Tensor]
@@ -41,6 +42,7 @@ class Sample:
     masked_labels: list[int] | None
     identity: int
     path: str
+    damaged: list[str]
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,12 @@ class TrainingSet(Dataset):
             return error
 
     def _sample(self, draw: Draw) -> Sample:
-        pixels = self._pixels(draw.index)
+        damaged: list[str] = []
+        pixels = self._pixels(draw.index, damaged)
         images = self._pool_views(draw.epoch, draw.index, pixels)
         captions = self._captions(draw.epoch, draw.index)
         if draw.partner is not None:
-            partners = self._pool_views(draw.epoch, draw.partner, self._pixels(draw.partner))
+            partners = self._pool_views(draw.epoch, draw.partner, self._pixels(draw.partner, damaged))
             kind = self.augmentation.mixgen
             assert kind is not None  # without MixGen, no sample has a partner
             images = {name: mix_images(view, partners[name], kind) for name, view in images.items()}
@@ -145,11 +148,15 @@ class TrainingSet(Dataset):
             masked_labels=masked_labels,
             identity=self.split.image_identities[image],
             path=self.split.image_paths[image],
+            damaged=damaged,
         )
 
-    def _pixels(self, index: int) -> Tensor:
-        """Decodes the image of a sample to (3, H', W') uint8."""
-        return F.pil_to_tensor(read_image(self.image_dir / self.split.image_paths[self.split.caption_images[index]]))
+    def _pixels(self, index: int, damaged: list[str]) -> Tensor:
+        """Decodes the image of a sample to (3, H', W') uint8. Adds its path to `damaged` if the file is."""
+        path = self.split.image_paths[self.split.caption_images[index]]
+        image, is_damaged = read_dataset_image(self.image_dir / path)
+        damaged += [path] if is_damaged else []
+        return F.pil_to_tensor(image)
 
     def _pool_views(self, epoch: int, index: int, pixels: Tensor) -> dict[str, Tensor]:
         """Makes one view, or two if a loss needs them. They share the resized image."""
@@ -178,18 +185,28 @@ class TrainingSet(Dataset):
         )
 
 
+class GalleryImage(NamedTuple):
+    """An image (3, H, W), normalised, and its path in a list if its file could only be decoded in part."""
+
+    pixels: Tensor
+    damaged: list[str]
+
+
 class EvaluationImages(Dataset):
-    """Gallery images: the images of a split with these numbers, as (3, H, W) normalised tensors."""
+    """Gallery images: the images of a split with these numbers."""
 
     def __init__(self, split: Split, image_dir: Path, resolution: tuple[int, int], numbers: range):
-        self.paths = [image_dir / split.image_paths[number] for number in numbers]
+        self.image_dir = image_dir
+        self.paths = [split.image_paths[number] for number in numbers]
         self.view = EvaluationView(resolution)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> Tensor | UserError:
+    def __getitem__(self, number: int) -> GalleryImage | UserError:
+        path = self.paths[number]
         try:
-            return self.view(read_image(self.paths[number]))
+            image, is_damaged = read_dataset_image(self.image_dir / path)
         except UserError as error:
             return error
+        return GalleryImage(self.view(image), [path] if is_damaged else [])

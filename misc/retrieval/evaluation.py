@@ -4,8 +4,8 @@ W ranks, Q queries (captions), N gallery images, D width of the shared space.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from misc.data.annotations import Split
 from misc.data.batches import batches, gallery_loader, pad_tokens
+from misc.data.images import damaged_warning
 from misc.data.samples import EvaluationImages
 from misc.retrieval.metrics import QueryResults, check_features, queries_without_match, rank_queries, summarise
 from misc.system.distributed import Ranks, gather_strided
@@ -36,6 +37,7 @@ class Retrieval:
         results: the ranking of each query.
         queries: (Q, D) and gallery: (N, D), features in float32, L2-normalised.
         seconds: duration of the evaluation.
+        damaged: image files that could only be decoded in part.
     """
 
     metrics: dict[str, float]
@@ -44,6 +46,7 @@ class Retrieval:
     queries: Tensor
     gallery: Tensor
     seconds: float = 0.0
+    damaged: list[str] = field(default_factory=list)
 
     def first_images(self, query: int, count: int) -> tuple[Tensor, Tensor]:
         """Returns the cosines and the numbers of the `count` best gallery images of a query, best first."""
@@ -61,6 +64,8 @@ def result_lines(title: str, retrieval: Retrieval) -> list[str]:
     ]
     if retrieval.without_match:
         lines.append(f"warning: {retrieval.without_match} queries describe a person who is not in the gallery")
+    if retrieval.damaged:
+        lines.append(damaged_warning(retrieval.damaged))
     return lines
 
 
@@ -94,7 +99,8 @@ class Evaluator:
         started = time.perf_counter()
         was_training = model.training
         model.eval()
-        (own_images,) = self.encode_images([model.encode_image], model.embed_dim)
+        damaged: list[str] = []
+        (own_images,) = self.encode_images([model.encode_image], model.embed_dim, damaged)
         (own_queries,) = self.encode_captions([model.encode_text], model.embed_dim)
         gallery = gather_strided(own_images, len(self.split.image_paths))
         results = self.rank(own_queries, gallery)
@@ -107,15 +113,19 @@ class Evaluator:
             queries=queries,
             gallery=gallery,
             seconds=time.perf_counter() - started,
+            damaged=self.ranks.all_gather_list(damaged),
         )
 
     @torch.no_grad()
-    def encode_images(self, encoders: Sequence[EncodeFunction], width: int) -> list[Tensor]:
+    def encode_images(
+        self, encoders: Sequence[EncodeFunction], width: int, damaged: list[str] | None = None
+    ) -> list[Tensor]:
         """Encodes this rank's gallery images with each encoder. Images are decoded once for all encoders.
 
         Args:
             encoders: (B, 3, H, W) → (B, D).
             width: D.
+            damaged: receives the paths of files that could only be decoded in part.
 
         Returns: for each encoder (n, D) float32, L2-normalised, in the order that `gather_strided` takes.
 
@@ -126,7 +136,14 @@ class Evaluator:
         images = EvaluationImages(self.split, self.image_dir, self.resolution, own)
         loader = gallery_loader(images, self.batch_size, workers=self.workers, pin_memory=device.type == "cuda")
         names = [f"the image {self.image_dir / self.split.image_paths[number]}" for number in own]
-        return self._encode(encoders, batches(loader), width, names)
+
+        def pixels() -> Iterator[Tensor]:
+            for batch in batches(loader):
+                if damaged is not None:
+                    damaged.extend(batch.damaged)
+                yield batch.pixels
+
+        return self._encode(encoders, pixels(), width, names)
 
     @torch.no_grad()
     def encode_captions(self, encoders: Sequence[EncodeFunction], width: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from misc.data.annotations import Split
-from misc.data.images import read_image
+from misc.data.images import read_dataset_image
 from misc.files import atomic_file
 from misc.retrieval.evaluation import Retrieval
 
@@ -105,7 +105,7 @@ def draw_retrieval_sheet(
             found = split.image_identities[number]
             cells.append(
                 Cell(
-                    image=read_image(image_dir / split.image_paths[number]),
+                    image=read_dataset_image(image_dir / split.image_paths[number])[0],
                     label=f"rank {rank:,}" if apart else f"{scores[rank - 1]:.2f}",
                     name=str(split.annotated_identity(found)),
                     colour=RIGHT if found == identity else WRONG,

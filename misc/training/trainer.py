@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from misc.data.batches import Batch, batches
+from misc.data.images import damaged_warning
 from misc.data.sampler import GlobalBatchSampler
 from misc.errors import UserError
 from misc.run.log import RunLog
@@ -45,6 +46,7 @@ class Trainer:
         seed: the seed of the dropout.
         chunk_size: number of rows that are encoded at the same time; None encodes all B rows of this rank.
         caption_multiple: captions are padded to a multiple of this length, so that few shapes are compiled.
+        damaged: files of this rank that could only be decoded in part, and whether the log names them already.
     """
 
     model: TBPSCLIP | DistributedDataParallel
@@ -58,6 +60,7 @@ class Trainer:
     seed: int
     chunk_size: int | None = None
     caption_multiple: int = 1
+    damaged: dict[str, bool] = field(default_factory=dict)
 
     def step(self, batch: Batch, iteration: int, steps_per_epoch: int) -> dict[str, Tensor]:
         """Makes one optimizer step with this rank's B samples of the global batch.
@@ -164,6 +167,8 @@ class Trainer:
                 meter.waited(time.perf_counter() - waiting_since)
                 iteration = progress.epoch * steps + progress.step
                 meter.add(self.step(batch, iteration, steps), batch.paths)
+                for path in batch.damaged:
+                    self.damaged.setdefault(path, False)
                 progress.step += 1
                 after_step()
                 stopping = stop()
@@ -173,6 +178,7 @@ class Trainer:
                 if shows or saves:
                     self._synchronise(meter, log)
                 if shows:
+                    self._warn_of_damaged(log)
                     bar.set_postfix_str(self._show(log, meter.take_recent(), progress, iteration, steps))
                 if saves:
                     save()
@@ -189,6 +195,13 @@ class Trainer:
         except NonFiniteLoss as error:
             log.line(f"images of the batch: {', '.join(error.paths)}")
             raise
+
+    def _warn_of_damaged(self, log: RunLog) -> None:
+        """Logs the damaged files of all ranks that the log does not name yet."""
+        new = self.ranks.all_gather_list([path for path, named in self.damaged.items() if not named])
+        self.damaged |= dict.fromkeys(new, True)  # another rank may meet the same file in the next epoch
+        if new:
+            log.line(damaged_warning(list(dict.fromkeys(new))))
 
     def _show(self, log: RunLog, recent: EpochRecord, progress: Progress, iteration: int, steps: int) -> str:
         """Logs the measurements since the last line. Returns: a short form for the progress bar."""

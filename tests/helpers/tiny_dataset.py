@@ -57,6 +57,24 @@ def write_tiny_dataset(
     return TinyDataset(folder, image_dir)
 
 
+def spoil(path: Path, how: str) -> None:
+    """Replaces an image file.
+
+    Args:
+        how: `empty`; `no image`: a web page; `undecodable`: the header of a WebP without its pixels; `cut off`:
+            without the last tenth of the file.
+    """
+    content = path.read_bytes()
+    undecodable = b"RIFF\x1c\0\0\0WEBPVP8L\x0f\0\0\0/\x13\xc0\x09\0" + b"\xff" * 11
+    kinds = {
+        "empty": b"",
+        "no image": b"<html>",
+        "undecodable": undecodable,
+        "cut off": content[: len(content) * 9 // 10],
+    }
+    path.write_bytes(kinds[how])
+
+
 def _hue(identity: int) -> float:
     """Returns a hue in [0, 1). The golden ratio spreads consecutive identities over the circle of hues."""
     return identity * 0.618 % 1

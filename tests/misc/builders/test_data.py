@@ -13,6 +13,8 @@ from misc.data.annotations import read_annotations
 from misc.system.distributed import Ranks
 from text_utils.tokenizer import Tokenizer
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
 
 @pytest.fixture
 def folders(tmp_path):
@@ -67,8 +69,8 @@ def test_captions_keep_as_many_words_as_tokens_but_77_at_least(tiny_dataset, tex
     own = (f"anno_dir={tiny_dataset.anno_dir}", f"image_dir={tiny_dataset.image_dir}", "data.dataset=null")
     config = load_config(overrides=(*own, f"experiment.text_length={text_length}"))
     tokenizer = Tokenizer()
-    trained, notes = read_dataset(config, tokenizer)
-    evaluated, _ = read_evaluated_split(config, tokenizer, [32, text_length])
+    trained, notes = read_dataset(config, tokenizer, ALONE)
+    evaluated, _ = read_evaluated_split(config, tokenizer, [32, text_length], ALONE)
     for split in (trained["train"], trained["test"], evaluated["test"]):
         assert split.captions[0].split() == words[:seen]
     assert any(note.startswith(f"captions cut at {text_length} tokens: 24 of 24 in train (by ") for note in notes)

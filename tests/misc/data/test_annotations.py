@@ -14,7 +14,6 @@ from misc.data.annotations import (
     PUBLISHED_COUNTS,
     Counts,
     Split,
-    check_images,
     cut_captions_note,
     image_notes,
     keep_images,
@@ -22,7 +21,9 @@ from misc.data.annotations import (
     read_captions,
     statistics_table,
 )
+from misc.data.image_checks import check_images
 from misc.errors import UserError
+from misc.system.distributed import Ranks
 from text_utils.cleaning import clean_caption
 from text_utils.tokenizer import Tokenizer
 
@@ -616,6 +617,9 @@ def test_empty_training_file(tmp_path):
 # Images
 
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
 @pytest.fixture
 def cuhk(tmp_path) -> Path:
     """CUHK-PEDES as unpacked: the annotation next to the folder `imgs`."""
@@ -628,7 +632,7 @@ def cuhk(tmp_path) -> Path:
 def test_image_dir_is_imgs(cuhk):
     splits = read_annotations(cuhk, cuhk / "imgs")
     assert splits["test"].image_paths == ["CUHK01/7.png"]
-    check_images(splits, cuhk / "imgs")
+    check_images(splits, cuhk / "imgs", ALONE)
 
 
 def test_image_dir_is_the_parent_of_imgs(cuhk):
@@ -636,7 +640,7 @@ def test_image_dir_is_the_parent_of_imgs(cuhk):
     splits = read_annotations(cuhk, cuhk)
     assert splits["test"].image_paths == ["imgs/CUHK01/7.png"]
     write_image(cuhk / "imgs" / CUHK[0]["file_path"])
-    check_images(splits, cuhk)
+    check_images(splits, cuhk, ALONE)
 
 
 def test_missing_images(cuhk):
@@ -644,7 +648,7 @@ def test_missing_images(cuhk):
     for one in CUHK[1:3]:
         (cuhk / "imgs" / one["file_path"]).unlink()
     with pytest.raises(UserError, match="2 of 5 annotated images") as caught:
-        check_images(splits, cuhk / "imgs")
+        check_images(splits, cuhk / "imgs", ALONE)
     assert "'cam_b/2.png', 'CUHK01/7.png';" in str(caught.value)
 
 
@@ -656,7 +660,7 @@ def test_images_that_cannot_exist_or_be_accessed_are_missing(cuhk):
     )
     splits = read_annotations(cuhk, cuhk / "imgs")
     with pytest.raises(UserError, match="4 of 9 annotated images are missing"):
-        check_images(splits, cuhk / "imgs")
+        check_images(splits, cuhk / "imgs", ALONE)
 
 
 def test_an_annotation_that_may_not_be_read(cuhk, monkeypatch):
@@ -671,7 +675,7 @@ def test_five_of_many_missing_images_are_named(tmp_path):
     paths = [f"{i}.jpg" for i in range(7)]
     split = Split(paths * 2, [0] * 14, ["x"] * 14, [None] * 14, list(range(14)), ["X."] * 14)
     with pytest.raises(UserError, match="7 of 7 annotated images") as caught:
-        check_images({"test": split}, tmp_path)
+        check_images({"test": split}, tmp_path, ALONE)
     assert "'4.jpg', ...;" in str(caught.value)
     assert "5.jpg" not in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -118,7 +118,7 @@ def test_a_path_that_is_listed_twice_keeps_both_entries(tmp_path, start):
     entries = [
         {"split": "train", "id": 1, "file_path": "a.jpg", "captions": ["One"]},
         {"split": "test", "id": 2, "file_path": "b.jpg", "captions": ["Two"]},
-        {"split": "train", "id": 3, "file_path": "a.jpg", "captions": ["Three", "Four"]},
+        {"split": "train", "id": 1, "file_path": "a.jpg", "captions": ["Three", "Four"]},
     ]
     (tmp_path / "reid_raw.json").write_text(json.dumps(entries))
     start(tmp_path / "reid_raw.json", tmp_path / "out.json")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image, ImageOps, JpegImagePlugin
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, JpegImagePlugin
 
 from misc.data import images
-from misc.data.images import FORMATS, ImageError, read_image
+from misc.data.images import FORMATS, ImageError, check_header, read_dataset_image, read_image
 from misc.errors import printable
+from tests.helpers.tiny_dataset import spoil
 
 COLOUR = (200, 30, 120)
 
@@ -81,6 +82,8 @@ def test_grey_of_16_bits_is_scaled(tmp_path, name):
 def test_values_of_an_unknown_range_are_refused(tmp_path, values):
     Image.fromarray(RAMP.astype(values)).save(tmp_path / "grey.tif")
     assert "32 bits" in reason(tmp_path / "grey.tif")
+    with pytest.raises(ImageError, match="32 bits"):
+        check_header(tmp_path / "grey.tif")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,42 @@ def test_every_mode_becomes_the_same_colours(tmp_path, mode, name, tolerance):
         except OSError:
             pytest.skip("this release of Pillow cannot read such files")
     assert abs(pixels(tmp_path / name) - np.asarray(expected).astype(int)).max() <= tolerance
+
+
+# ---- damaged files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.bmp", "x.tif"])
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_a_truncated_file_is_decoded_as_by_the_published_code(tmp_path, monkeypatch, name, share):
+    """It sets `LOAD_TRUNCATED_IMAGES`. Only images of datasets are read so."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 30, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    whole, damaged = read_dataset_image(tmp_path / name)
+    assert not damaged and (np.asarray(whole) == pixels(tmp_path / name)).all()
+    (tmp_path / name).write_bytes(content[: round(share * len(content))])
+    assert reason(tmp_path / name)
+    partial, damaged = read_dataset_image(tmp_path / name)
+    assert damaged and reason(tmp_path / name)  # the setting is back
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert (np.asarray(partial) == np.asarray(Image.open(tmp_path / name).convert("RGB"))).all()
+
+
+def test_a_file_of_which_nothing_can_be_decoded(tmp_path):
+    for how in ("empty", "no image", "undecodable"):
+        path = tmp_path / f"{how}.jpg"
+        path.touch()
+        spoil(path, how)
+        with pytest.raises(ImageError):
+            read_dataset_image(path)
+        assert not ImageFile.LOAD_TRUNCATED_IMAGES
+        if how == "undecodable":
+            check_header(path)  # decodes nothing
+        else:
+            with pytest.raises(ImageError):
+                check_header(path)
+    assert reason(tmp_path / "empty.jpg") == "the file is empty"
 
 
 # ---- size -----------------------------------------------------------------------------------------------------------
@@ -122,6 +161,8 @@ def header(path: Path, width: int, height: int) -> Path:
 def test_an_image_that_is_too_large_is_refused_before_it_is_decoded(tmp_path, width, height, words):
     found = reason(header(tmp_path / "large.png", width, height))
     assert words in found and "at most 50,000,000" in found
+    with pytest.raises(ImageError, match=words):
+        check_header(tmp_path / "large.png")
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):

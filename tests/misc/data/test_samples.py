@@ -13,12 +13,13 @@ from misc.config.loading import load_config
 from misc.data import samples as samples_module
 from misc.data.annotations import Split, read_annotations
 from misc.data.batches import Batch, batches, collate, gallery_loader, training_loader
-from misc.data.images import read_image
+from misc.data.images import read_dataset_image, read_image
 from misc.data.sampler import Draw, GlobalBatchSampler
 from misc.data.samples import Augmentation, EvaluationImages, Sample, TrainingSet
 from misc.data.views import EvaluationView
 from misc.errors import UserError
 from model.tbps_clip import Views
+from tests.helpers.tiny_dataset import spoil
 from text_utils.masking import IGNORED_LABEL
 from text_utils.tokenizer import END, MASK, START, Tokenizer
 
@@ -241,7 +242,7 @@ def test_only_the_needed_views_are_made_and_the_file_is_decoded_once(training_se
         return call
 
     data = training_set(dataclasses.replace(ONE_VIEW, **switches))
-    monkeypatch.setattr(samples_module, "read_image", counted("decoded", read_image))
+    monkeypatch.setattr(samples_module, "read_dataset_image", counted("decoded", read_dataset_image))
     monkeypatch.setattr(data, "pool_view", CountedView(data.pool_view, calls))
     monkeypatch.setattr(data, "simclr_view", counted("simclr", data.simclr_view))
     sample = data[Draw(0, 0)]
@@ -523,7 +524,7 @@ def test_the_number_of_threads_changes_no_sample(split, tiny_dataset):
 def test_the_gallery_is_in_order_and_complete(split, tiny_dataset, workers):
     numbers = range(1, len(split.image_paths), 2)
     images = EvaluationImages(split, tiny_dataset.image_dir, RESOLUTION, numbers)
-    found = torch.cat(list(batches(gallery_loader(images, 5, workers=workers, pin_memory=False))))
+    found = torch.cat([batch.pixels for batch in batches(gallery_loader(images, 5, workers=workers, pin_memory=False))])
     view = EvaluationView(RESOLUTION)
     expected = [view(read_image(tiny_dataset.image_dir / split.image_paths[number])) for number in numbers]
     assert torch.equal(found, torch.stack(expected))
@@ -532,12 +533,10 @@ def test_the_gallery_is_in_order_and_complete(split, tiny_dataset, workers):
 # Images that cannot be decoded
 
 
-@pytest.fixture(params=["not an image", "cut off", "empty"])
+@pytest.fixture(params=["no image", "undecodable", "empty"])
 def spoiled(request, split, tiny_dataset) -> str:
-    """Damages an image of the training set, and returns its path."""
-    path = tiny_dataset.image_dir / split.image_paths[3]
-    content = path.read_bytes()
-    path.write_bytes({"not an image": b"<html>", "cut off": content[: len(content) // 2], "empty": b""}[request.param])
+    """Spoils an image of the training set, and returns its path."""
+    spoil(tiny_dataset.image_dir / split.image_paths[3], request.param)
     return split.image_paths[3]
 
 
@@ -560,3 +559,21 @@ def test_a_mixgen_partner_that_cannot_be_decoded_is_named(training_set, split, s
     partner = split.caption_images.index(3)
     result = training_set(dataclasses.replace(ALL_VIEWS, mixgen="ori"))[Draw(0, 0, partner=partner)]
     assert isinstance(result, UserError) and spoiled in str(result)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_used_and_named(training_set, split, tiny_dataset, workers):
+    path = split.image_paths[3]
+    spoil(tiny_dataset.image_dir / path, "cut off")
+    found = [batch.damaged for batch in loaded(training_set(), workers)]
+    assert set(sum(found, [])) == {path} and [] in found
+    images = EvaluationImages(split, tiny_dataset.image_dir, RESOLUTION, range(len(split.image_paths)))
+    loader = gallery_loader(images, 2, workers=workers, pin_memory=False)
+    assert [batch.damaged for batch in batches(loader)][:3] == [[], [path], []]
+
+
+def test_a_damaged_mixgen_partner_is_named(training_set, split, tiny_dataset):
+    spoil(tiny_dataset.image_dir / split.image_paths[3], "cut off")
+    partner = split.caption_images.index(3)
+    mixed = training_set(dataclasses.replace(ALL_VIEWS, mixgen="ori"))[Draw(0, 0, partner=partner)]
+    assert mixed.damaged == [split.image_paths[3]]
