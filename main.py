@@ -24,6 +24,7 @@ from misc.config.loading import DEFAULT_CONFIG, load_config, save_config
 from misc.config.rules import RULES
 from misc.data.workers import reported_workers
 from misc.errors import DISK_FULL, UserError
+from misc.files import path_argument
 from misc.retrieval.evaluation import Retrieval, result_lines
 from misc.retrieval.query_report import draw_queries, write_queries
 from misc.run.folder import CONFIG, QUERIES, RETRIEVAL_SHEET
@@ -86,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Trains and evaluates TBPS-CLIP for text-based person search.",
         epilog="Any key of the configuration can be set, for example: main.py data.batch_size=40 experiment.ss=false",
     )
-    parser.add_argument("--config", metavar="FILE", help="default: config/config.yaml")
+    parser.add_argument("--config", type=path_argument, metavar="FILE", help="default: config/config.yaml")
     parser.add_argument("--simplified", action="store_true", help="only N-ITC and R-ITC (config/s.config.yaml)")
     parser.add_argument(
         "--study",
@@ -96,10 +97,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
-        "--evaluate", metavar="CHECKPOINT", help="evaluate weights, in any form that model.checkpoint accepts"
+        "--evaluate",
+        type=path_argument,
+        metavar="CHECKPOINT",
+        help="evaluate weights, in any form that model.checkpoint accepts",
     )
     mode.add_argument(
         "--contribution",
+        type=path_argument,
         metavar="CHECKPOINT",
         help="measure how much each module of a run's checkpoint contributes; writes the new folder "
         "CHECKPOINT_contribution",
@@ -107,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument(
         "--export",
         nargs=2,
+        type=path_argument,
         metavar=("FORM", "OUT"),
         help="write the weights of model.checkpoint to the new folder OUT (FORM: openclip, huggingface, onnx)",
     )
@@ -119,11 +125,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--against",
+        type=path_argument,
         metavar="CHECKPOINT",
         help="with --evaluate: compare query by query with this checkpoint",
     )
     parser.add_argument(
         "--out",
+        type=path_argument,
         metavar="FOLDER",
         help="with --evaluate: folder for the files of --sheet and --against (default: CHECKPOINT_retrieval)",
     )

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from misc.errors import UserError
-from misc.files import is_file, is_folder, resolved
+from misc.files import is_file, is_folder, path_argument, resolved
 from misc.search.encoder import Encoder, load_encoder
 from misc.search.engine import NAMES, EngineChoice
 from misc.search.engines import require
@@ -54,11 +54,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="{index,query,serve}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="folder of person pictures; subfolders are included"
+        "folder", type=path, metavar="FOLDER", help="folder of person pictures; subfolders are included"
     )
-    common.add_argument("--index", type=Path, metavar="DIR", help="folder of the index (default: FOLDER_index)")
+    common.add_argument("--index", type=path, metavar="DIR", help="folder of the index (default: FOLDER_index)")
     common.add_argument(
-        "--checkpoint", metavar="C", help="weights in any form that main.py accepts; the index records them"
+        "--checkpoint",
+        type=path_argument,
+        metavar="C",
+        help="weights in any form that main.py accepts; the index records them",
     )
     common.add_argument("--device", default="auto", help="auto (a GPU if there is one) | cpu | cuda | cuda:N")
 
@@ -68,7 +71,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=NAMES,
         help="search engine: exact (default), faiss (more than a million pictures) or qdrant (a server)",
     )
-    index_parser.add_argument("--qdrant", metavar="ADDRESS", help="URL of the server, or a folder for the local mode")
+    index_parser.add_argument(
+        "--qdrant", type=path_argument, metavar="ADDRESS", help="URL of the server, or a folder for the local mode"
+    )
     index_parser.add_argument(
         "--collection", metavar="NAME", help="name of the Qdrant collection (default: the name of the index)"
     )
@@ -98,14 +103,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     query_parser.add_argument(
         "text", nargs="?", metavar="TEXT", help='description, for example "a woman in a red coat with a black backpack"'
     )
-    query_parser.add_argument("--image", type=Path, metavar="FILE", help="picture of the person, instead of a text")
+    query_parser.add_argument("--image", type=path, metavar="FILE", help="picture of the person, instead of a text")
     query_parser.add_argument(
         "--results", type=positive, default=10, metavar="N", help="largest number of results (default: 10)"
     )
     query_parser.add_argument(
         "--threshold", type=cosine, default=-1.0, metavar="S", help="lowest score to show, from -1 to 1"
     )
-    query_parser.add_argument("--sheet", type=Path, metavar="PNG", help="where to save the results image")
+    query_parser.add_argument("--sheet", type=path, metavar="PNG", help="where to save the results image")
     query_parser.set_defaults(run=query)
 
     serve_parser = commands.add_parser("serve", parents=[common], help="serve the search page for your browser")
@@ -126,9 +131,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for command in (query_parser, serve_parser):
         command.add_argument("--engine", choices=("exact",), help="search exactly, whichever engine the index uses")
         command.add_argument(
-            "--qdrant", metavar="ADDRESS", help="URL or folder of Qdrant, if the index was built for it"
+            "--qdrant",
+            type=path_argument,
+            metavar="ADDRESS",
+            help="URL or folder of Qdrant, if the index was built for it",
         )
     return parser.parse_args(arguments)
+
+
+def path(text: str) -> Path:
+    """Parses a path."""
+    return Path(path_argument(text))
 
 
 def positive(text: str) -> int:
@@ -185,7 +198,7 @@ def qdrant_address(options: argparse.Namespace) -> str | None:
 def absolute_checkpoint(checkpoint: str | None) -> str | None:
     """Returns the absolute path of a checkpoint file or folder; any other name, such as a tag, stays as it is."""
     if checkpoint is not None and (is_file(checkpoint) or is_folder(checkpoint)):
-        return str(Path(checkpoint).resolve())
+        return str(resolved(checkpoint))
     return checkpoint
 
 

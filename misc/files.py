@@ -1,5 +1,6 @@
 """Files and folders that are written completely or not at all."""
 
+import argparse
 import errno
 import os
 import shutil
@@ -29,15 +30,54 @@ def is_folder(path: str | Path) -> bool:
     return _passes(path, Path.is_dir)
 
 
+def exists(path: str | Path) -> bool:
+    """Like `Path.exists`, but returns False for a path that cannot be accessed or cannot exist."""
+    return _passes(path, Path.exists)
+
+
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Returns the paths in a folder that match a pattern of `Path.glob`, sorted. It is empty if the folder cannot be
+    accessed."""
+    try:
+        return sorted(folder.glob(pattern))
+    except (OSError, ValueError):
+        return []
+
+
 def resolved(path: str | Path) -> Path:
     """Like `Path.resolve`, but returns a path for links in a circle, too."""
     return Path(os.path.realpath(path))
 
 
+def expanded(path: str) -> str:
+    """Returns a path with the user's home folder instead of `~`. As in a shell, `~name` stays if nobody has that name.
+
+    Raises UserError if the user has no home folder.
+    """
+    if not path.startswith("~"):
+        return path  # unchanged: `Path` would shorten `a//b`
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        if path[1:2] in ("", "/", os.sep):
+            raise UserError(f"{path}: this user has no home folder: give the whole path") from error
+        return path
+
+
+def path_argument(path: str) -> str:
+    """Returns `expanded(path)`, for a path on a command line that is not empty: argparse prints the error."""
+    if not path:
+        raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        return expanded(path)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Opens a file for reading. Opening a pipe would wait for its writer, and a device may never end.
 
-    Raises OSError if the path is not a regular file, or cannot be accessed.
+    Raises OSError if the path is not a regular file (without a number), or cannot be accessed.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -67,12 +107,29 @@ def check_new_path(path: Path, option: str, remedy: str) -> Path:
     """
     if os.path.lexists(path):
         raise UserError(f"{option}: {path} already exists: remove it, or {remedy}")
+    check_possible(path, option, remedy)
     existing = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not is_folder(existing):
         raise UserError(f"{option}: {existing} is not a folder: {remedy}")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{option}: no permission to write to {existing}: {remedy}")
     return path
+
+
+def check_possible(path: Path, option: str, remedy: str) -> None:
+    """Raises UserError if the system cannot have such a path, for example because a name is too long.
+
+    Args:
+        option, remedy: as in `check_new_path`.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be created ({error.strerror}): {remedy}") from error
+    except ValueError as error:  # a null character
+        raise UserError(f"{option}: {path} cannot be created ({error}): {remedy}") from error
 
 
 _locked_files: "weakref.WeakSet[IO]" = weakref.WeakSet()

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+import main
+import search
+from misc.data import back_translation
 from tests.helpers.runs import ROOT, Outcome, only_error
 from tests.test_imports import module_name, product_files
 
@@ -41,6 +44,32 @@ MISTAKES = (
 )
 """Commands, arguments with a mistake, and the part of the message that names it."""
 WITHOUT_ARGUMENTS = {"image/draw_method.py", "misc.commands.demo"}
+
+
+@pytest.mark.parametrize(
+    ("parse", "words"),
+    [
+        (main.parse_arguments, ["--config", "~/a", "--evaluate", "~/a", "--against", "~/a", "--out", "~/a"]),
+        (main.parse_arguments, ["--contribution", "~/a"]),
+        (main.parse_arguments, ["--export", "onnx", "~/a"]),
+        (search.parse, ["index", "~/a", "--index", "~/a", "--checkpoint", "~/a", "--qdrant", "~/a"]),
+        (search.parse, ["query", "~/a", "--image", "~/a", "--sheet", "~/a", "--qdrant", "~/a"]),
+        (back_translation._parse, ["~/a", "~/a", "--to-french", "~/a", "--to-english", "~/a"]),
+    ],
+)
+def test_the_home_folder_is_expanded_in_every_path(parse, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    options = parse() if parse is main.parse_arguments else parse(None)
+    assert str(vars(options)).count(f"{tmp_path}/a'") == words.count("~/a")
+
+
+def test_an_empty_path_is_refused(monkeypatch, capsys):
+    """Of a variable of the shell that is not set. Without --evaluate, a training would start."""
+    monkeypatch.setattr(sys, "argv", ["main.py", "--evaluate", ""])
+    with pytest.raises(SystemExit) as stopped:
+        main.parse_arguments()
+    assert stopped.value.code == 2 and "--evaluate: the path is empty" in capsys.readouterr().err
 
 
 def run_command(command: str) -> int:

@@ -44,6 +44,11 @@ def test_existing_paths_are_refused_in_only_one_place():
     assert found == {"misc/files.py"}
 
 
+def test_paths_on_a_command_line_may_begin_with_the_home_folder():
+    """`type=Path` would make a folder named ~."""
+    assert [str(path) for path in PRODUCT if "type=Path" in (ROOT / path).read_text(encoding="utf-8")] == []
+
+
 def test_code_cites_only_documents_that_exist():
     files = [ROOT / path for path in product_files(ROOT)] + sorted((ROOT / "tests").rglob("*.py"))
     files = [path for path in files if path.name not in ("test_house.py", "test_documents.py")]

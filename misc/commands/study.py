@@ -7,6 +7,7 @@ from easydict import EasyDict
 
 from misc.config.loading import load_config
 from misc.errors import UserError
+from misc.files import expanded, is_file
 from misc.run.folder import LAST_CHECKPOINT
 from misc.study.report import write_report
 from misc.study.rows import STUDY_FOLDER, Row, find_row, read_study, row_folder, starting_checkpoint, study_list
@@ -31,7 +32,7 @@ def print_study(table: str, overrides: Sequence[str]) -> None:
 def study_root(overrides: Sequence[str]) -> Path:
     """Returns the folder of the study's runs: `model.saved_path`, if the command line sets it."""
     paths = [override.partition("=")[2] for override in overrides if override.startswith("model.saved_path=")]
-    return Path(paths[-1] if paths else STUDY_FOLDER)
+    return Path(expanded(paths[-1]) if paths else STUDY_FOLDER)
 
 
 def configure_row(name: str, path: str | Path, overrides: Sequence[str], *, resume: bool) -> EasyDict:
@@ -48,7 +49,7 @@ def configure_row(name: str, path: str | Path, overrides: Sequence[str], *, resu
     config.model.saved_path = str(row_folder(root, row.name, config.misc.seed))
     if row.name != name and local_rank() == 0:
         report(f"note: {name} is the same as {row.name}, so they share the run in {config.model.saved_path}")
-    exists = (Path(config.model.saved_path) / LAST_CHECKPOINT).is_file()
+    exists = is_file(Path(config.model.saved_path) / LAST_CHECKPOINT)
     continues = exists and (resume or Launch.current().attempt > 0)
     given = any(override.startswith("model.checkpoint=") for override in overrides)
     if row.start and not continues and not given:

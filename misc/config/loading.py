@@ -6,19 +6,23 @@ for the published code loads unchanged. All problems are reported in one `UserEr
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from easydict import EasyDict
 
 from misc.config.rules import RULES, contradictions
-from misc.errors import UserError
-from misc.files import atomic_file
+from misc.errors import UserError, shown
+from misc.files import atomic_file, expanded, is_file, resolved
 
 CONFIG_FOLDER = Path(__file__).parents[2] / "config"
 DEFAULT_CONFIG = CONFIG_FOLDER / "config.yaml"
 SIMPLIFIED_CONFIG = CONFIG_FOLDER / "s.config.yaml"
 BASE = "base"
+TEXTS = {key.rpartition(".")[2] for key, rule in RULES.items() if rule.values.text} | {BASE}
+"""The names of the keys whose values are texts. No other key has one of these names."""
+NULLS = ("", "null", "Null", "NULL")
+"""What means null on the command line if a text is expected."""
 
 
 def load_config(
@@ -30,7 +34,8 @@ def load_config(
         path: a YAML file; a relative `base:` in it is relative to the folder of the file.
         simplified: use the losses of `config/s.config.yaml`, and its other values if the file keeps the default.
         row: a row of the paper's study (`misc.study.rows.Row`); `Row.settings_over` decides what it overrides.
-        overrides: `key=value` or `section.key=value`, the value in YAML; they override everything else.
+        overrides: `key=value` or `section.key=value`, the value in YAML, or a text as it is; they override everything
+            else.
 
     Returns: an EasyDict with every key of `RULES`.
 
@@ -54,7 +59,10 @@ def load_config(
             allowed = RULES[key].values
             value = _read_numbers(value) if allowed.number else value
             if allowed.accepts(value):
-                merged[key] = allowed.convert(value)
+                try:
+                    merged[key] = allowed.convert(value)
+                except UserError as error:
+                    problems.append(f"{key}: {error}")
                 continue
             wrong = "; ".join(allowed.problems(value)) if allowed.problems else f"should be {allowed.description}"
             problems.append(f"{key}: {_as_yaml(value)} in {source} {wrong}")
@@ -87,11 +95,24 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+DEEPEST, MOST_NODES = 100, 100_000
+"""Limits of a YAML file: of its depth, and of its values with those that aliases repeat."""
+STRING = "tag:yaml.org,2002:str"
+READ_AS_OTHERS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "merge", "timestamp", "value")}
+"""What YAML may read a text as, if it has no quotes."""
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, if it is available
 
 
-class _UniqueKeyLoader(_SafeLoader):  # type: ignore[misc, valid-type] # which one is only known when it runs
-    """Loads YAML, but refuses a key that appears twice; PyYAML itself silently keeps the last one."""
+class _ConfigurationLoader(_SafeLoader):  # type: ignore[misc, valid-type] # which one is only known when it runs
+    """Loads YAML with two differences. A key that appears twice is refused; PyYAML silently keeps the last one. A value
+    that should be a text is one, whatever else YAML reads it as: 007 and 2024-05-01 are names."""
+
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        node.value = [
+            (key, _as_text(value) if isinstance(key, yaml.ScalarNode) and key.value in TEXTS else value)
+            for key, value in node.value
+        ]
 
     def construct_mapping(self, node, deep=False):
         written = list(node.value)  # the call below adds the keys of a merge key `<<` to the node
@@ -103,27 +124,70 @@ class _UniqueKeyLoader(_SafeLoader):  # type: ignore[misc, valid-type] # which o
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if key in seen:
-                raise UserError(
-                    f"{node.start_mark.name}: key {key!r} appears twice, in lines {seen[key]} and {line}: delete one"
-                )
+                raise UserError(f"key {key!r} appears twice, in lines {seen[key]} and {line}: delete one")
             seen[key] = line
         return mapping
+
+
+def _parse_yaml(source: str | TextIO) -> Any:
+    """Reads YAML.
+
+    Raises UserError if a key appears twice, or if aliases make it too deep or too large; any other exception if it is
+    not valid.
+    """
+    loader = _ConfigurationLoader(source)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _count_nodes(root, {}) > MOST_NODES:
+            raise UserError(f"it has more than {MOST_NODES:,} values: use fewer aliases")
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
+    """Returns how many nodes there are below a node and including it, each as often as an alias repeats it.
+
+    Args:
+        known: the numbers of other nodes, by their `id`.
+
+    Raises UserError if they are too deep, which they also are if a node contains itself.
+    """
+    if depth > DEEPEST:
+        raise UserError(f"it is nested more than {DEEPEST} times: remove brackets or aliases")
+    if id(node) not in known:
+        items = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_count_nodes(part, known, depth + 1) for part in parts)
+    return known[id(node)]
+
+
+def _as_text(node: yaml.Node) -> yaml.Node:
+    """Returns a number, a date and the like as the text that is written there, and other values as they are."""
+    if isinstance(node, yaml.ScalarNode) and node.tag in READ_AS_OTHERS:
+        return yaml.ScalarNode(STRING, node.value, node.start_mark, node.end_mark)
+    return node
 
 
 def read_yaml(path: Path) -> dict:
     """Reads the keys and values of a YAML file.
 
-    Raises UserError if it does not exist, is not valid YAML, or contains a key twice.
+    Raises UserError if it cannot be read, is not valid YAML, or contains a key twice.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"configuration file {path} does not exist: give an existing YAML file to --config")
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _UniqueKeyLoader)
-    except UserError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+            content = _parse_yaml(file)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except Exception as error:  # many kinds: not UTF-8, a date that does not exist, a tag that does not fit
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is not valid YAML: {reason}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -133,7 +197,7 @@ def read_yaml(path: Path) -> dict:
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
     """Reads a file and its bases. Returns: (name, values) of each, the base before the file."""
-    if path.resolve() in seen:
+    if resolved(path) in seen:
         raise UserError(f"{path}: following `base:` leads back to the file itself: remove one `base:`")
     content = read_yaml(path)
     base = content.get(BASE)
@@ -141,9 +205,10 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"{path}: base: {_as_yaml(base)} should be the name of a YAML file")
-        if not (path.parent / base).is_file():
+        file = path.parent / expanded(base)
+        if not is_file(file):
             raise UserError(f"{path}: base: {base} does not exist: give a file relative to {path.parent}")
-        layers = _read_with_base(path.parent / base, (*seen, path.resolve()))
+        layers = _read_with_base(file, (*seen, resolved(path)))
     return [*layers, (str(path), _flatten(content, path))]
 
 
@@ -182,11 +247,13 @@ def _parse_override(override: str) -> tuple[str, Any]:
         raise UserError(
             f"argument {override!r} should be key=value, for example data.batch_size=40, or an option (see --help)"
         )
+    if key in RULES and RULES[key].values.text:
+        return key, None if text in NULLS else text
     try:
-        return key, yaml.load(text, _UniqueKeyLoader)
-    except UserError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:
+        return key, _parse_yaml(text)
+    except UserError as error:
+        raise UserError(f"argument {override!r}: {error}") from error
+    except Exception as error:  # as in `read_yaml`
         raise UserError(f"argument {override!r}: its value is not valid YAML") from error
 
 
@@ -212,5 +279,8 @@ def _nearest(key: str) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n")
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n")
+    except ValueError:  # Python does not print an integer of thousands of digits
+        text = shown(value)
     return " ".join(text.split())

@@ -1,12 +1,15 @@
 """The table of configuration keys: which values each accepts, and how resume, study and search treat it."""
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 from misc.data.annotations import PUBLISHED_COUNTS
 from misc.data.image_operations import wrong_operations
+from misc.files import expanded
 from model.architecture import Architecture
 from model.heads import attention_heads
 from model.transformer import ACTIVATIONS
@@ -14,6 +17,7 @@ from text_utils.augmentation import TEXT_OPERATIONS
 from text_utils.tokenizer import VOCABULARY_SIZE
 
 AUTO = "auto"
+LARGEST_INTEGER = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Values:
         description: the accepted values in words, for messages.
         accepts: whether a value is one of them.
         number: whether a text such as 1e-4 is read as a number first.
+        text: whether the value is a text, or null. Then it is taken as it is written, not read as YAML: `007` and
+            `a # b` are names.
         problems: lists what is wrong with a value, if the description is not enough.
         convert: turns an accepted value into the one form that the program uses.
     """
@@ -31,6 +37,7 @@ class Values:
     description: str
     accepts: Callable[[Any], bool]
     number: bool = False
+    text: bool = False
     problems: Callable[[Any], list[str]] | None = None
     convert: Callable[[Any], Any] = lambda value: value
 
@@ -56,11 +63,18 @@ class Rule:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_path(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value != "" and "\0" not in value and bool(os.fsencode(value))
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Values:
@@ -72,8 +86,8 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Va
     )
 
 
-def _integer(low: int, high: float = math.inf) -> Values:
-    bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
+def _integer(low: int, high: int = LARGEST_INTEGER) -> Values:
+    bounds = f"at least {low} and below 2^31" if high == LARGEST_INTEGER else f"{low} to {high}"
     return Values(f"an integer, {bounds}", lambda value: _is_integer(value) and low <= value <= high)
 
 
@@ -94,8 +108,14 @@ def _list_of(length: int, item: Values) -> Values:
 
 SWITCH = Values("true or false", lambda value: isinstance(value, bool))
 SWITCH_OR_AUTO = Values("auto, true or false", lambda value: value == AUTO or isinstance(value, bool))
-TEXT = Values("a text", lambda value: isinstance(value, str) and value != "")
-TEXT_OR_NULL = Values("a text or null", lambda value: value is None or TEXT.accepts(value))
+TEXT = Values("a text", lambda value: isinstance(value, str) and value != "", text=True)
+PATH = Values("a text, the path of a file or folder", _is_path, text=True, convert=expanded)
+PATH_OR_NULL = Values(
+    f"{PATH.description}, or null",
+    lambda value: value is None or _is_path(value),
+    text=True,
+    convert=lambda value: value if value is None else expanded(value),
+)
 RATIO = _number(0)
 PROBABILITY = _number(0, 1)
 POSITIVE = _number(0, open_low=True)
@@ -131,8 +151,8 @@ DEVICE = Values(
 
 RULES: dict[str, Rule] = {
     "device": Rule(DEVICE, may_change=True),
-    "anno_dir": Rule(TEXT, may_change=True, file_wins=True),
-    "image_dir": Rule(TEXT, may_change=True, file_wins=True),
+    "anno_dir": Rule(PATH, may_change=True, file_wins=True),
+    "image_dir": Rule(PATH, may_change=True, file_wins=True),
     "misc.seed": Rule(_integer(0, 2**32 - 1), file_wins=True),
     "misc.precision": Rule(_choice("auto", "bf16", "fp16", "fp32"), may_change=True, file_wins=True),
     "misc.compile": Rule(SWITCH, may_change=True, file_wins=True),
@@ -143,7 +163,7 @@ RULES: dict[str, Rule] = {
     "experiment.image_pool": Rule(COUNT_OR_NULL),
     "experiment.text_operation": Rule(_choice(*TEXT_OPERATIONS, None)),
     "experiment.eda_alpha": Rule(PROBABILITY),
-    "experiment.wordnet": Rule(TEXT),
+    "experiment.wordnet": Rule(PATH),
     "experiment.back_trans": Rule(SWITCH),
     "experiment.backtrans_p": Rule(PROBABILITY),
     "experiment.mixgen": Rule(SWITCH),
@@ -175,7 +195,7 @@ RULES: dict[str, Rule] = {
     "experiment.sdm_ratio": Rule(RATIO),
     "experiment.sdm_scale": Rule(POSITIVE),
     "experiment.sdm_eps": Rule(POSITIVE),
-    "schedule.epoch": Rule(COUNT, file_wins=True),
+    "schedule.epoch": Rule(_integer(1, 1_000_000), file_wins=True),
     "schedule.epoch_warmup": Rule(_integer(0), file_wins=True),
     "schedule.lr": Rule(POSITIVE, file_wins=True),
     "schedule.lr_start": Rule(RATIO, file_wins=True),
@@ -185,8 +205,8 @@ RULES: dict[str, Rule] = {
     "schedule.betas": Rule(_list_of(2, BELOW_ONE), file_wins=True),
     "schedule.eps": Rule(POSITIVE, file_wins=True),
     "model.ckpt_type": Rule(_choice("original_clip", "saved")),
-    "model.checkpoint": Rule(TEXT_OR_NULL, may_change=True, file_wins=True),
-    "model.saved_path": Rule(TEXT, may_change=True),
+    "model.checkpoint": Rule(PATH_OR_NULL, may_change=True, file_wins=True),
+    "model.saved_path": Rule(PATH, may_change=True),
     "model.use_gather": Rule(SWITCH),
     "model.gather_gradient": Rule(SWITCH),
     "model.lock_bottom": Rule(SWITCH),
@@ -217,7 +237,7 @@ RULES: dict[str, Rule] = {
     "log.profile": Rule(SWITCH, may_change=True),
     "data.dataset": Rule(_choice(*PUBLISHED_COUNTS, None), may_change=True, file_wins=True),
     "data.train_share": Rule(SHARE),
-    "data.back_translation_file": Rule(TEXT_OR_NULL, may_change=True),
+    "data.back_translation_file": Rule(PATH_OR_NULL, may_change=True),
     "data.evaluate_on": Rule(_choice("test", "val")),
     "data.batch_size": Rule(COUNT, may_change=True, file_wins=True),
     "data.chunk_size": Rule(COUNT_OR_NULL, may_change=True),

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from misc.data.annotations import read_captions
 from misc.errors import DISK_FULL, UserError
-from misc.files import CAN_REPLACE_OPEN_FILES, atomic_file, check_new_path, is_folder, lock_file
+from misc.files import CAN_REPLACE_OPEN_FILES, atomic_file, check_new_path, is_folder, lock_file, path_argument
 from misc.system.distributed import choose_device
 from misc.terminal import prepare_streams, report
 
@@ -73,14 +73,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "python -m misc.data.back_translation",
         description="Translate the captions of an annotation to French and back.",
     )
-    parser.add_argument("annotation", type=Path, metavar="ANNOTATION", help="a raw annotation file or a *_reid.json")
-    parser.add_argument("out", type=Path, metavar="OUT", help="JSON file to create, for data.back_translation_file")
+    parser.add_argument("annotation", type=_path, metavar="ANNOTATION", help="a raw annotation file or a *_reid.json")
+    parser.add_argument("out", type=_path, metavar="OUT", help="JSON file to create, for data.back_translation_file")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one) | cpu | cuda | cuda:N")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="captions per batch (default: 32)")
     for option, default in Models._field_defaults.items():
         name = f"--{option.replace('_', '-')}"
-        parser.add_argument(name, default=default, metavar="MODEL", help=f"hub name or folder (default: {default})")
+        described = f"hub name or folder (default: {default})"
+        parser.add_argument(name, type=path_argument, default=default, metavar="MODEL", help=described)
     return parser.parse_args(arguments)
+
+
+def _path(text: str) -> Path:
+    return Path(path_argument(text))
 
 
 def back_translate(
@@ -230,7 +235,7 @@ def _parse_line(line: bytes) -> dict[str, str] | None:
     """Returns an object of texts by name, or None for any other line."""
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     valid = isinstance(content, dict) and all(isinstance(value, str) for value in content.values())
     return content if valid else None

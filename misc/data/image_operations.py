@@ -14,6 +14,7 @@ from torch import Tensor
 
 from misc.data.adjustments import ADJUSTMENTS
 from misc.data.transforms import draw_parameters, v2
+from misc.errors import shown
 
 Operation = Callable[[Tensor], Tensor]
 
@@ -178,7 +179,7 @@ def wrong_operations(strengths: Any) -> list[str]:
     problems = []
     for name, strength in strengths.items():
         if name not in IMAGE_OPERATIONS:
-            problems.append(f"has {name!r}, which is not one of {', '.join(IMAGE_OPERATIONS)}")
+            problems.append(f"has {shown(name)}, which is not one of {', '.join(IMAGE_OPERATIONS)}")
         elif not IMAGE_OPERATIONS[name].accepts(strength):
-            problems.append(f"has {name}: {strength!r}, which should be the {IMAGE_OPERATIONS[name].description}")
+            problems.append(f"has {name}: {shown(strength)}, which should be the {IMAGE_OPERATIONS[name].description}")
     return problems

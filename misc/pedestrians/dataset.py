@@ -15,7 +15,7 @@ from random import Random
 from tqdm import tqdm
 
 from misc.errors import UserError
-from misc.files import check_new_path
+from misc.files import check_new_path, is_file, is_folder
 from misc.pedestrians.captions import describe
 from misc.pedestrians.people import Person, Shot, imagine_person, see, take_shot
 from misc.pedestrians.scene import CAMERAS, draw_pedestrian
@@ -107,10 +107,10 @@ def _is_drawn(folder: Path, drawn_with: str) -> bool:
     if not os.path.lexists(folder):
         check_new_path(folder, "FOLDER", "give another folder")
         return False
-    if folder.is_dir() and not any(folder.iterdir()):
+    if is_folder(folder) and not any(folder.iterdir()):
         return False
     record = folder / "drawn_with.json"
-    if not record.is_file():
+    if not is_file(record):
         raise UserError(f"{folder} contains something other than these pedestrians: give a new folder, or remove it")
     found = record.read_text(encoding="utf-8")
     if found != drawn_with:

@@ -1,5 +1,6 @@
 """Configuration files: which load, what overrides what, and one clear line for every mistake."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from misc.config.loading import DEFAULT_CONFIG, load_config, save_config, to_pla
 from misc.config.rules import RULES
 from misc.errors import UserError
 from misc.study.rows import STUDY
+from tests.helpers.mutations import mutated
 
 PUBLISHED = """
 device: 5
@@ -217,6 +219,87 @@ def test_a_saved_configuration_loads_again(tmp_path):
     assert load_config(tmp_path / "saved.yaml") == config
 
 
+# ---- texts and paths -----------------------------------------------------------------------------------------------
+
+TEXT_KEYS = sorted(key for key, rule in RULES.items() if rule.values.text)
+PATH_KEYS = sorted(set(TEXT_KEYS) - {"model.context", "distributed.url"})
+NAMES = ["007", "2024-05-01", "2024-02-30", "12:30:00", "yes", "1e3", "0x1F", "1_000", ".nan", "<<", "=", "5"]
+"""Texts that YAML reads as something else, or refuses."""
+WORDS = [*NAMES, "runs/prec #2", "a: b", "[a]", "{a: b", "'a'", '"a', "- a", "&a", "*a", "!a", "%a", " a ", "a\nb"]
+"""Texts that can only be given on the command line as they are."""
+
+
+def test_keys_that_name_files_and_folders_are_paths():
+    named = {"anno_dir", "image_dir", "model.checkpoint", "model.saved_path", "data.back_translation_file"}
+    assert named < set(PATH_KEYS)
+    assert all(flat(load_config())[key] is None or isinstance(flat(load_config())[key], str) for key in TEXT_KEYS)
+
+
+def test_no_other_key_has_the_name_of_a_text():
+    names = {key.rpartition(".")[2] for key in TEXT_KEYS}
+    assert [key for key in RULES if key.rpartition(".")[2] in names and key not in TEXT_KEYS] == []
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_a_text_on_the_command_line_is_taken_as_it_is(text):
+    config = load_config(overrides=tuple(f"{key}={text}" for key in TEXT_KEYS))
+    assert {flat(config)[key] for key in TEXT_KEYS} == {text}
+
+
+@pytest.mark.parametrize("text", NAMES)
+def test_a_text_in_a_file_is_what_is_written_there(tmp_path, text):
+    nested: dict = {}
+    for key in TEXT_KEYS:
+        section, _, name = key.rpartition(".")
+        nested.setdefault(section, []).append(f"{name}: {text}")
+    lines = [*nested.pop(""), *(line for key, own in nested.items() for line in (f"{key}:", *(f"  {x}" for x in own)))]
+    config = load_config(write(tmp_path / "mine.yaml", "\n".join(lines)))
+    assert {flat(config)[key] for key in TEXT_KEYS} == {text}
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_text_that_is_merged_from_elsewhere_is_what_is_written_there(tmp_path):
+    text = "model: {<<: {saved_path: 007, embed_dim: 7}, checkpoint: &name 2024-05-01}\nimage_dir: *name\n"
+    config = load_config(write(tmp_path / "mine.yaml", text))
+    assert (config.model.saved_path, config.model.embed_dim) == ("007", 7)
+    assert config.model.checkpoint == config.image_dir == "2024-05-01"
+
+
+def test_a_base_may_have_any_name(tmp_path):
+    write(tmp_path / "2024-05-01", "data: {batch_size: 3}\n")
+    assert load_config(write(tmp_path / "mine.yaml", "base: 2024-05-01\n")).data.batch_size == 3
+
+
+@pytest.mark.parametrize("text", ["null", ""])
+def test_a_text_may_be_null_only_where_null_has_a_meaning(text):
+    assert load_config(overrides=(f"model.checkpoint={text}",)).model.checkpoint is None
+    assert "model.saved_path: null" in refusal(overrides=(f"model.saved_path={text}",))
+
+
+def test_the_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for key in PATH_KEYS:
+        assert flat(load_config(overrides=(f"{key}=~/a b",)))[key] == f"{tmp_path}/a b"
+    write(tmp_path / "base.yaml", "image_dir: ~/imgs\n")
+    config = load_config(write(tmp_path / "mine.yaml", "base: ~/base.yaml\nmodel: {saved_path: ~/runs/full}\n"))
+    assert (config.image_dir, config.model.saved_path) == (f"{tmp_path}/imgs", f"{tmp_path}/runs/full")
+    config = load_config(overrides=("model.saved_path=a~b", "image_dir=~nobody-has-this-name/x"))
+    assert (config.model.saved_path, config.image_dir) == ("a~b", "~nobody-has-this-name/x")
+
+
+@pytest.mark.parametrize("text", ["~", "~/runs"])
+def test_a_home_folder_that_does_not_exist_is_refused(monkeypatch, text):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # this user is in no list
+    assert f"model.saved_path: {text}: this user has no home folder" in refusal(overrides=(f"model.saved_path={text}",))
+
+
+def test_a_path_that_no_system_can_have_is_refused(tmp_path):
+    assert "image_dir" in refusal(write(tmp_path / "mine.yaml", 'image_dir: "a\\0b"\n'))
+    assert "image_dir" in refusal(overrides=("image_dir=\ud800",))
+
+
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
@@ -253,7 +336,6 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_file(tmp_path):
         ("device=gpu", "index of a GPU"),
         ("device=-1", "index of a GPU"),
         ("device=true", "index of a GPU"),
-        ("anno_dir=5", "a text"),
         ("image_dir=", "a text"),
         ("misc.seed=-1", "an integer"),
         ("misc.precision=half", "bf16"),
@@ -394,7 +476,7 @@ def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text):
         "a: \x00\n",
         b"\xff\xfe\x00",
         "anno_dir: {{ folder }}\n",  # a template that was not filled in: in YAML, a key that is a mapping
-        "anno_dir: 2024-02-30\n",  # looks like a date, but is invalid
+        "device: 2024-02-30\n",  # looks like a date, but is invalid
         "anno_dir: !!python/object/apply:os.getcwd []\n",
     ],
     ids=["open bracket", "tab", "control character", "not UTF-8", "template", "date", "code"],
@@ -408,9 +490,77 @@ def test_a_value_of_two_lines_is_reported_in_one(tmp_path):
     assert "data.dataset" in refusal(write(tmp_path / "mine.yaml", 'data: {dataset: "a\\nb"}\n'))
 
 
-@pytest.mark.parametrize("override", ["foo", "=5", "", "data.batch_size=[", "model.saved_path=2024-02-30"])
+@pytest.mark.parametrize("override", ["foo", "=5", "", "data.batch_size=[", "data.dataset=2024-02-30"])
 def test_an_argument_that_is_not_an_override_is_refused(override):
     assert repr(override) in refusal(overrides=(override,))
+
+
+ALIASES = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))
+ENDLESS = {
+    "aliases": ("a0: &a0 x\n" + ALIASES, "values"),
+    "aliases in sections": ("data: &a0 {x: 1}\n" + ALIASES, "values"),
+    "a list that contains itself": ("data: &a [*a]", "nested"),
+    "a section that contains itself": ("data: &a {x: *a}", "nested"),
+    "a merge of itself": ("data: &a {<<: *a}", "nested"),
+    "100,000 brackets": ("data: " + "[" * 100_000, "nest"),
+    "100,000 braces": ("data: " + "{a: " * 100_000, "nest"),
+    "100,000 dashes": ("data:\n  " + "- " * 100_000, "nest"),
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_yaml_that_is_too_deep_or_too_large_is_refused(tmp_path, case):
+    text, word = ENDLESS[case]
+    assert word in refusal(write(tmp_path / "mine.yaml", text)).lower()
+    assert refusal(overrides=(f"data.batch_size={{{text.partition(': ')[2]}}}",))
+
+
+@pytest.mark.parametrize("value", ["9" * 400, "-" + "9" * 400, "1e400", "0x" + "f" * 9000, "9" * 5000, "10000000000"])
+def test_a_number_of_many_digits_is_refused(value):
+    integers = [key for key in RULES if RULES[key].values.accepts(8) and not RULES[key].values.accepts(8.5)]
+    numbers = [key for key in RULES if RULES[key].values.accepts(0.5)]
+    assert len(integers) > 20 and len(numbers) > 20
+    for key in [*integers, *(numbers if len(value) != 11 else ())]:
+        assert key in refusal(overrides=(f"{key}={value}",))
+
+
+def test_a_billion_epochs_are_refused():
+    assert "1 to 1000000" in refusal(overrides=("schedule.epoch=1000000000",))
+
+
+@pytest.mark.parametrize("text", ["data: {batch_size: TEXT}", "? TEXT\n: 1", "TEXT", "base: TEXT"])
+def test_a_message_about_a_long_text_is_short(tmp_path, text):
+    message = refusal(write(tmp_path / "mine.yaml", text.replace("TEXT", "long" * 5000)))
+    assert 500 < len(message) <= 1500
+    assert len(refusal(overrides=("long" * 5000,))) <= 1500
+
+
+def test_a_mutated_file_loads_or_is_refused(tmp_path):
+    content, draw, refused = PUBLISHED.encode(), random.Random(0), 0
+    for _ in range(250):
+        try:
+            load_config(write(tmp_path / "mine.yaml", mutated(content, draw)))
+        except UserError:
+            refused += 1
+    assert 50 < refused < 250
+
+
+TAGS = [
+    "!!timestamp a",
+    "!!bool a",
+    '!!int ""',
+    "!!float x",
+    "!!binary a",
+    "!!set {a, b}",
+    "!!pairs [a: 1]",
+    "!!omap {}",
+]
+
+
+@pytest.mark.parametrize("value", TAGS)
+def test_a_tag_that_does_not_fit_is_refused(tmp_path, value):
+    refusal(write(tmp_path / "mine.yaml", f"device: {value}\n"))
+    refusal(overrides=(f"device={value}",))
 
 
 def test_a_missing_file_is_refused(tmp_path):

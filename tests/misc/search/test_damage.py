@@ -15,6 +15,7 @@ from misc.search.engine import Exact
 from misc.search.gallery import DamagedIndex, Encoded, Gallery, default_index, open_gallery
 from misc.search.pictures import Picture
 from misc.search.searcher import Query, Searcher
+from tests.helpers.mutations import mutated
 from tests.helpers.runs import only_error
 from tests.helpers.searching import encoder_of, features_one_by_one, gallery_of, paths_of, write_clip
 
@@ -153,24 +154,6 @@ def test_a_checkpoint_that_was_replaced_is_named(people, call_search, tmp_path):
 
 
 # ---- mutations ------------------------------------------------------------------------------------------------------
-
-
-def mutated(content: bytes, draw: random.Random) -> bytes:
-    """Returns the content with one random change of any kind."""
-    start, length = draw.randrange(len(content) + 1), draw.choice([1, 1, 2, 8, 40])
-    end = start + length
-    word = draw.choice([b"0", b"9", b"-", b'"', b"[", b"null", b"\n", b"\x00"])
-    new = draw.choice([b"", draw.randbytes(length), word])
-    return draw.choice(
-        [
-            content[:start],
-            content[:start] + new + content[end:],
-            content[:start] + new + content[start:],
-            content[:start] + content[start:end] * 2 + content[end:],
-            content[:start] + bytes([byte ^ 1 << draw.randrange(8) for byte in content[start : start + 1]])
-            + content[start + 1 :],
-        ]
-    )  # fmt: skip
 
 
 def read(index: Path) -> tuple:
