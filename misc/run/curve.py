@@ -1,5 +1,6 @@
 """The curve of a run: loss and retrieval over the epochs."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ def draw_curve(path: Path, records: list[dict[str, Any]]) -> None:
     for name in records[0]:
         if name.startswith("loss"):
             label = name.removeprefix("loss_") if name != "loss" else "sum"
-            loss.plot(epochs, [record[name] for record in records], marker="o", label=label)
+            loss.plot(epochs, [record.get(name, math.nan) for record in records], marker="o", label=label)
     for name, label in RETRIEVAL.items():
-        retrieval.plot(epochs, [record[name] for record in records], marker="o", label=label)
+        retrieval.plot(epochs, [record.get(name, math.nan) for record in records], marker="o", label=label)
     for axes, title in ((loss, "training loss (weighted)"), (retrieval, "retrieval (%)")):
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

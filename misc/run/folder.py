@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from misc.errors import UserError
-from misc.files import lock_file
+from misc.files import check_possible, exists, is_file, is_folder, lock_file, partial_path
 from misc.terminal import try_to_print
 
 CONFIG = "config.yaml"
@@ -31,14 +31,15 @@ def check_run_folder(folder: Path, *, overwrite: bool) -> None:
     Raises UserError if the folder already contains a run and `overwrite` is false, or if it cannot be created or
     written to.
     """
-    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
-    if not existing.is_dir():
+    check_possible(partial_path(folder / LAST_CHECKPOINT), "model.saved_path", "choose another folder")
+    existing = next((parent for parent in (folder, *folder.parents) if exists(parent)), folder)
+    if not is_folder(existing):
         raise UserError(
             f"model.saved_path: {folder} cannot be created because {existing} is a file: choose another folder"
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"model.saved_path: no permission to write to {existing}: choose another folder")
-    found = [name for name in RUN_FILES if (folder / name).exists() and not _is_empty_log(folder / name)]
+    found = [name for name in RUN_FILES if exists(folder / name) and not _is_empty_log(folder / name)]
     if found and not overwrite:
         raise UserError(
             f"model.saved_path: {folder} already contains a run ({', '.join(found)}): choose another model.saved_path, "
@@ -48,7 +49,7 @@ def check_run_folder(folder: Path, *, overwrite: bool) -> None:
 
 def _is_empty_log(path: Path) -> bool:
     """Whether the file is the empty log of a run that was stopped before it started."""
-    return path.name == LOG and path.stat().st_size == 0
+    return path.name == LOG and is_file(path) and path.stat().st_size == 0
 
 
 def lock_run(folder: Path) -> IO | None:
@@ -57,7 +58,7 @@ def lock_run(folder: Path) -> IO | None:
     Returns: the lock for `RunLog`, or None if the folder contains no run.
     Raises UserError if another run is writing to the folder, or if it cannot be written to.
     """
-    return lock_folder(folder) if (folder / LOG).is_file() else None
+    return lock_folder(folder) if is_file(folder / LOG) else None
 
 
 def lock_folder(folder: Path) -> IO:
@@ -86,11 +87,35 @@ def lock_folder(folder: Path) -> IO:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Reads the epochs in a metrics.jsonl. A cut-off last line is skipped; a missing file has no epochs."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the line that was being written when the machine went down
-            break
-    return records
+    """Reads the epochs in a metrics.jsonl. A damaged line is skipped; a missing file has no epochs."""
+    return [record for _, record in read_lines(path) if record is not None]
+
+
+def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Reads a metrics.jsonl.
+
+    Returns: each line with its line break, and its epoch. None: the line is damaged.
+    Raises UserError if the file cannot be read.
+    """
+    if not is_file(path):
+        return []
+    try:
+        with path.open("rb") as file:
+            return [(line, _parse_record(line)) for line in file]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    valid = (
+        isinstance(record, dict)
+        and {"epoch", "r1", "seconds"} <= record.keys()
+        and all(type(value) in (int, float) and not abs(value) > sys.float_info.max for value in record.values())
+        and type(record["epoch"]) is int
+        and record["epoch"] > 0
+    )
+    return record if valid else None

@@ -11,10 +11,10 @@ from typing import IO, TextIO
 
 from tqdm import tqdm
 
-from misc.errors import UserError, printable
-from misc.files import atomic_file, partial_path
+from misc.errors import UserError, first_of, printable
+from misc.files import atomic_file, find_files, partial_path
 from misc.run.curve import draw_curve
-from misc.run.folder import CURVE, LOG, METRICS, RUN_FILES, check_run_folder, lock_folder, read_records
+from misc.run.folder import CURVE, LOG, METRICS, RUN_FILES, check_run_folder, lock_folder, read_lines, read_records
 from misc.run.progress import Progress
 from misc.terminal import report, show, try_to_print
 
@@ -63,7 +63,12 @@ class RunLog:
         self._failed: set[str] = set()
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"model.saved_path: {self.folder} cannot be created ({error.strerror}): choose another folder"
+            ) from error
         self._lock = lock or lock_folder(self.folder)
         if resume is None:
             try:
@@ -72,11 +77,14 @@ class RunLog:
                 self._lock.close()
                 raise
             _clear(self.folder)
+            notes = []
         else:
-            _keep_epochs(self.folder / METRICS, resume.epoch)
+            notes = _keep_epochs(self.folder / METRICS, resume.epoch)
         self.text = (self.folder / LOG).open("a", encoding="utf-8", buffering=1)
         for name in RUN_FILES:
             partial_path(self.folder / name).unlink(missing_ok=True)
+        for note in notes:
+            self.line(note)
         if tensorboard:
             with self.decoration("TensorBoard"):
                 from torch.utils.tensorboard import SummaryWriter  # an optional package
@@ -173,15 +181,30 @@ class RunLog:
 
 def _clear(folder: Path) -> None:
     """Removes the files of the run in a folder."""
-    for replaced in (*map(folder.joinpath, RUN_FILES), *folder.glob("events.out.tfevents.*")):
+    for replaced in (*map(folder.joinpath, RUN_FILES), *find_files(folder, "events.out.tfevents.*")):
         replaced.unlink(missing_ok=True)
 
 
-def _keep_epochs(metrics: Path, count: int) -> None:
-    """Removes the lines of metrics.jsonl that are newer than the checkpoint, and a cut-off line."""
-    kept = [json.dumps(record) + "\n" for record in read_records(metrics) if record["epoch"] <= count]
+def _keep_epochs(metrics: Path, count: int) -> list[str]:
+    """Removes the epochs of metrics.jsonl that are newer than the checkpoint, as they are trained again.
+
+    A damaged line may be any epoch, so it stays. Only the start of a line that was never completed is removed, if all
+    epochs of the checkpoint are there.
+
+    Returns: lines for the log.
+    """
+    lines = read_lines(metrics)
+    old = [number for number, (_, record) in enumerate(lines) if record is not None and record["epoch"] <= count]
+    if lines and lines[-1][1] is None and not lines[-1][0].endswith(b"\n") and len(old) == count:
+        del lines[-1]
+    newer = max(old, default=-1) + 1
+    kept = lines[:newer] + [(line, record) for line, record in lines[newer:] if record is None]
     with atomic_file(metrics) as file:
-        file.write("".join(kept).encode())
+        file.write(b"".join(line.rstrip(b"\n") + b"\n" for line, _ in kept))
+    damaged = [str(number) for number, (line, record) in enumerate(kept, start=1) if record is None and line.strip()]
+    if not damaged:
+        return []
+    return [f"warning: {metrics} is damaged in line {first_of(damaged)}: it is kept there, but its epoch is not shown"]
 
 
 def wandb_project(wanted: bool) -> str | None:

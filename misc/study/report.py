@@ -7,7 +7,7 @@ from pathlib import Path
 from misc.config.loading import flatten, read_yaml
 from misc.data.annotations import data_title
 from misc.errors import UserError, first_of
-from misc.files import atomic_file, is_file
+from misc.files import atomic_file, find_files, is_file
 from misc.run.folder import CONFIG, METRICS, read_records
 from misc.study.rows import COLUMNS, Row
 
@@ -39,7 +39,7 @@ def measured(root: Path, row: Row) -> Measured | None:
     best R@1."""
     figures: dict[str, list[float]] = {column: [] for column in row.columns}
     unfinished, data = [], []
-    for folder in sorted((root / row.run).glob("seed_*")):
+    for folder in find_files(root / row.run, "seed_*"):
         records = read_records(folder / METRICS)
         if not records:
             continue
@@ -48,15 +48,17 @@ def measured(root: Path, row: Row) -> Measured | None:
             unfinished.append(folder.name)
             continue
         if is_file(folder / CONFIG):
-            config = {"data.dataset": None, "data.evaluate_on": "test", **flatten(read_yaml(folder / CONFIG))}
+            defaults = {"data.dataset": None, "data.evaluate_on": "test", "anno_dir": "?"}
+            config = defaults | flatten(read_yaml(folder / CONFIG))
             dataset = config["data.dataset"]
             data.append((data_title(dataset, config["data.evaluate_on"], config["anno_dir"]), dataset))
         best = max(records, key=lambda record: record["r1"])
         results = best | {
             "epochs": len(records),
             "train_seconds": sum(record["seconds"] for record in records),
-            "test_seconds": last["evaluation_seconds"],
         }
+        if "evaluation_seconds" in last:
+            results["test_seconds"] = last["evaluation_seconds"]
         if "parameters" in last:  # older runs did not record them
             results["parameters"] = last["parameters"] / 1e6
         for column in row.columns:

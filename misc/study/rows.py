@@ -9,6 +9,7 @@ from typing import Any
 from misc.config.loading import CONFIG_FOLDER, read_yaml
 from misc.config.rules import RULES
 from misc.errors import UserError
+from misc.files import find_files, is_file
 from misc.run.folder import BEST_CHECKPOINT
 
 STUDY = CONFIG_FOLDER / "study.yaml"
@@ -197,7 +198,7 @@ def starting_checkpoint(root: Path, row: Row, seed: int) -> Path:
     """
     assert row.start is not None
     own = row_folder(root, row.start, seed) / BEST_CHECKPOINT
-    found = [own] if own.is_file() else sorted((root / row.start).glob(f"seed_*/{BEST_CHECKPOINT}"))
+    found = [own] if is_file(own) else find_files(root / row.start, f"seed_*/{BEST_CHECKPOINT}")
     if not found:
         raise UserError(
             f"--study {row.name} starts from the checkpoint of {row.start}, but {root / row.start} contains none: run "

@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import random
 import re
 import sys
 from importlib.machinery import ModuleSpec
@@ -17,11 +18,12 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from misc.errors import UserError
-from misc.run.folder import LOCK, RUN_FILES, check_run_folder
+from misc.run.folder import LOCK, RUN_FILES, check_run_folder, read_records
 from misc.run.log import RunLog, wandb_project
 from misc.run.profiling import peak_memory_gigabytes
 from misc.run.progress import Progress
 from tests.helpers.fork_server import ROOT, Call
+from tests.helpers.mutations import mutated
 from tests.helpers.ranks import fork_server
 
 
@@ -106,6 +108,70 @@ def test_a_resumed_run_keeps_its_log_and_the_epochs_before_its_checkpoint(tmp_pa
     assert (tmp_path / "train.log").read_text() == "first\nsecond\n"
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [record(1), record(2), record(3)]
+
+
+DAMAGES = {
+    "changed": (2, lambda line: line[:10] + b"#" + line[10:]),
+    "cut": (2, lambda line: line[:20] + b"\n"),
+    "cut at the end": (4, lambda line: line[:20]),
+    "without its line break": (4, lambda line: line.rstrip()),
+    "after an empty line": (2, lambda line: b"\n" + line),
+    "a number": (2, lambda _: b"5\n"),
+    "nested": (2, lambda _: b"[" * 100_000 + b"\n"),
+    "not UTF-8": (2, lambda line: line.replace(b"epoch", b"epo\xff", 1)),
+    "a text instead of a number": (2, lambda line: line.replace(b'"r1": ', b'"r1": "high", "x": ')),
+    "a list instead of an epoch": (2, lambda line: line.replace(b'"epoch": 2', b'"epoch": [2]')),
+    "a number of 400 digits": (2, lambda line: line.replace(b'"r1": ', b'"r1": ' + b"9" * 400)),
+}
+"""For each damage, the line that it changes, and how."""
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_resumed_run_keeps_damaged_lines_and_all_others(tmp_path, damage, capsys):
+    with RunLog(tmp_path) as log:
+        for epoch in (1, 2, 3, 4):
+            log.epoch(record(epoch), epoch)
+    metrics, (number, change) = tmp_path / "metrics.jsonl", DAMAGES[damage]
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    lines[number - 1] = change(lines[number - 1])
+    metrics.write_bytes(b"".join(lines))
+    with RunLog(tmp_path, resume=Progress(epoch=4)) as log:
+        log.epoch(record(5), 5)
+        log.curve()
+    assert metrics.read_bytes() == b"".join(lines).rstrip() + b"\n" + json.dumps(record(5)).encode() + b"\n"
+    assert (tmp_path / "curve.png").stat().st_size > 0
+    harmless = damage in ("after an empty line", "without its line break")
+    assert (f"warning: {metrics} is damaged in line {number}" in capsys.readouterr().out) != harmless
+
+
+def test_a_damaged_line_does_not_keep_epochs_that_are_trained_again(tmp_path):
+    metrics, lines = tmp_path / "metrics.jsonl", [json.dumps(record(epoch)) + "\n" for epoch in (1, 2, 3)]
+    with RunLog(tmp_path):
+        metrics.write_text("".join([*lines, "damaged\n"]))
+    with RunLog(tmp_path, resume=Progress(epoch=1)):
+        assert metrics.read_text() == lines[0] + "damaged\n"
+
+
+def test_a_mutated_metrics_file_loses_no_line(tmp_path):
+    draw, whole = random.Random(0), [json.dumps(record(epoch)).encode() + b"\n" for epoch in range(1, 7)]
+    with RunLog(tmp_path):
+        pass
+    for _ in range(400):
+        content = mutated(b"".join(whole), draw)
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        with RunLog(tmp_path, resume=Progress(epoch=4)):
+            kept = (tmp_path / "metrics.jsonl").read_bytes()
+        assert all(line in kept for line in whole[:4] if line in content)
+        assert all(isinstance(each["r1"], int | float) for each in read_records(tmp_path / "metrics.jsonl"))
+
+
+def test_metrics_that_cannot_be_read_are_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(
+        Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied"))
+    )
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read .Permission denied"):
+        read_records(tmp_path / "metrics.jsonl")
 
 
 def begin_run(folder: Path) -> None:
