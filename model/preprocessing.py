@@ -1,9 +1,9 @@
 """Preprocessing of images: channel statistics, and the preprocessing that each kind of weights needs."""
 
-import math
+import sys
 from dataclasses import dataclass
 
-from misc.errors import UserError
+from misc.errors import UserError, shown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -32,17 +32,17 @@ class Preprocessing:
         Raises UserError if a value is invalid.
         """
         for name, values in (("mean", self.mean), ("std", self.deviation)):
-            if len(values) != 3 or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-                raise UserError(
-                    f"its settings have {list(values)!r} for the {name} of an image, instead of three finite numbers"
-                )
+            finite = [isinstance(value, int | float) and abs(value) <= sys.float_info.max for value in values]
+            if len(values) != 3 or not all(finite):
+                found = f"{shown(list(values))} for the {name} of an image"
+                raise UserError(f"its settings have {found}, instead of three finite numbers")
         if min(self.deviation) <= 0:
             raise UserError(
                 f"its settings have {list(self.deviation)} for the std of an image; all values should be above 0"
             )
-        if self.interpolation not in INTERPOLATIONS:
+        if not (isinstance(self.interpolation, str) and self.interpolation in INTERPOLATIONS):
             raise UserError(
-                f"its settings resize images with {self.interpolation!r} interpolation; it should be "
+                f"its settings resize images with {shown(self.interpolation)} interpolation; it should be "
                 f"{' or '.join(INTERPOLATIONS)}"
             )
 

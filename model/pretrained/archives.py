@@ -3,13 +3,12 @@
 import io
 import pickle
 import re
-import stat
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -17,10 +16,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from misc.errors import UserError
-from misc.files import CAN_REPLACE_OPEN_FILES
+from misc.files import CAN_REPLACE_OPEN_FILES, open_regular
 
 # First bytes of a torch.save file from before PyTorch 1.6. Newer files are ZIP archives.
 OLD_TORCH_SAVE = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+    "UntypedStorage": torch.uint8,
+}
+"""The classes of torch by which a pickle names the type of stored elements."""
+MOST_CODE = 1 << 26
+"""Bytes of an archive that may be compressed, such as the code of TorchScript. Tensors are never compressed."""
+_TENSOR = re.compile(r"/data/[^/]+$")
 EXPECTED = (
     "expected OpenAI's archive, a state dict in the names of OpenAI, open_clip or Hugging Face, as from "
     "torch.save(model.state_dict(), path) or in safetensors, or a checkpoint of TBPS-CLIP"
@@ -59,21 +75,16 @@ def _read_head(path: Path) -> bytes:
     """
     expected = "give an existing file or folder of weights, or a tag of open_clip"
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)
-        head = b""
-        if regular:  # opening a pipe would block
-            with path.open("rb") as file:
-                head = file.read(64)
+        with open_regular(path) as file:
+            head = file.read(64)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{error.strerror}: {expected}") from error
     except OSError as error:
+        if error.errno is None:
+            raise UserError(f"not a file: {expected}") from error
         raise UserError(
             f"cannot be read ({error.strerror}): check the file and its permissions, or give another one"
         ) from error
-    except ValueError as error:  # an invalid path
-        raise UserError(f"{error}: {expected}") from error
-    if not regular:
-        raise UserError(f"not a file: {expected}")
     if head.startswith((b"PK\x03\x04", OLD_TORCH_SAVE)) or _is_safetensors(head, path.stat().st_size):
         return head
     if not head:
@@ -94,7 +105,7 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 
 class _Damaged(Exception):
-    """A wrong checksum in an archive."""
+    """What is wrong with an archive: a checksum, or the size of a record."""
 
 
 class _EasyDict:
@@ -122,59 +133,160 @@ def _safe_globals(classes: list[Any]) -> Iterator[None]:
 def _open_torch(path: Path) -> tuple[str, Any]:
     with _safe_globals([_EasyDict]):
         if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                for _ in range(4):  # a magic number, a version, a description of the machine, and the content
+                    _Survey(file, path.stat().st_size).load()
             return "torch.save", torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return "TorchScript archive", dict(_named_tensors(_TorchScriptUnpickler(archive).load()))
+            records = _check_records(archive, path.stat().st_size)
+            if any(name.endswith("/constants.pkl") for name in records):
+                modules = _TorchScriptUnpickler(archive).load()
+                return "TorchScript archive", dict(_named_tensors(modules, visited=set()))
             if damaged := archive.testzip():  # torch itself does not check the checksums
                 raise _Damaged(f"the checksum of {damaged} is wrong")
+            _Survey(io.BytesIO(archive.read(f"{_folder(records)}/data.pkl")), records).load()
         # Memory-mapped, so unused parts (such as the state of an optimizer) take no memory.
         return "torch.save", torch.load(str(path), map_location="cpu", weights_only=True, mmap=CAN_REPLACE_OPEN_FILES)
+
+
+def _check_records(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
+    """Checks what an archive would unpack to, before it is unpacked.
+
+    Args:
+        size: size of the file in bytes.
+
+    Returns: the size of each record in bytes.
+    Raises _Damaged if a record is there twice, a tensor is compressed, or all of them are larger than the file.
+    """
+    records: dict[str, int] = {}
+    for record in archive.infolist():
+        if record.filename in records:
+            raise _Damaged(f"{record.filename} is in it twice")
+        if _TENSOR.search(record.filename) and record.compress_type != zipfile.ZIP_STORED:
+            raise _Damaged(f"{record.filename} is compressed")  # torch would take the compressed bytes
+        records[record.filename] = record.file_size
+    if sum(records.values()) > size + MOST_CODE:
+        raise _Damaged(f"it unpacks to {sum(records.values())} bytes")
+    return records
+
+
+def _folder(records: Iterable[str]) -> str:
+    """Returns the folder that all records of an archive are in."""
+    return next(iter(records)).partition("/")[0]
+
+
+class _Storage(NamedTuple):
+    """The elements that tensors of a pickle are made of."""
+
+    dtype: torch.dtype
+    elements: int
+
+
+class _Survey(pickle.Unpickler):
+    """Reads the pickle of a torch.save file before torch does. Its classes are replaced by containers without code.
+
+    Args:
+        file: the pickle.
+        sizes: the size in bytes of each record of the archive; or the size of a file that is no archive.
+
+    Raises _Damaged if a record and its elements differ in size, or a tensor has elements beyond its record: torch would
+    take any values for these.
+    """
+
+    def __init__(self, file: BinaryIO, sizes: dict[str, int] | int):
+        super().__init__(file)
+        self.sizes = sizes
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        found = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(found, torch.dtype):
+            return found
+
+        class Container(dict):
+            """Stands for one class or function. Each has its own, as a pickle may change it."""
+
+            __hash__, __eq__ = object.__hash__, object.__eq__  # type: ignore[assignment]
+
+            def __init__(self, *arguments: Any):
+                for each in (arguments, *arguments):
+                    if isinstance(each, tuple) and len(each) >= 4 and isinstance(each[0], _Storage):
+                        _check_tensor(*each)
+
+            def append(self, item: Any) -> None:
+                pass
+
+            def extend(self, items: Any) -> None:
+                pass
+
+        return Container
+
+    def persistent_load(self, identity: tuple) -> _Storage | None:
+        _storage, dtype, key, _device, elements, *_view = identity
+        if not isinstance(dtype, torch.dtype):
+            return None  # of a kind that no weights have
+        size = self.sizes if isinstance(self.sizes, int) else self.sizes.get(f"{_folder(self.sizes)}/data/{key}", 0)
+        if not 0 <= elements * dtype.itemsize <= size:
+            raise _Damaged(f"the record {key} has {size} bytes for {elements} elements of {dtype}")
+        return _Storage(dtype, elements)
+
+
+def _check_tensor(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *others: Any) -> None:
+    """Checks that all elements of a tensor are in its storage."""
+    dtype = next((other for other in others if isinstance(other, torch.dtype)), storage.dtype)
+    last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+    stored = storage.elements * storage.dtype.itemsize // dtype.itemsize
+    if min(offset, *size, *stride, 0) < 0 or (0 not in size and last >= stored):
+        raise _Damaged(f"a tensor of {tuple(size)} is larger than its {stored} elements")
 
 
 class _ScriptModule:
     """A replacement for every class of a TorchScript archive: attributes without code."""
 
 
-def _named_tensors(module: _ScriptModule, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(module: _ScriptModule, prefix: str = "", *, visited: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Returns all tensors of a module tree. A module that is in it several times counts once."""
+    if id(module) in visited:
+        return
+    visited.add(id(module))
     for name, value in vars(module).items():
         if isinstance(value, Tensor):
             yield prefix + name, value
         elif isinstance(value, _ScriptModule):
-            yield from _named_tensors(value, f"{prefix}{name}.")
-
-
-def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_unused: Any) -> Tensor:
-    return storage.as_strided(size, stride, offset)
+            yield from _named_tensors(value, f"{prefix}{name}.", visited=visited)
 
 
 class _TorchScriptUnpickler(pickle.Unpickler):
-    """Rebuilds the module tree of a TorchScript archive as plain objects and tensors, and refuses everything else."""
+    """Rebuilds the module tree of a TorchScript archive as plain objects and tensors, and refuses everything else.
 
-    ALLOWED = {
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch", "BFloat16Storage"): torch.bfloat16,
-        ("torch", "HalfStorage"): torch.float16,
-        ("torch", "FloatStorage"): torch.float32,
-        ("torch", "DoubleStorage"): torch.float64,
-        ("torch", "LongStorage"): torch.int64,
-        ("torch", "IntStorage"): torch.int32,
-        ("torch", "BoolStorage"): torch.bool,
-        ("collections", "OrderedDict"): OrderedDict,  # backward hooks of a tensor, always empty
-    }
+    A pickle can change attributes of a class or function, so each archive gets its own.
+    """
 
     def __init__(self, archive: zipfile.ZipFile):
         self.archive = archive
-        self.folder = archive.namelist()[0].partition("/")[0]
+        self.folder = _folder(archive.namelist())
         super().__init__(io.BytesIO(archive.read(f"{self.folder}/data.pkl")))
+        self.module_class = type("_ScriptModule", (_ScriptModule,), {})
+        self.allowed: dict[tuple[str, str], Any] = {
+            **{("torch", name): dtype for name, dtype in STORAGES.items()},
+            ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: storage.as_strided(
+                size, stride, offset
+            ),
+            ("collections", "OrderedDict"): OrderedDict,  # backward hooks of a tensor, always empty
+        }
+        self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "__torch__":
-            return _ScriptModule
-        if (module, name) not in self.ALLOWED:
+            return self.module_class
+        if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return self.ALLOWED[module, name]
+        return self.allowed[module, name]
 
     def persistent_load(self, identity: tuple) -> Tensor:
         _storage, dtype, key, _device, _elements = identity
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}/data/{key}")), dtype=dtype)
+        if key not in self.storages:
+            record = self.archive.read(f"{self.folder}/data/{key}")
+            self.storages[key] = torch.frombuffer(bytearray(record), dtype=dtype)
+        return self.storages[key]

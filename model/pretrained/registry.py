@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from misc.errors import UserError
+from misc.files import expanded, is_file
 from model.pretrained.archives import open_archive
 from model.pretrained.settings import Settings, settings_from_open_clip
 
@@ -101,10 +102,8 @@ def fetch(entry: Entry) -> Path:
     from huggingface_hub import constants, try_to_load_from_cache
 
     url, (repository, names) = entry.download.get("url", ""), _hub_files(entry)
-    local_file = Path(CACHE_FOLDER).expanduser() / (
-        Path(urlsplit(url).path).name if url else entry.name.replace("/", "-")
-    )
-    if local_file.is_file():
+    local_file = Path(expanded(CACHE_FOLDER)) / (Path(urlsplit(url).path).name if url else entry.name.replace("/", "-"))
+    if is_file(local_file):
         _check_digest(local_file, url)
         return local_file
     for name in names if repository else []:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from misc.errors import UserError, first_of
+from misc.errors import UserError, first_of, shown
 from model.architecture import GELU, QUICK_GELU
 from model.preprocessing import CLIP_PREPROCESSING, INTERPOLATIONS, TBPS_PREPROCESSING, Preprocessing
 from model.transformer import ACTIVATIONS
@@ -36,10 +36,11 @@ class Settings:
         for unit, values in (("attention heads", (self.vision_heads, self.text_heads)), ("pixels", self.resolution)):
             for value in values or ():
                 if value is not None and not _is_count(value):
-                    raise UserError(f"its settings record {value!r} {unit} instead of a positive integer")
-        if self.activation is not None and self.activation not in ACTIVATIONS:
+                    raise UserError(f"its settings record {shown(value)} {unit} instead of a positive integer")
+        known = isinstance(self.activation, str) and self.activation in ACTIVATIONS
+        if self.activation is not None and not known:
             raise UserError(
-                f"its settings record the activation {self.activation!r}; it should be {' or '.join(ACTIVATIONS)}"
+                f"its settings record the activation {shown(self.activation)}; it should be {' or '.join(ACTIVATIONS)}"
             )
 
     def check(self, sizes: dict[str, int]) -> None:
@@ -47,7 +48,7 @@ class Settings:
 
         Raises UserError if they belong to two models.
         """
-        differing = [f"{key} {value!r}" for key, value in self.sizes.items() if value != sizes[key]]
+        differing = [f"{key} {shown(value)}" for key, value in self.sizes.items() if value != sizes[key]]
         if differing:
             found = ", ".join(f"{key} {sizes[key]}" for key, value in self.sizes.items() if value != sizes[key])
             raise UserError(
@@ -59,7 +60,11 @@ class Settings:
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _as_name(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
@@ -139,18 +144,18 @@ def settings_from_open_clip(
     vision, text = model.get("vision_cfg"), model.get("text_cfg")
     if not isinstance(vision, dict) or not isinstance(text, dict):
         raise UserError("another kind of model than CLIP (no vision_cfg and text_cfg)")
-    unsupported = [] if isinstance(vision.get("layers", 12), int) else [f"vision_cfg.layers: {vision['layers']!r}"]
+    unsupported = [] if isinstance(vision.get("layers", 12), int) else [f"vision_cfg.layers: {shown(vision['layers'])}"]
     for section, allowed in _PLAIN.items():
         for key, value in (model[section] if section else model).items():
             if key not in allowed and value and value not in _NO_CHANGE.get(key, ()):
-                unsupported.append(f"{section}.{key}".lstrip(".") + f": {value!r}")
+                unsupported.append(f"{section}.{key}".lstrip(".") + f": {shown(value)}")
     if unsupported:
         raise UserError(f"another kind of model than CLIP ({first_of(unsupported)})")
     mode = preprocess.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash"):
-        raise UserError(f"its settings resize images in the mode {mode!r}; it should be shortest or squash")
+        raise UserError(f"its settings resize images in the mode {shown(mode)}; it should be shortest or squash")
     width, head_width = vision.get("width", 768), vision.get("head_width", 64)
-    heads: Any = f"{width!r} / {head_width!r}"  # invalid, which `Settings` reports
+    heads: Any = f"{shown(width)} / {shown(head_width)}"  # invalid, which `Settings` reports
     if _is_count(width) and _is_count(head_width):
         heads = width // head_width
     quick = model.get("quick_gelu", False) if quick_gelu is None else quick_gelu
@@ -184,16 +189,17 @@ def settings_from_hugging_face(model: dict[str, Any], processor: dict[str, Any] 
     Raises UserError if it is another kind of model, or its encoders differ from CLIP's.
     """
     if model.get("model_type") != "clip":
-        raise UserError(f"config.json is for a model of type {model.get('model_type')!r}, not of a CLIPModel (clip)")
+        found = shown(model.get("model_type"))
+        raise UserError(f"config.json is for a model of type {found}, not of a CLIPModel (clip)")
     # Old files contain a second section for each encoder, which overrides the first.
     vision, text = (_section(model, f"{t}_config") | _section(model, f"{t}_config_dict") for t in ("vision", "text"))
-    activations = {str(tower.get("hidden_act", QUICK_GELU)) for tower in (vision, text)}
+    activations = {_as_name(tower.get("hidden_act", QUICK_GELU)) for tower in (vision, text)}
     if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
         found = " and ".join(map(repr, sorted(activations)))
         raise UserError(f"config.json: hidden_act is {found}; both encoders should have quick_gelu, or both gelu")
     epsilons = [tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)]
     if epsilons != [1e-5, 1e-5]:
-        raise UserError(f"config.json: layer_norm_eps is {epsilons!r}; only CLIP's 1e-05 is supported")
+        raise UserError(f"config.json: layer_norm_eps is {shown(epsilons)}; only CLIP's 1e-05 is supported")
     common = {"width": "hidden_size", "layers": "num_hidden_layers"}
     return Settings(
         activation=activations.pop(),
@@ -214,5 +220,5 @@ def _preprocessing_of(processor: dict[str, Any]) -> Preprocessing:
         _channels(processor.get("image_mean"), CLIP_PREPROCESSING.mean),
         _channels(processor.get("image_std"), CLIP_PREPROCESSING.deviation),
         squash=not processor.get("do_center_crop", True) and "height" in _section(processor, "size"),
-        interpolation=names.get(resample, str(resample)) if isinstance(resample, int) else str(resample),
+        interpolation=_as_name(names.get(resample, resample) if isinstance(resample, int) else resample),
     )

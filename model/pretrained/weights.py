@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from misc.errors import UserError, first_of
-from misc.files import is_file, is_folder
+from misc.files import find_files, is_file, is_folder
 from model.architecture import QUICK_GELU
 from model.preprocessing import CLIP_PREPROCESSING, Preprocessing
 from model.pretrained import names, registry
@@ -28,6 +28,18 @@ from model.pretrained.sizes import read_sizes
 # Entries that are settings or tables of positions, not weights.
 OPENAI_SETTINGS = {"input_resolution", "context_length", "vocab_size"}  # int64 scalars, only in OpenAI's archives
 POSITIONS = ".position_ids"  # in older files of Hugging Face
+
+FORMATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+)
+"""The number formats of weights; torch cannot convert numbers of four bits."""
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HUGGING_FACE_FILES = (
@@ -191,7 +203,7 @@ def _open(location: Location) -> tuple[str, Any, Settings]:
     if (files := _first_file(folder, HUGGING_FACE_FILES)) and is_file(folder / "config.json"):
         settings = settings_from_hugging_face(_read_json(folder / "config.json"), _image_processor(folder))
         return "folder of Hugging Face", _read_parts(files), settings
-    inside = next(iter(sorted(folder.glob("checkpoint_*.pth"))), None)
+    inside = next(iter(find_files(folder, "checkpoint_*.pth")), None)
     hugging_face = f"config.json and {HUGGING_FACE_FILES[0]}"
     open_clip = f"open_clip_config.json and {OPEN_CLIP_FILES[0]}"
     hint = f"give the file {inside}" if inside else f"it should contain {hugging_face}, or {open_clip}"
@@ -269,7 +281,7 @@ def _is_dense_float(value: Any) -> bool:
     """Whether `value` is a dense floating point tensor whose elements are all stored."""
     return (
         isinstance(value, Tensor)
-        and value.is_floating_point()
+        and value.dtype in FORMATS
         and value.layout is torch.strided
         and value.device.type == "cpu"
         and not value.is_nested
@@ -280,7 +292,7 @@ def _is_dense_float(value: Any) -> bool:
 def _describe_type(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return str(value.dtype) if not value.is_floating_point() else "not a dense tensor"
+    return str(value.dtype) if value.dtype not in FORMATS else "not a dense tensor"
 
 
 def _implied_settings(settings: Settings, scheme: names.Scheme, entries: dict[str, Any]) -> Settings:
@@ -333,6 +345,6 @@ def _describe_checkpoint(scheme: names.Scheme, checkpoint: dict[str, Any]) -> st
     if scheme is names.SCHEMES["published"]:
         return "checkpoint of the published code"
     progress = checkpoint.get("progress")
-    steps = progress.get("step", 0) if isinstance(progress, dict) else 0
-    age = f", epoch {checkpoint['epoch']}" if checkpoint.get("epoch") is not None else ""
-    return f"checkpoint of TBPS-CLIP{age}" + (f" and {steps} steps" if steps else "")
+    steps = progress.get("step") if isinstance(progress, dict) else None
+    age = f", epoch {checkpoint['epoch']}" if type(checkpoint.get("epoch")) is int else ""
+    return f"checkpoint of TBPS-CLIP{age}" + (f" and {steps} steps" if type(steps) is int and steps > 0 else "")
