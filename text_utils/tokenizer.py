@@ -2,10 +2,10 @@
 
 import functools
 import gzip
+import heapq
 import html
 import importlib.util
 import itertools
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import ftfy
 import regex
 
 from misc.errors import UserError
+from misc.files import is_file
 
 MASK = 49405
 START = 49406
@@ -46,7 +47,7 @@ def _read_merges(count: int) -> list[tuple[str, ...]]:
     """
     package = importlib.util.find_spec("open_clip")
     folders = (package.submodule_search_locations if package else None) or []
-    path = next((path for folder in folders if (path := Path(folder) / _MERGES_FILE).is_file()), None)
+    path = next((path for folder in folders if is_file(path := Path(folder) / _MERGES_FILE)), None)
     if path is None:
         raise UserError(
             f"CLIP's vocabulary {_MERGES_FILE} was not found in the package open_clip_torch: "
@@ -115,15 +116,43 @@ class Tokenizer:
         return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in symbols).decode(errors="replace").replace(_WORD_END, " ")
 
     def _encode_word(self, word: str) -> list[int]:
-        """Encodes one word: starts from its UTF-8 bytes and merges the pair of highest priority until none is left."""
+        """Encodes one word: starts from its UTF-8 bytes and merges the pair of highest priority until none is left.
+
+        All pairs of a priority are merged together, from left to right. A heap finds the next priority, so the time is
+        nearly proportional to the length of the word.
+        """
         symbols = [_SYMBOL_OF_BYTE[byte] for byte in word.encode()]
         symbols[-1] += _WORD_END
-        while len(symbols) > 1:
-            best = min(itertools.pairwise(symbols), key=lambda pair: self._merge_ranks.get(pair, math.inf))
-            if best not in self._merge_ranks:
-                break
-            symbols = _merge(symbols, best)
-        return [self._id_of_symbol[symbol] for symbol in symbols]
+        last = len(symbols) - 1
+        following, preceding = list(range(1, last + 2)), list(range(-1, last))
+        heap: list[tuple[int, int]] = []
+
+        def add_pair(place: int) -> None:
+            """Adds the symbol at a place and the next one, if they can be merged."""
+            if place >= 0 and following[place] <= last:
+                rank = self._merge_ranks.get((symbols[place], symbols[following[place]]))
+                if rank is not None:
+                    heapq.heappush(heap, (rank, place))
+
+        for place in range(last):
+            add_pair(place)
+        while heap:
+            best, merged = heap[0][0], []
+            while heap and heap[0][0] == best:
+                _, place = heapq.heappop(heap)
+                after = following[place]
+                if after > last or self._merge_ranks.get((symbols[place], symbols[after])) != best:
+                    continue  # one of the two has been merged meanwhile
+                symbols[place] += symbols[after]
+                symbols[after] = ""
+                following[place] = following[after]
+                if following[after] <= last:
+                    preceding[following[after]] = place
+                merged.append(place)
+            for place in merged:
+                add_pair(preceding[place])
+                add_pair(place)
+        return [self._id_of_symbol[symbol] for symbol in symbols if symbol]
 
 
 def _repair(text: str) -> str:
@@ -131,14 +160,3 @@ def _repair(text: str) -> str:
     if text.isascii() and text.isprintable() and "&" not in text:
         return text
     return html.unescape(html.unescape(ftfy.fix_text(text)))
-
-
-def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """Merges every occurrence of `pair`, from left to right."""
-    merged: list[str] = []
-    for symbol in symbols:
-        if merged and (merged[-1], symbol) == pair:
-            merged[-1] += symbol
-        else:
-            merged.append(symbol)
-    return merged

@@ -1,6 +1,7 @@
 import gzip
 import html
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import pickle
@@ -14,7 +15,7 @@ import ftfy
 import pytest
 
 from misc.errors import UserError
-from text_utils.tokenizer import END, MASK, START, VOCABULARY_SIZE, Tokenizer, _repair
+from text_utils.tokenizer import _SYMBOL_OF_BYTE, END, MASK, START, VOCABULARY_SIZE, Tokenizer, _repair
 
 ROWS = json.loads((Path(__file__).parents[1] / "golden" / "captions.json").read_text(encoding="utf-8"))
 LITERAL_SPECIALS = [row["text"] for row in ROWS if "<|" in row["text"]]
@@ -107,6 +108,49 @@ def test_any_text_is_accepted(tokenizer):
         start, *inside, end = tokenizer.encode(text, 1000)
         assert (start, end) == (START, END)
         assert all(0 <= token < MASK for token in inside)
+
+
+def merged_step_by_step(ranks: dict[tuple[str, ...], int], word: str) -> list[str]:
+    """Byte-pair encoding as it is defined: merges every occurrence of the best pair, and begins again."""
+    symbols = [_SYMBOL_OF_BYTE[byte] for byte in word.encode()]
+    symbols[-1] += "</w>"
+    while pairs := [pair for pair in itertools.pairwise(symbols) if pair in ranks]:
+        best, merged = min(pairs, key=ranks.__getitem__), []
+        for symbol in symbols:
+            if merged and (merged[-1], symbol) == best:
+                merged[-1] += symbol
+            else:
+                merged.append(symbol)
+        symbols = merged
+    return symbols
+
+
+def test_words_are_merged_as_byte_pair_encoding_is_defined(tokenizer):
+    random, names, ranks = Random(0), list(tokenizer.vocabulary), {pair: n for n, pair in enumerate(tokenizer.merges)}
+    words = ["a" * 60, "hah" * 30, "ing" * 20, "éa山" * 7]
+    for alphabet in ("ab", "aab", "theing", "etaoinshrdlu", "abcdefghijklmnopqrstuvwxyz", "éa山ß"):
+        words += ["".join(random.choices(alphabet, k=random.randint(1, 30))) for _ in range(150)]
+    for word in words:
+        assert [names[i] for i in tokenizer._encode_word(word)] == merged_step_by_step(ranks, word), word
+
+
+def test_the_work_grows_with_the_length_of_a_word_and_not_with_its_square(monkeypatch):
+    """A file may contain a word of 20,000 letters."""
+
+    class CountedRanks(dict):
+        found = 0
+
+        def get(self, *arguments):
+            CountedRanks.found += 1
+            return super().get(*arguments)
+
+    tokenizer, work = Tokenizer(), []
+    tokenizer._merge_ranks = CountedRanks(tokenizer._merge_ranks)
+    for length in (2_000, 20_000):
+        CountedRanks.found = 0
+        tokenizer.encode("".join(Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=length)))
+        work.append(CountedRanks.found)
+    assert work[0] > 2_000 and work[1] < 12 * work[0]
 
 
 def test_pickles_small_and_works_in_a_spawned_process(tokenizer):
