@@ -53,3 +53,7 @@ CLIP_PREPROCESSING = Preprocessing(
 """The preprocessing of OpenAI's CLIP, and open_clip's default."""
 TBPS_PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_DEVIATION, squash=True)
 """The preprocessing of TBPS-CLIP, here and in the published code."""
+IRRA_PREPROCESSING = Preprocessing(
+    CLIP_PREPROCESSING.mean, CLIP_PREPROCESSING.deviation, squash=True, interpolation="bilinear"
+)
+"""The preprocessing of IRRA and of its family."""

@@ -139,6 +139,7 @@ def weight_notes(config: EasyDict, weights: Weights) -> list[str]:
     source = "given as model.activation" if weights.settings.activation is None else "recorded with the weights"
     return [
         f"weights of {weights.name} ({weights.form})",
+        *weights.notes,
         f"architecture: patches of {model.patch_size} pixels; image encoder {model.vision_layers} layers, width "
         f"{model.vision_width}, {model.vision_heads} heads; text encoder {model.text_layers} layers, width "
         f"{model.text_width}, {model.text_heads} heads; shared space {model.embed_dim}",

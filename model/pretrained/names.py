@@ -4,6 +4,7 @@ this project.
 D width of an encoder.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from misc.errors import UserError, first_of
 from model.architecture import QUICK_GELU
-from model.preprocessing import TBPS_PREPROCESSING
+from model.preprocessing import IRRA_PREPROCESSING, TBPS_PREPROCESSING
 from model.pretrained.settings import Settings
 
 OURS = (("visual.", "image_encoder."), ("logit_scale", "logit_scale"), ("", "text_encoder."))
@@ -179,17 +180,14 @@ class Scheme(NamedTuple):
         matches: whether a name shows this scheme.
         convert: returns encoders and temperature under OpenAI's names, and training heads under ours.
         settings: what the names imply, because they show which code trained the weights; None if nothing.
+        is_tbps_clip: whether these are names of TBPS-CLIP, whose checkpoints contain a configuration.
     """
 
     title: str
     matches: Callable[[str], bool]
     convert: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]]
     settings: Settings | None = None
-
-    @property
-    def is_tbps_clip(self) -> bool:
-        """Whether these are names of TBPS-CLIP, whose checkpoints contain a configuration."""
-        return self.settings is not None
+    is_tbps_clip: bool = False
 
 
 def _split_heads(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -208,12 +206,14 @@ SCHEMES: dict[str, Scheme] = {
         lambda name: name.startswith(("image_encoder.", "text_encoder.", *HEADS)),
         _split_heads,
         Settings(preprocessing=TBPS_PREPROCESSING),
+        is_tbps_clip=True,
     ),
     "published": Scheme(
         "the published code",
         lambda name: name.startswith(tuple(theirs for theirs, _ in PUBLISHED if theirs != "visual.")),
         lambda state: _split_heads({ours_from_published(name): value for name, value in state.items()}),
         Settings(QUICK_GELU, preprocessing=TBPS_PREPROCESSING),
+        is_tbps_clip=True,
     ),
     "OpenAI": Scheme(
         "OpenAI", lambda name: name.startswith(("visual.", *OPENAI_TEXT)), lambda state: (dict(state), {})
@@ -221,9 +221,25 @@ SCHEMES: dict[str, Scheme] = {
 }
 """By name; the first that matches a name counts. open_clip uses OpenAI's names."""
 
+IRRA_PREFIX = "base_model."
+"""What the code of IRRA (Jiang and Ye, CVPR 2023) and of its family puts in front of OpenAI's names."""
+IRRA_HEADS = ("classifier", "cross_attn", "cross_modal_transformer", "ln_pre_t", "ln_pre_i", "ln_post", "mlm_head")
+"""IRRA's training heads."""
+RDE_FEATURES = ("visul_emb_layer", "texual_emb_layer")
+"""The modules of RDE's second pair of features (Qin et al., CVPR 2024), in its spelling."""
+IRRA = Scheme(
+    "IRRA",
+    lambda name: name.startswith(("visual.", *OPENAI_TEXT)),
+    lambda state: ({"logit_scale": torch.tensor(math.log(50)), **state}, {}),  # its temperature is the constant 1 / 50
+    Settings(QUICK_GELU, preprocessing=IRRA_PREPROCESSING),
+)
 
-def scheme_of(names: Collection[str]) -> Scheme:
+
+def scheme_of(names: Collection[str], prefix: str = "") -> Scheme:
     """Finds the naming scheme of the tensors of one model.
+
+    Args:
+        prefix: what was in front of the names.
 
     Raises UserError if the names belong to no scheme, or to several.
     """
@@ -241,7 +257,9 @@ def scheme_of(names: Collection[str]) -> Scheme:
         raise UserError(f"names {mixture} are mixed: save the state dict of one model")
     if not examples:
         raise UserError(f"no tensor of a CLIP, but {first_of(list(names))}: give the weights of a CLIP")
-    return SCHEMES[next(iter(examples))]
+    key = next(iter(examples))
+    is_irra = key == "OpenAI" and f".{prefix}".endswith(f".{IRRA_PREFIX}") and "logit_scale" not in names
+    return IRRA if is_irra else SCHEMES[key]
 
 
 def _scheme_key(name: str) -> str | None:

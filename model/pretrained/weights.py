@@ -24,6 +24,7 @@ from model.pretrained.settings import (
     settings_from_open_clip,
 )
 from model.pretrained.sizes import read_sizes
+from model.pretrained.wrappings import Unwrapped, unwrap
 
 # Entries that are settings or tables of positions, not weights.
 OPENAI_SETTINGS = {"input_resolution", "context_length", "vocab_size"}  # int64 scalars, only in OpenAI's archives
@@ -77,8 +78,9 @@ class Weights:
         sizes: `patch_size`, `vision_width`, `vision_layers`, `text_width`, `text_layers`, `embed_dim` and `vocab_size`.
         settings: settings that are recorded with the tensors.
         grid: (height, width) of the position embeddings in patches. It is recorded, or assumed to be a square as
-            in CLIP's own weights; None if it is unknown.
+            in CLIP's own weights or three times as high as wide as in IRRA's; None if it is unknown.
         config: the configuration of the run that trained them; empty if it is not recorded. Its values are unchecked.
+        notes: lines for the log: where the tensors were in the file, and which of it were left out.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Weights:
     settings: Settings
     grid: tuple[int, int] | None
     config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def patches(self) -> int:
@@ -125,6 +128,12 @@ def square_grid(patches: int) -> tuple[int, int] | None:
     return (side, side) if side > 0 and side * side == patches else None
 
 
+def tall_grid(patches: int) -> tuple[int, int] | None:
+    """Returns (height, width) in patches of an image that is three times as high as wide; None if there is none."""
+    side = square_grid(patches // 3) if patches % 3 == 0 else None
+    return None if side is None else (3 * side[0], side[1])
+
+
 # ---- finding and reading --------------------------------------------------------------------------------------------
 
 
@@ -150,8 +159,8 @@ def read_weights(source: str | Path | Location) -> Weights:
     Args:
         source: one of these.
             - A file: OpenAI's TorchScript archive, a state dict (`torch.save` or safetensors), or a checkpoint of the
-              published code or ours. The names are those of OpenAI, open_clip, Hugging Face, the published code or
-              ours. A state dict can be under the key `state_dict`, and its names can begin with `module.`.
+              published code, ours or IRRA's family. The names are those of OpenAI, open_clip, Hugging Face, the
+              published code, ours or IRRA. The state dict can be anywhere in the file, and its names can have a prefix.
             - A folder of Hugging Face's `CLIPModel` or of open_clip.
             - A tag of open_clip.
 
@@ -160,25 +169,29 @@ def read_weights(source: str | Path | Location) -> Weights:
     location = source if isinstance(source, Location) else find_weights(source)
     with _source_in_errors(location.name):
         kind, content, settings = _open(location)
-        entries, checkpoint = _state_dict(content)
-        state = _tensors(entries)
-        scheme = names.scheme_of(state)
-        if checkpoint is not None and scheme.is_tbps_clip:
-            config = checkpoint["config"]
-            settings, form = settings_from_checkpoint(config), _describe_checkpoint(scheme, checkpoint)
+        found = unwrap(content)
+        if found is None:
+            raise UserError(f"not a state dict (names to tensors) but a {type(content).__name__}; {EXPECTED}")
+        state = _tensors(found.entries)
+        scheme = names.scheme_of(state, found.prefix)
+        if scheme.is_tbps_clip and found.keys == ("model",) and isinstance(content.get("config"), dict):
+            config = content["config"]
+            settings, form = settings_from_checkpoint(config), _describe_checkpoint(scheme, content)
         else:
             config = {}
-            settings, form = _implied_settings(settings, scheme, entries), _describe_form(kind, scheme)
+            settings, form = _implied_settings(settings, scheme, found.entries), _describe_form(kind, scheme)
         state, heads = scheme.convert(state)
         if "logit_scale" in state and state["logit_scale"].numel() == 1:
             state["logit_scale"] = state["logit_scale"].reshape(())  # some tools save it with one dimension
         sizes = read_sizes({name: tuple(tensor.shape) for name, tensor in state.items()})
         settings.check(sizes)
-        grid = _grid(len(state["visual.positional_embedding"]) - 1, sizes["patch_size"], settings.resolution)
+        patches = len(state["visual.positional_embedding"]) - 1
+        grid = _grid(patches, sizes["patch_size"], settings.resolution)
         if grid is None and not scheme.is_tbps_clip:
-            grid = square_grid(len(state["visual.positional_embedding"]) - 1)
+            grid = tall_grid(patches) if scheme is names.IRRA else square_grid(patches)
         state, heads = _finite_copies(state), _finite_copies(heads)
-    return Weights(location.name, form, state, heads, sizes, settings, grid, config)
+    notes = (*found.notes, *_left_out(found, scheme))
+    return Weights(location.name, form, state, heads, sizes, settings, grid, config, notes)
 
 
 @contextmanager
@@ -234,10 +247,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_parts(path: Path) -> dict[str, Any]:
-    """Reads the state dict of a file, or of the parts that an index lists."""
+def _read_parts(path: Path) -> Any:
+    """Reads the content of a file, or of the parts that an index lists."""
     if not path.name.endswith(".index.json"):
-        return _state_dict(open_archive(path)[1])[0]
+        return open_archive(path)[1]
     parts = _read_json(path).get("weight_map")
     if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
         raise UserError(f"{path.name} has no weight_map from names to files: get it again")
@@ -245,26 +258,14 @@ def _read_parts(path: Path) -> dict[str, Any]:
     for part in sorted(set(parts.values())):
         if Path(part).name != part or not is_file(path.parent / part):
             raise UserError(f"{part!r}, which {path.name} lists, is not in the folder: get the folder again")
-        state |= _state_dict(open_archive(path.parent / part)[1])[0]
+        content = open_archive(path.parent / part)[1]
+        if not isinstance(content, dict):
+            raise UserError(f"{part} contains no state dict but a {type(content).__name__}: get the folder again")
+        state |= content
     return state
 
 
 # ---- from content to checked tensors --------------------------------------------------------------------------------
-
-
-def _state_dict(content: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Returns the state dict in the content of a file, and the content if it may be a checkpoint of TBPS-CLIP."""
-    checkpoint = None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        checkpoint = content if isinstance(content.get("config"), dict) else None
-        content = content["model"]
-    elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
-        raise UserError(f"not a state dict (names to tensors) but a {type(content).__name__}; {EXPECTED}")
-    if all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
-    return content, checkpoint
 
 
 def _tensors(entries: dict[str, Any]) -> dict[str, Tensor]:
@@ -338,6 +339,30 @@ def _grid(patches: int, patch_size: int, resolution: tuple[int, int] | None) -> 
 def _describe_form(kind: str, scheme: names.Scheme) -> str:
     """Describes the form of the weights, for the log."""
     return kind if kind.startswith("folder") else f"{kind}, names of {scheme.title}"
+
+
+def _left_out(found: Unwrapped, scheme: names.Scheme) -> list[str]:
+    """Names the modules beside the CLIP, which are not read, for the log."""
+    outer = found.prefix.removesuffix(names.IRRA_PREFIX)
+    modules = list(dict.fromkeys(name.removeprefix(outer).partition(".")[0] for name in found.outside))
+    notes = []
+    if scheme is names.IRRA:
+        notes.append("the file contains no temperature: it is 1/50, IRRA's constant")
+        heads, features = ([m for m in modules if m in known] for known in (names.IRRA_HEADS, names.RDE_FEATURES))
+        modules = [module for module in modules if module not in heads + features]
+        if heads:
+            notes.append(f"training heads are left out: {', '.join(heads)}")
+        if features:
+            notes.append(
+                f"warning: {' and '.join(features)} are left out, RDE's second pair of features: its test adds their "
+                "cosine, so its published results are not reached"
+            )
+    if modules:
+        notes.append(
+            f"warning: {first_of(modules)} beside the CLIP is left out: if its code computes features with it, its "
+            "results are not reached"
+        )
+    return notes
 
 
 def _describe_checkpoint(scheme: names.Scheme, checkpoint: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Exports: the real libraries compute the same features, and reading an export returns the same tensors."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,8 +28,9 @@ from misc.config.loading import load_config
 from misc.data.views import EvaluationView
 from misc.errors import UserError
 from misc.files import atomic_folder
-from model.preprocessing import CLIP_PREPROCESSING, TBPS_PREPROCESSING
+from model.preprocessing import CLIP_PREPROCESSING, IRRA_PREPROCESSING, TBPS_PREPROCESSING
 from model.pretrained import export as exporting
+from model.pretrained.names import from_ours, to_ours
 from model.pretrained.weights import read_weights
 from model.tbps_clip import TBPSCLIP
 from tests.helpers.golden_models import GOLDEN, TINY_MODEL, VIT_B16, seeded_model
@@ -362,6 +364,65 @@ def test_clip_that_was_not_trained_here_keeps_clip_s_preprocessing(tmp_path):
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "out")
     assert processor(picture())["pixel_values"][0].shape == (3, 64, 64)
     assert list(processor.image_mean) == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+
+
+def irra_file(folder: Path, shape: str, size: tuple[int, int]) -> Source:
+    """Writes a checkpoint in IRRA's form, which contains no temperature."""
+    model = trained_model(shape, "quick_gelu")
+    state = from_ours(model.state_dict())
+    positions = torch.from_numpy(normal("irra.positions", 1 + size[0] * size[1] // 16**2, TINY["vision_width"]))
+    state = {name: value for name, value in state.items() if name != "logit_scale"}
+    state["visual.positional_embedding"] = positions
+    torch.save({"model": {f"base_model.{name}": value for name, value in state.items()}}, folder / "best.pth")
+    model = seeded_model(
+        SHAPES[shape] | {"resolution": size}, clip_weights(**TINY | {"resolution": size, "context": 77})
+    )
+    model.load_state_dict(to_ours(state | {"logit_scale": torch.tensor(math.log(50))}))
+    return Source(folder / "best.pth", model.eval())
+
+
+IRRA_SIZE = {"openclip": (96, 32), "huggingface": (64, 64), "onnx": (96, 32)}
+"""CLIPModel supports only square images. The others are three times as high as wide, as IRRA's are."""
+
+
+IRRA_HEADS = ("model.vision_heads=2", "model.text_heads=3")
+"""The encoders are narrower than CLIP's heads, so the number of heads must be given."""
+
+
+@pytest.mark.parametrize("form", ["openclip", "huggingface"])
+@torch.no_grad()
+def test_irra_s_weights_are_exported_with_their_preprocessing(tmp_path, form):
+    size = IRRA_SIZE[form]
+    irra, folder = irra_file(tmp_path, "square", size), tmp_path / "out"
+    export(form, irra.path, folder, *IRRA_HEADS)
+    again = read_weights(folder)
+    assert_same_weights(again, read_weights(irra.path))
+    assert again.preprocessing == IRRA_PREPROCESSING and again.settings.activation == "quick_gelu"
+    model, _, _ = build_saved_model(load_config(), again)
+    assert_image_features(irra.model, images(*size), model.eval().encode_image(images(*size)))
+    assert_near(model.encode_text(token_rows()), text_features(irra.model))
+
+
+@pytest.mark.slow
+def test_irra_s_weights_are_exported_to_onnx_with_their_preprocessing(tmp_path, traced, monkeypatch):
+    """The encoders that are traced have the weights; the programs are those of an earlier export, to save time."""
+    irra, folder, programs = (
+        irra_file(tmp_path, "square", IRRA_SIZE["onnx"]),
+        tmp_path / "out",
+        list(traced("tall").programs),
+    )
+    encoders = []
+    monkeypatch.setattr(torch.onnx, "export", lambda encoder, *_, **__: encoders.append(encoder) or programs.pop(0))
+    export("onnx", irra.path, folder, *IRRA_HEADS)
+    for found, expected in zip(encoders, (irra.model.image_encoder, irra.model.text_encoder), strict=True):
+        assert found.state_dict().keys() == expected.state_dict().keys()
+        assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.state_dict().items())
+    metadata = session(folder / "text_encoder.onnx").get_modelmeta().custom_metadata_map
+    assert float(metadata["logit_scale"]) == pytest.approx(math.log(50)) and metadata["activation"] == "quick_gelu"
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"height": 96, "width": 32} and not processor["do_center_crop"]
+    assert processor["resample"] == Image.Resampling.BILINEAR
+    assert processor["image_mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
