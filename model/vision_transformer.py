@@ -8,7 +8,7 @@ from model.transformer import Transformer, project
 
 
 class VisionTransformer(nn.Module):
-    """An encoder from images to features in the shared space.
+    """An encoder from images to features in the shared space. Its random weights are drawn as in OpenAI's code.
 
     Args:
         architecture: sizes of the model; those of the image encoder are used.
