@@ -19,7 +19,7 @@ from misc.run.log import RunLog, wandb_project
 from misc.run.progress import Progress
 from misc.system.distributed import Launch, Ranks
 from misc.system.precision import Precision
-from misc.training.resume import CheckpointWriter, RunIdentity, find_start
+from misc.training.resume import CheckpointWriter, RunIdentity, find_start, load_state
 from misc.training.trainer import Trainer
 from model.tbps_clip import count_trainable
 from text_utils.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
         f"{count_trainable(model) / 1e6:.1f} M parameters are trained; the run is written to {folder}",
     ]
     if saved is not None:
-        trainer.load_state(saved)
+        load_state(trainer, saved, config.schedule.epoch, len(loader), folder / LAST_CHECKPOINT)
         finished = f"the run is finished: all {progress.epoch} epochs are trained, so there is nothing to continue"
         position = f"resumed in epoch {progress.epoch + 1}, after step {progress.step} of {len(loader)}"
         notes.append(position if progress.epoch < config.schedule.epoch else finished)

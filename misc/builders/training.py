@@ -1,6 +1,7 @@
 """The losses, and the trainer with its optimizer."""
 
 from dataclasses import fields
+from functools import partial
 
 from easydict import EasyDict
 from torch.nn.parallel import DistributedDataParallel
@@ -44,17 +45,14 @@ def build_trainer(
         model=_distributed(model, ranks),
         objectives=objectives,
         optimizer=build_optimizer(groups, betas=schedule.betas, eps=schedule.eps),
-        learning_rates=[
-            learning_rate(
-                step,
-                warmup_steps=schedule.epoch_warmup * steps,
-                total_steps=schedule.epoch * steps,
-                lr_start=schedule.lr_start,
-                lr=schedule.lr,
-                lr_end=schedule.lr_end,
-            )
-            for step in range(schedule.epoch * steps)
-        ],
+        learning_rate=partial(
+            learning_rate,
+            warmup_steps=schedule.epoch_warmup * steps,
+            total_steps=schedule.epoch * steps,
+            lr_start=schedule.lr_start,
+            lr=schedule.lr,
+            lr_end=schedule.lr_end,
+        ),
         final_soft_label_ratio=config.model.softlabel_ratio,
         precision=precision,
         scaler=precision.scaler(),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from misc.errors import DISK_FULL, UserError
-from misc.files import atomic_file
+from misc.files import atomic_file, exists
 from model.pretrained.archives import open_archive
 
 
@@ -28,7 +28,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         remedy = "free some space" if reason.errno in DISK_FULL else "fix this"
         raise UserError(
             f"checkpoint {path} cannot be written ({reason.strerror}): {remedy}, then continue with --resume; "
-            + ("the previous checkpoint is still there" if path.exists() else "there is no previous checkpoint")
+            + ("the previous checkpoint is still there" if exists(path) else "there is no previous checkpoint")
         ) from error
 
 

@@ -1,7 +1,10 @@
 """The progress of a run: the state that resuming needs in addition to weights, optimizer and scaler."""
 
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from misc.errors import UserError, first_of
 
 
 @dataclass
@@ -73,5 +76,47 @@ class Progress:
         return asdict(self)
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Progress":
-        return cls(**state | {"record": EpochRecord(**state["record"])})
+    def from_state(cls, state: Any) -> "Progress":
+        """Returns the progress of a checkpoint.
+
+        Raises UserError if a value is missing, of a wrong type or impossible.
+        """
+        record = state.get("record") if isinstance(state, dict) else None
+        if not isinstance(record, dict) or record.keys() != {each.name for each in fields(EpochRecord)}:
+            raise UserError("its progress has no valid record")
+        if state.keys() != {each.name for each in fields(cls)}:
+            raise UserError(f"its progress has the values {', '.join(map(str, state))}")
+        progress = cls(**state | {"record": EpochRecord(**record)})
+        if invalid := [name for name, valid in progress._checks().items() if not valid]:
+            raise UserError(f"its progress has an invalid value for {first_of(invalid)}")
+        measured = progress.record
+        if measured.steps != progress.step or (progress.step > 0 and min(measured.samples, measured.seconds) == 0):
+            raise UserError(f"its progress is at step {progress.step}, and its record of {measured.steps} steps")
+        return progress
+
+    def _checks(self) -> dict[str, bool]:
+        """Returns for each value whether it is valid."""
+        record = self.record
+        return {
+            **{f"record.{name}": is_count(getattr(record, name)) for name in ("steps", "samples")},
+            **{f"record.{name}": is_number(getattr(record, name), 0) for name in ("seconds", "data_wait")},
+            "record.losses": _are_numbers(record.losses),
+            "epoch": is_count(self.epoch),
+            "step": is_count(self.step),
+            "metrics": _are_numbers(self.metrics),
+            "best": is_number(self.best, -1, 100),
+        }
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of a file is an integer that a run can count to."""
+    return type(value) is int and 0 <= value < 1 << 62  # isinstance would accept true and false
+
+
+def is_number(value: Any, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
+    """Whether a value of a file is a finite number, at least `low` and at most `high`."""
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(name, str) and is_number(each) for name, each in values.items())

@@ -6,15 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from misc.config.loading import flatten
-from misc.config.rules import RULES, TOWER_KEYS
+from misc.config.rules import AUTO, RULES, TOWER_KEYS
 from misc.errors import UserError, first_of
-from misc.files import partial_path
+from misc.files import exists, is_file, partial_path
 from misc.run.checkpoint import read_checkpoint, write_checkpoint
 from misc.run.folder import BEST_CHECKPOINT, CONFIG, LAST_CHECKPOINT, check_run_folder
-from misc.run.progress import Progress
+from misc.run.progress import Progress, is_count
 from misc.system.distributed import Launch, Ranks
 from misc.training.trainer import Trainer
 from model.architecture import QUICK_GELU
+from model.pretrained.names import from_ours
+from model.pretrained.settings import settings_from_checkpoint
+from model.pretrained.sizes import read_sizes
+
+NOT_RESUMED = "it is damaged or of other code: start a new run, from its weights with model.checkpoint=FILE"
 
 
 def find_start(folder: Path, *, resume: bool, overwrite: bool, launch: Launch) -> dict[str, Any] | None:
@@ -31,33 +36,75 @@ def find_start(folder: Path, *, resume: bool, overwrite: bool, launch: Launch) -
     """
     path = folder / LAST_CHECKPOINT
     if resume:
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(
                 f"--resume: there is no {path}: set model.saved_path to the folder of a run, or leave out --resume"
             )
-        content = _read(path)
+        content = read_checkpoint(path)
         if "progress" not in content:
             raise UserError(
                 f"--resume: {path} contains only weights, no training state: start a new run from them with "
                 f"model.checkpoint={path} and another model.saved_path"
             )
+        _check_state(content, path)
         return content
-    if launch.attempt > 0 and path.is_file():
-        content = _read(path)
+    if launch.attempt > 0 and is_file(path):
+        content = read_checkpoint(path)
         if content.get("launch") == launch.name:
+            _check_state(content, path)
             return content
     check_run_folder(folder, overwrite=overwrite)
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content = read_checkpoint(path)
+def _check_state(content: dict[str, Any], path: Path) -> None:
+    """Checks everything in a training state, read from `path`, except its tensors, which `load_state` compares."""
     model = content["config"].get("model")
-    if "progress" in content and isinstance(model, dict):
+    if isinstance(model, dict):
         model.setdefault("activation", QUICK_GELU)  # old checkpoints do not record it: there was no other
-        if missing := [key for key in TOWER_KEYS if key not in model]:
-            raise UserError(f"{path}: its configuration has no model.{missing[0]}: start a new run")
-    return content
+    config = flatten(content["config"])
+    if missing := [key for key in TOWER_KEYS if config.get(f"model.{key}", AUTO) == AUTO]:
+        raise UserError(f"{path}: its configuration has no model.{missing[0]}: start a new run")
+    valid = {
+        f"config.{key}": rule.values.accepts(config[key])
+        for key, rule in RULES.items()
+        if key in config and not rule.may_change
+    }
+    valid |= {
+        "optimizer": isinstance(content.get("optimizer"), dict),
+        "scaler": isinstance(content.get("scaler"), dict),
+        "batch": is_count(content.get("batch")),
+        **{name: isinstance(content.get(name), str) for name in ("precision", "training_set", "run_id")},
+    }
+    if invalid := [name for name, is_valid in valid.items() if not is_valid]:
+        raise UserError(f"{path} has no valid {invalid[0]}: {NOT_RESUMED}")
+    try:
+        Progress.from_state(content.get("progress"))
+        shapes = {name: tuple(tensor.shape) for name, tensor in from_ours(content["model"]).items()}
+        settings_from_checkpoint(content["config"]).check(read_sizes(shapes))
+    except UserError as error:
+        raise UserError(f"{path}: {error}: {NOT_RESUMED}") from error
+
+
+def load_state(trainer: Trainer, saved: dict[str, Any], epochs: int, steps: int, path: Path) -> None:
+    """Restores the model, the optimizer and the scaler of a checkpoint.
+
+    Args:
+        saved: the checkpoint, which was read from `path`.
+        epochs, steps: epochs of the run, and steps of an epoch.
+
+    Raises UserError if the position is not one of the run, or a tensor does not belong to it.
+    """
+    progress = Progress.from_state(saved["progress"])
+    if progress.epoch > epochs or progress.step > (steps if progress.epoch < epochs else 0):
+        raise UserError(
+            f"{path}: it was saved in epoch {progress.epoch + 1}, after step {progress.step}, and the run has {epochs} "
+            f"epochs of {steps} steps: {NOT_RESUMED}"
+        )
+    try:
+        trainer.load_state(saved, started=progress.epoch > 0 or progress.step > 0)
+    except UserError as error:
+        raise UserError(f"{path}: {error}: {NOT_RESUMED}") from error
 
 
 @dataclass(frozen=True)
@@ -168,9 +215,9 @@ class CheckpointWriter:
         weights = sum(p.nbytes for p in parameters)
         last = weights + 2 * sum(p.nbytes for p in parameters if p.requires_grad)  # AdamW keeps two numbers for each
         needed = 2 * last + weights  # a new file is complete before the old one is deleted
-        existing = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.exists())
+        existing = next(parent for parent in (self.folder, *self.folder.absolute().parents) if exists(parent))
         own = [self.folder / LAST_CHECKPOINT, self.folder / BEST_CHECKPOINT]
-        replaced = sum(path.stat().st_size for path in (*own, *map(partial_path, own)) if path.is_file())
+        replaced = sum(path.stat().st_size for path in (*own, *map(partial_path, own)) if is_file(path))
         free = shutil.disk_usage(existing).free + replaced
         if free < needed:
             raise UserError(

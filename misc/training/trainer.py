@@ -18,7 +18,7 @@ from misc.data.sampler import GlobalBatchSampler
 from misc.errors import UserError
 from misc.run.log import RunLog
 from misc.run.profiling import peak_memory_gigabytes
-from misc.run.progress import EpochRecord, Progress
+from misc.run.progress import EpochRecord, Progress, is_number
 from misc.system.distributed import Ranks
 from misc.system.precision import Precision
 from misc.system.prefetch import prefetched
@@ -26,7 +26,7 @@ from misc.system.randomness import derive_seed
 from misc.training.compilation import pad_captions
 from misc.training.gradient_cache import backward_in_chunks
 from misc.training.meter import Meter, NonFiniteLoss
-from misc.training.optimizer import set_learning_rate
+from misc.training.optimizer import check_optimizer_state, check_tensors, set_learning_rate
 from model.objectives import Objectives, soft_label_ratio_at, total
 from model.tbps_clip import TBPSCLIP, Features, Views, needed
 
@@ -39,7 +39,7 @@ class Trainer:
         model: TBPSCLIP, in DistributedDataParallel if there are several ranks.
         objectives: the losses.
         optimizer: AdamW with `lr_ratio` in its groups.
-        learning_rates: the learning rate of every iteration of the whole training.
+        learning_rate: the learning rate of an iteration, counted from 0 over the whole training.
         final_soft_label_ratio: α of N-ITC after the first epoch.
         precision, scaler: mixed precision.
         ranks: the rank of this process, and how many there are.
@@ -52,7 +52,7 @@ class Trainer:
     model: TBPSCLIP | DistributedDataParallel
     objectives: Objectives
     optimizer: torch.optim.Optimizer
-    learning_rates: list[float]
+    learning_rate: Callable[[int], float]
     final_soft_label_ratio: float
     precision: Precision
     scaler: torch.amp.GradScaler
@@ -72,7 +72,7 @@ class Trainer:
 
         Returns: weighted losses by name, detached 0-dim tensors; reading one waits for the device.
         """
-        set_learning_rate(self.optimizer, self.learning_rates[iteration])
+        set_learning_rate(self.optimizer, self.learning_rate(iteration))
         self.optimizer.zero_grad(set_to_none=True)
         soft_label_ratio = soft_label_ratio_at(iteration, steps_per_epoch, self.final_soft_label_ratio)
         if not self._in_chunks(len(batch)):
@@ -205,7 +205,7 @@ class Trainer:
 
     def _show(self, log: RunLog, recent: EpochRecord, progress: Progress, iteration: int, steps: int) -> str:
         """Logs the measurements since the last line. Returns: a short form for the progress bar."""
-        rate, losses, speed = self.learning_rates[iteration], recent.means(), recent.speed()
+        rate, losses, speed = self.learning_rate(iteration), recent.means(), recent.speed()
         log.scalars({"learning_rate": rate, **losses}, iteration)
         parts = " ".join(
             f"{name.removeprefix('loss_')} {value:.4f}" for name, value in losses.items() if name != "loss"
@@ -254,22 +254,24 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores a result of `state`, whose tensors may be on any device.
+    def load_state(self, state: dict[str, Any], *, started: bool = True) -> None:
+        """Restores a result of `state`, whose tensors may be on any device. Everything is checked before.
 
-        Raises UserError if it belongs to another model.
+        Args:
+            started: whether the state is from after the first step.
+
+        Raises UserError if the state belongs to another model, or a value is invalid.
         """
-        own, saved = (
-            [group["param_names"] for group in optimizer["param_groups"]]
-            for optimizer in (self.optimizer.state_dict(), state["optimizer"])
-        )
-        if own != saved:
-            raise UserError(
-                "the optimizer state in the checkpoint is for other parameters: resume with the code that wrote it, or "
-                "start a new run from its weights with model.checkpoint=FILE"
-            )
+        own = self.bare_model.state_dict()
+        check_tensors("the model", state["model"], own)
+        check_optimizer_state(self.optimizer, state["optimizer"], may_be_empty=not started or self.scaler.is_enabled())
+        scaler = self.scaler.state_dict()
+        if state["scaler"].keys() != scaler.keys() or not all(is_number(each, 0) for each in state["scaler"].values()):
+            raise UserError("its scaler has other values than a scaler of this number format")
         self.bare_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The groups are made from the configuration, which is the same.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
 
     @property
