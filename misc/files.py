@@ -117,7 +117,7 @@ def check_new_path(path: Path, option: str, remedy: str) -> Path:
 
 
 def check_possible(path: Path, option: str, remedy: str) -> None:
-    """Raises UserError if the system cannot have such a path, for example because a name is too long.
+    """Raises UserError if a path cannot be accessed or cannot exist, for example because a name is too long.
 
     Args:
         option, remedy: as in `check_new_path`.
@@ -127,9 +127,9 @@ def check_possible(path: Path, option: str, remedy: str) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise UserError(f"{option}: {path} cannot be created ({error.strerror}): {remedy}") from error
+        raise UserError(f"{option}: {path} cannot be accessed ({error.strerror}): {remedy}") from error
     except ValueError as error:  # a null character
-        raise UserError(f"{option}: {path} cannot be created ({error}): {remedy}") from error
+        raise UserError(f"{option}: {path} cannot be accessed ({error}): {remedy}") from error
 
 
 _locked_files: "weakref.WeakSet[IO]" = weakref.WeakSet()

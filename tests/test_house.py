@@ -28,6 +28,13 @@ def repeated_run_files(text: str) -> set[str]:
     return strings(text) & (set(RUN_FILES) - {"config.yaml"})
 
 
+def path_questions(text: str) -> set[str]:
+    """Calls in a program that raise an error for a path that cannot be accessed, or cannot exist."""
+    asked = {"exists", "expanduser", "glob", "is_dir", "is_file", "is_symlink", "resolve", "rglob"}
+    calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    return {call.attr for call in calls if isinstance(call, ast.Attribute) and call.attr in asked}
+
+
 def cited_documents(text: str) -> set[str]:
     """Names of documents in a program: Markdown files, and specifications by their name."""
     return set(re.findall(r"[\w./-]+\.md\b|\bSPEC\b", text))
@@ -49,6 +56,13 @@ def test_paths_on_a_command_line_may_begin_with_the_home_folder():
     assert [str(path) for path in PRODUCT if "type=Path" in (ROOT / path).read_text(encoding="utf-8")] == []
 
 
+def test_only_one_file_asks_about_paths():
+    """`Path.is_file` and others raise an error for a name that is too long, a link in a circle, a closed folder."""
+    found = {str(path): path_questions((ROOT / path).read_text(encoding="utf-8")) for path in PRODUCT}
+    entries = "misc/search/pictures.py"  # entries of a folder, within one handler of errors
+    assert {path for path, names in found.items() if names} <= {"misc/files.py", entries}
+
+
 def test_code_cites_only_documents_that_exist():
     files = [ROOT / path for path in product_files(ROOT)] + sorted((ROOT / "tests").rglob("*.py"))
     files = [path for path in files if path.name not in ("test_house.py", "test_documents.py")]
@@ -61,6 +75,7 @@ def test_code_cites_only_documents_that_exist():
     ("find", "text", "found"),
     [
         (repeated_run_files, '"""Writes train.log."""\nname = "train.log"\n', {"train.log"}),
+        (path_questions, "if path.parent.is_file() and exists(path):\n    pass\n", {"is_file"}),
         (cited_documents, "# as SPEC section 5 and docs/nothing.md say", {"SPEC", "docs/nothing.md"}),
     ],
 )

@@ -551,7 +551,7 @@ def _join_back_translations(entries: list[_Entry], path: Path) -> list[_Entry]:
 def _with_separators(entry: _Entry, image_dir: Path) -> _Entry:
     """Returns the entry with the backslashes of its path as separators, if its image is there."""
     path = entry.image_path.replace("\\", "/")
-    found = path != entry.image_path and any((image_dir / folder / path).is_file() for folder in ("", IMAGE_SUBFOLDER))
+    found = path != entry.image_path and any(is_file(image_dir / folder / path) for folder in ("", IMAGE_SUBFOLDER))
     return entry._replace(image_path=path) if found else entry
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from misc.errors import UserError, first_of
-from misc.files import CAN_REPLACE_OPEN_FILES, atomic_file, lock_file, partial_path, resolved
+from misc.files import CAN_REPLACE_OPEN_FILES, atomic_file, is_file, lock_file, partial_path, resolved
 from misc.retrieval.metrics import check_features
 from misc.search.engine import EngineChoice
 from misc.search.pictures import Picture
@@ -293,7 +293,7 @@ class Encoded:
         self._pictures: BinaryIO = (index / ENCODED_PICTURES).open("a+b")
         encoder = index / ENCODED_WITH
         # Features of another encoder are useless.
-        if not encoder.exists() or encoder.read_bytes() != fingerprint.encode():
+        if not is_file(encoder) or encoder.read_bytes() != fingerprint.encode():
             self._pictures.truncate(0)
             with atomic_file(encoder) as file:
                 file.write(fingerprint.encode())

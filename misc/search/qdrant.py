@@ -113,6 +113,14 @@ class Qdrant:
         self.client.close()
 
 
+def _claimed(file: Path) -> Any:
+    """Returns the settings of the collection that an index has created; None if they are missing or damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def _claim(client: QdrantClient, gallery: Gallery, settings: dict[str, Any]) -> None:
     """Creates the collection, unless this index has already created it.
 
@@ -120,7 +128,7 @@ def _claim(client: QdrantClient, gallery: Gallery, settings: dict[str, Any]) -> 
     """
     file, collection = gallery.index / CLAIM, settings["collection"]
     exists = client.collection_exists(collection)
-    if exists and not (file.exists() and json.loads(file.read_bytes()) == settings):
+    if exists and _claimed(file) != settings:
         raise UserError(
             f"{settings['address']}: the collection {collection} exists, but was not created by this index: "
             "give another name with --collection"

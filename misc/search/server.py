@@ -19,6 +19,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from misc.errors import UserError
+from misc.files import resolved
 from misc.search.connections import LimitedProtocol, connection_limits
 from misc.search.pictures import Picture, picture_to_show
 from misc.search.searcher import LONGEST_DESCRIPTION, Query, Result, Searcher, checked_description
@@ -100,7 +101,7 @@ def build_app(searcher: Searcher, *, allowed_hosts: Sequence[str]) -> FastAPI:
     def about() -> dict[str, Any]:
         info = searcher.gallery.info
         return {
-            "folder": _readable(searcher.folder.resolve().name),
+            "folder": _readable(resolved(searcher.folder).name),
             "images": info.pictures,
             "checkpoint": _readable(Path(info.checkpoint).name),
             "engine": searcher.engine_name,

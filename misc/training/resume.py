@@ -8,7 +8,7 @@ from typing import Any
 from misc.config.loading import flatten
 from misc.config.rules import AUTO, RULES, TOWER_KEYS
 from misc.errors import UserError, first_of
-from misc.files import exists, is_file, partial_path
+from misc.files import check_possible, exists, is_file, partial_path
 from misc.run.checkpoint import read_checkpoint, write_checkpoint
 from misc.run.folder import BEST_CHECKPOINT, CONFIG, LAST_CHECKPOINT, check_run_folder
 from misc.run.progress import Progress, is_count
@@ -36,10 +36,10 @@ def find_start(folder: Path, *, resume: bool, overwrite: bool, launch: Launch) -
     """
     path = folder / LAST_CHECKPOINT
     if resume:
+        remedy = "set model.saved_path to the folder of a run, or leave out --resume"
+        check_possible(path, "--resume", remedy)
         if not is_file(path):
-            raise UserError(
-                f"--resume: there is no {path}: set model.saved_path to the folder of a run, or leave out --resume"
-            )
+            raise UserError(f"--resume: there is no {path}: {remedy}")
         content = read_checkpoint(path)
         if "progress" not in content:
             raise UserError(
