@@ -62,7 +62,7 @@ def project(tmp_path_factory) -> Path:
         copy(source, root / name)
     for insertion in insertions():
         insertion.apply(root)
-    write_tiny_dataset(root / "tiny", identities={"train": 12, "test": 5})
+    write_tiny_dataset(root / "data" / "campus", identities={"train": 12, "test": 5})
     return root
 
 
@@ -85,8 +85,6 @@ def trained(project, call) -> Path:
     outcome = call(
         *ARCHITECTURE,
         *QUICK,
-        "anno_dir=tiny",
-        "image_dir=tiny/imgs",
         "data.dataset=Campus-PEDES",
         "data.batch_size=24",
         "data.chunk_size=16",
@@ -106,6 +104,7 @@ def test_the_document_has_an_example_for_each_addition():
     files = {insertion.file for insertion in insertions()}
     assert files == {
         "config/config.yaml",
+        "config/datasets.yaml",
         "config/study.yaml",
         "misc/config/rules.py",
         "misc/data/annotations.py",

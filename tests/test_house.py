@@ -68,7 +68,8 @@ def test_code_cites_only_documents_that_exist():
     files = [path for path in files if path.name not in ("test_house.py", "test_documents.py")]
     cited = {(path.name, name) for path in files for name in cited_documents(path.read_text(encoding="utf-8"))}
     missing = {pair for pair in cited if not (ROOT / pair[1]).is_file() and not (ROOT / "docs" / pair[1]).is_file()}
-    assert {pair for pair in missing if pair[1] != "report.md"} == set()  # the report of a study
+    written = {"report.md", "across_datasets.md"}  # by the study, and by an evaluation
+    assert {pair for pair in missing if pair[1] not in written} == set()
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from typing import Any
 from easydict import EasyDict
 from torch.utils.data import DataLoader
 
-from misc.config.loading import flatten, to_plain
+from misc.config.loading import FOLDERS, flatten, to_plain
 from misc.config.rules import AUTO, RULES
 from misc.data.annotations import (
+    PUBLISHED_COUNTS,
     Split,
     cut_captions_note,
     data_title,
@@ -47,13 +48,15 @@ def with_recorded_data(config: EasyDict, weights: Weights, given: Sequence[str])
     """Returns a copy of the configuration with the dataset that the weights were trained on, if it is here.
 
     Args:
-        given: the keys that the user has set; they stay as they are. A given `anno_dir` means another dataset.
+        given: the keys that the user has set; they stay as they are. A given `anno_dir`, or another name than the
+            recorded one, means another dataset.
 
     Returns: the configuration, and lines for the log.
     """
     recorded = {"data.dataset": None, **flatten(weights.config)}
     usable = all(key in recorded and RULES[key].values.accepts(recorded[key]) for key in DATA_KEYS)
-    if "anno_dir" in given or not usable:
+    renamed = "data.dataset" in given and config.data.dataset not in (None, recorded["data.dataset"])
+    if "anno_dir" in given or renamed or not usable:
         return config, []
     own = EasyDict(to_plain(config))
     for key in DATA_KEYS:
@@ -83,14 +86,27 @@ def read_evaluated_split(
     Returns: the same as `read_dataset`.
     """
     name = config.data.evaluate_on
+    _check_folders(config)
     splits = read_annotations(
         config.anno_dir, config.image_dir, splits=(name,), required=(name,), max_words=max_words(max(text_lengths))
     )
-    table, warnings = statistics_table(splits, config.data.dataset, compared=(name,))
+    table, warnings = statistics_table(splits, _compared_with(config), compared=(name,))
     splits, image_lines = check_images(splits, config.image_dir, ranks, skip_unreadable=config.data.skip_unreadable)
     cut = [cut_captions_note(splits, tokenizer, length) for length in sorted(set(text_lengths))]
     notes = [table, *image_notes(splits), *image_lines, *cut, *(f"warning: {warning}" for warning in warnings)]
     return splits, notes
+
+
+def _check_folders(config: EasyDict) -> None:
+    if missing := [key for key in FOLDERS if config[key] == AUTO]:
+        raise UserError(
+            f"{missing[0]}: auto needs data.dataset: set it to a name in config/datasets.yaml, or set {missing[0]}"
+        )
+
+
+def _compared_with(config: EasyDict) -> str | None:
+    """Returns the dataset whose published counts the data is compared with; None if there are none."""
+    return config.data.dataset if config.data.dataset in PUBLISHED_COUNTS else None
 
 
 def max_words(text_length: int) -> int:
@@ -107,6 +123,7 @@ def read_dataset(config: EasyDict, tokenizer: Tokenizer, ranks: Ranks) -> tuple[
     Returns: the splits, and lines for the log: their statistics and how they differ from the published ones.
     """
     used = ("train", config.data.evaluate_on)
+    _check_folders(config)
     splits = read_annotations(
         config.anno_dir,
         config.image_dir,
@@ -114,7 +131,7 @@ def read_dataset(config: EasyDict, tokenizer: Tokenizer, ranks: Ranks) -> tuple[
         back_translation_file=config.data.back_translation_file,
         max_words=max_words(config.experiment.text_length),
     )
-    table, warnings = statistics_table(splits, config.data.dataset)
+    table, warnings = statistics_table(splits, _compared_with(config))
     checked, image_lines = check_images(
         {name: splits[name] for name in used}, config.image_dir, ranks, skip_unreadable=config.data.skip_unreadable
     )

@@ -5,24 +5,29 @@ for the published code loads unchanged. All problems are reported in one `UserEr
 """
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 from easydict import EasyDict
 
-from misc.config.rules import RULES, contradictions
+from misc.config.rules import AUTO, RULES, contradictions
+from misc.data.annotations import PUBLISHED_COUNTS
 from misc.errors import UserError, shown
 from misc.files import atomic_file, expanded, is_file, resolved
 
 CONFIG_FOLDER = Path(__file__).parents[2] / "config"
 DEFAULT_CONFIG = CONFIG_FOLDER / "config.yaml"
 SIMPLIFIED_CONFIG = CONFIG_FOLDER / "s.config.yaml"
+DATASETS = CONFIG_FOLDER / "datasets.yaml"
 BASE = "base"
 TEXTS = {key.rpartition(".")[2] for key, rule in RULES.items() if rule.values.text} | {BASE}
 """The names of the keys whose values are texts. No other key has one of these names."""
 NULLS = ("", "null", "Null", "NULL")
 """What means null on the command line if a text is expected."""
+FOLDERS = ("anno_dir", "image_dir")
+"""The keys that a name in `config/datasets.yaml` stands for."""
 
 
 def load_config(
@@ -37,17 +42,20 @@ def load_config(
         overrides: `key=value` or `section.key=value`, the value in YAML, or a text as it is; they override everything
             else.
 
-    Returns: an EasyDict with every key of `RULES`.
+    Returns: an EasyDict with every key of `RULES`. `anno_dir` and `image_dir` are only `auto` if there is no
+        `data.dataset`.
 
     Raises UserError if a key is unknown, or a value has the wrong type or is out of range; it lists all of them.
     """
+    datasets = read_datasets()
     layers = [("config/config.yaml", _flatten(read_yaml(DEFAULT_CONFIG), DEFAULT_CONFIG))]
     layers += _read_with_base(Path(path), seen=())
     if simplified:
         layers.append((str(SIMPLIFIED_CONFIG), _simplified(layers)))
     if row is not None:
         file = {key: value for _, values in layers for key, value in values.items()}
-        layers.append((f"the study's row {row.name}", row.settings_over(layers[0][1], file)))
+        default, file = (_with_folders(values, datasets) for values in (layers[0][1], file))
+        layers.append((f"the study's row {row.name}", row.settings_over(default, file)))
     layers += [("command line", dict([_parse_override(override)])) for override in overrides]
 
     problems, merged = [], {}
@@ -68,10 +76,55 @@ def load_config(
             problems.append(f"{key}: {_as_yaml(value)} in {source} {wrong}")
     problems += [f"{key} is missing from config/config.yaml" for key in RULES.keys() - layers[0][1].keys()]
     if not problems:
-        problems = list(contradictions(merged))
+        merged = _with_folders(merged, datasets)
+        problems = [*_dataset_problems(merged, datasets), *contradictions(merged)]
     if problems:
         raise UserError("configuration: " + "; ".join(problems))
     return _nest(merged)
+
+
+def read_datasets() -> dict[str, dict[str, str]]:
+    """Reads `config/datasets.yaml`.
+
+    Returns: `anno_dir` and `image_dir` of each dataset, by its name.
+
+    Raises UserError if the file is not valid YAML, or an entry has anything but these two texts.
+    """
+    datasets = {}
+    for name, folders in (read_yaml(DATASETS) if is_file(DATASETS) else {}).items():
+        if not isinstance(name, str):
+            raise UserError(f"{DATASETS}: the name {name!r} is not a text: put it into quotes")
+        whole = isinstance(folders, dict) and folders.keys() == set(FOLDERS)
+        if not whole or not all(RULES[key].values.accepts(folder) for key, folder in folders.items()):
+            raise UserError(
+                f"{DATASETS}: {name}: {_as_yaml(folders)} should be {{anno_dir: FOLDER, image_dir: FOLDER}}"
+            )
+        datasets[name] = {key: RULES[key].values.convert(folder) for key, folder in folders.items()}
+    return datasets
+
+
+def known_datasets(datasets: dict[str, dict[str, str]]) -> list[str]:
+    """Returns the names that `data.dataset` may have: those with published counts, then the others of `datasets`."""
+    return list(dict.fromkeys((*PUBLISHED_COUNTS, *datasets)))
+
+
+def _with_folders(values: dict[str, Any], datasets: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Replaces `auto` folders by those of `data.dataset`, if it is one of `datasets`. Values may be unchecked."""
+    name = values.get("data.dataset")
+    folders = datasets.get(name, {}) if isinstance(name, str) else {}
+    return values | {key: folder for key, folder in folders.items() if values.get(key) == AUTO}
+
+
+def _dataset_problems(values: dict[str, Any], datasets: dict[str, dict[str, str]]) -> Iterator[str]:
+    name, known = values["data.dataset"], known_datasets(datasets)
+    if name is None:
+        return
+    if name not in known:
+        yield f"data.dataset: {name} should be null or one of {', '.join(known)}; {DATASETS} may have further names"
+        return
+    for key in FOLDERS:
+        if values[key] == AUTO:
+            yield f"{key}: auto needs the folder of {name}, which is not in {DATASETS}: add it there, or set {key}"
 
 
 def save_config(config: EasyDict, path: Path) -> None:

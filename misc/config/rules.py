@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from misc.data.annotations import PUBLISHED_COUNTS
 from misc.data.image_operations import wrong_operations
 from misc.files import expanded
 from model.architecture import Architecture
@@ -108,6 +107,7 @@ def _list_of(length: int, item: Values) -> Values:
 
 SWITCH = Values("true or false", lambda value: isinstance(value, bool))
 SWITCH_OR_AUTO = Values("auto, true or false", lambda value: value == AUTO or isinstance(value, bool))
+NAME_OR_NULL = Values("a text or null", lambda value: value is None or (isinstance(value, str) and value != ""))
 TEXT = Values("a text", lambda value: isinstance(value, str) and value != "", text=True)
 PATH = Values("a text, the path of a file or folder", _is_path, text=True, convert=expanded)
 PATH_OR_NULL = Values(
@@ -235,7 +235,7 @@ RULES: dict[str, Rule] = {
     "log.sheet": Rule(_integer(0), may_change=True),
     "log.sheet_choice": Rule(_choice("random", "hardest"), may_change=True),
     "log.profile": Rule(SWITCH, may_change=True),
-    "data.dataset": Rule(_choice(*PUBLISHED_COUNTS, None), may_change=True, file_wins=True),
+    "data.dataset": Rule(NAME_OR_NULL, may_change=True, file_wins=True),
     "data.train_share": Rule(SHARE),
     "data.back_translation_file": Rule(PATH_OR_NULL, may_change=True),
     "data.evaluate_on": Rule(_choice("test", "val")),

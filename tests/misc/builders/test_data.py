@@ -10,6 +10,7 @@ from misc.builders.data import build_loader, evaluated_data, read_dataset, read_
 from misc.builders.training import build_objectives
 from misc.config.loading import load_config
 from misc.data.annotations import read_annotations
+from misc.errors import UserError
 from misc.system.distributed import Ranks
 from text_utils.tokenizer import Tokenizer
 
@@ -36,14 +37,33 @@ def test_the_data_of_a_checkpoint_is_taken_unless_the_user_sets_another(folders)
     anno_dir, image_dir = folders.values()
     mine = ("mine", "my_images", "ICFG-PEDES", [])
     assert chosen(recorded) == (anno_dir, image_dir, "RSTPReid", [])
-    assert chosen(recorded, ("data.dataset",)) == (anno_dir, image_dir, "ICFG-PEDES", [])
     assert chosen(recorded, ("anno_dir", "image_dir")) == chosen(recorded, ("anno_dir",)) == mine
+    assert chosen(recorded, ("data.dataset",)) == mine  # another name is another dataset
+    same = {**folders, "data": {"dataset": "ICFG-PEDES"}}
+    assert chosen(same, ("data.dataset",)) == (anno_dir, image_dir, "ICFG-PEDES", [])
     assert chosen(folders) == (anno_dir, image_dir, None, [])  # the published code records no name
 
 
 @pytest.mark.parametrize("recorded", [{}, {"anno_dir": 3, "image_dir": "x"}, {"anno_dir": "x"}])
 def test_weights_that_record_no_data_are_evaluated_on_the_configured_data(recorded):
     assert chosen(recorded) == ("mine", "my_images", "ICFG-PEDES", [])
+
+
+def test_the_data_of_a_checkpoint_is_taken_without_its_name(folders):
+    """`data.dataset=null` only turns the comparison with published counts off."""
+    weights = SimpleNamespace(name="w.pth", config={**folders, "data": {"dataset": "RSTPReid"}})
+    config, _ = with_recorded_data(load_config(overrides=("data.dataset=null",)), weights, ("data.dataset",))
+    assert (config.anno_dir, config.image_dir, config.data.dataset) == (*folders.values(), None)
+
+
+@pytest.mark.parametrize("key", ["anno_dir", "image_dir"])
+def test_data_without_folders_and_name_is_refused(key, folders):
+    given = () if key == "anno_dir" else (f"anno_dir={folders['anno_dir']}",)
+    config = load_config(overrides=("data.dataset=null", *given))
+    with pytest.raises(UserError, match=f"{key}: auto needs data.dataset"):
+        read_dataset(config, Tokenizer(), ALONE)
+    with pytest.raises(UserError, match=f"{key}: auto needs data.dataset"):
+        read_evaluated_split(config, Tokenizer(), [77], ALONE)
 
 
 def test_data_of_a_checkpoint_that_is_not_here_is_a_warning(folders):

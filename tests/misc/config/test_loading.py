@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from misc.builders.architecture import resolve_architecture
-from misc.config.loading import DEFAULT_CONFIG, load_config, save_config, to_plain
+from misc.config import loading
+from misc.config.loading import DATASETS, DEFAULT_CONFIG, load_config, save_config, to_plain
 from misc.config.rules import RULES
 from misc.errors import UserError
 from misc.study.rows import STUDY
@@ -149,7 +150,7 @@ def test_simplified_differs_from_full_only_in_the_published_values():
 
 
 def test_every_file_of_the_project_loads():
-    files = sorted(set(DEFAULT_CONFIG.parent.glob("*.yaml")) - {STUDY})
+    files = sorted(set(DEFAULT_CONFIG.parent.glob("*.yaml")) - {STUDY, DATASETS})
     assert DEFAULT_CONFIG in files and len(files) >= 3
     for path in files:
         assert flat(load_config(path)).keys() == RULES.keys()
@@ -298,6 +299,71 @@ def test_a_home_folder_that_does_not_exist_is_refused(monkeypatch, text):
 def test_a_path_that_no_system_can_have_is_refused(tmp_path):
     assert "image_dir" in refusal(write(tmp_path / "mine.yaml", 'image_dir: "a\\0b"\n'))
     assert "image_dir" in refusal(overrides=("image_dir=\ud800",))
+
+
+# ---- datasets by name ------------------------------------------------------------------------------------------
+
+
+def data_of(**arguments) -> tuple[str | None, str, str]:
+    config = load_config(**arguments)
+    return config.data.dataset, config.anno_dir, config.image_dir
+
+
+RSTPREID = ("RSTPReid", "data/RSTPReid", "data/RSTPReid/imgs")
+
+
+def test_the_name_of_a_dataset_switches_its_folders(tmp_path):
+    assert data_of() == ("CUHK-PEDES", "data/CUHK-PEDES", "data/CUHK-PEDES/imgs")
+    assert data_of(overrides=("data.dataset=RSTPReid",)) == RSTPREID
+    path = write(tmp_path / "mine.yaml", "data: {dataset: RSTPReid}\n")
+    assert data_of(path=path) == RSTPREID
+    assert data_of(path=path, overrides=("data.dataset=ICFG-PEDES",))[1] == "data/ICFG-PEDES"
+
+
+def test_folders_that_are_set_count_more_than_those_of_the_name(tmp_path):
+    three = "anno_dir: mine\nimage_dir: mine/pictures\ndata: {dataset: RSTPReid}\n"
+    path = write(tmp_path / "mine.yaml", three)
+    assert data_of(path=path) == ("RSTPReid", "mine", "mine/pictures")
+    assert data_of(path=path, overrides=("data.dataset=null",)) == (None, "mine", "mine/pictures")
+    assert data_of(overrides=("image_dir=mine", "data.dataset=RSTPReid")) == ("RSTPReid", "data/RSTPReid", "mine")
+    back = ("anno_dir=auto", "image_dir=auto")
+    assert data_of(path=path, overrides=back) == RSTPREID
+
+
+def test_a_saved_configuration_has_the_folders_of_the_name(tmp_path, monkeypatch):
+    save_config(load_config(overrides=("data.dataset=RSTPReid",)), tmp_path / "saved.yaml")
+    monkeypatch.setattr(loading, "DATASETS", write(tmp_path / "moved.yaml", "RSTPReid: {anno_dir: a, image_dir: b}\n"))
+    assert data_of(path=tmp_path / "saved.yaml") == RSTPREID
+
+
+def test_own_names_can_be_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "DATASETS", write(tmp_path / "own.yaml", "campus: {anno_dir: a, image_dir: b}\n"))
+    assert data_of(overrides=("data.dataset=campus",)) == ("campus", "a", "b")
+    assert "auto needs the folder of CUHK-PEDES" in refusal()
+    given = ("anno_dir=a", "image_dir=b")
+    assert data_of(overrides=given) == ("CUHK-PEDES", "a", "b")
+    message = refusal(overrides=("data.dataset=Campus", *given))
+    assert "data.dataset: Campus" in message and "campus" in message and "RSTPReid" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("RSTPReid: data/RSTPReid\n", "RSTPReid: data/RSTPReid should be"),
+        ("RSTPReid: {anno_dir: a}\n", "RSTPReid: {anno_dir: a} should be"),
+        ("RSTPReid: {anno_dir: a, image_dir: [b]}\n", "RSTPReid: {anno_dir: a, image_dir: [b]} should be"),
+        ("RSTPReid: {anno_dir: a, image_dir: b, split: c}\n", "should be {anno_dir: FOLDER, image_dir: FOLDER}"),
+        ("RSTPReid:\n", "RSTPReid: null should be"),
+        ("2024: {anno_dir: a, image_dir: b}\n", "the name 2024 is not a text"),
+        ("- RSTPReid\n", "should contain keys and values"),
+        ("RSTPReid: {\n", "is not valid YAML"),
+    ],
+)
+def test_a_mistake_in_the_list_of_datasets_is_refused_with_the_file(tmp_path, monkeypatch, text, part):
+    path = write(tmp_path / "datasets.yaml", text)
+    monkeypatch.setattr(loading, "DATASETS", path)
+    message = refusal()
+    assert part in message and str(path) in message
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------

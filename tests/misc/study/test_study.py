@@ -197,6 +197,22 @@ def test_data_weights_and_schedule_of_a_file_override_those_of_a_row(tmp_path):
     assert load_config(file, row=ROWS["tricks/lock_bottom"]).model.lock_bottom
 
 
+def test_a_row_is_trained_on_its_own_dataset_unless_a_file_sets_another(tmp_path):
+    file, row = tmp_path / "mine.yaml", ROWS["benchmarks/RSTPReid/tbps_clip_vitb16"]
+
+    def folders(text: str) -> tuple[str, str, str]:
+        file.write_text(text)
+        config = load_config(file, row=row)
+        return config.data.dataset, config.anno_dir, config.image_dir
+
+    own = ("RSTPReid", "data/RSTPReid", "data/RSTPReid/imgs")
+    assert folders("") == own
+    assert folders("anno_dir: data/CUHK-PEDES\nimage_dir: data/CUHK-PEDES/imgs\n") == own  # the defaults, written out
+    assert folders("data: {dataset: ICFG-PEDES}\n") == ("ICFG-PEDES", "data/ICFG-PEDES", "data/ICFG-PEDES/imgs")
+    mine = "anno_dir: mine\nimage_dir: mine/imgs\ndata: {dataset: null}\n"
+    assert folders(mine) == (None, "mine", "mine/imgs")
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
