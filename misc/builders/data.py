@@ -21,6 +21,7 @@ from misc.data.annotations import (
 )
 from misc.data.batches import training_loader
 from misc.data.image_checks import check_images
+from misc.data.noise import shuffle_captions
 from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import Augmentation, TrainingSet
 from misc.errors import UserError
@@ -150,6 +151,13 @@ def read_dataset(config: EasyDict, tokenizer: Tokenizer, ranks: Ranks) -> tuple[
         notes.append(
             f"few-shot: {config.data.train_share:.0%} of the training images are used: {counts.identities:,} "
             f"identities, {counts.images:,} images, {counts.captions:,} captions"
+        )
+    if config.data.noise > 0:
+        total, share = len(splits["train"]), config.data.noise
+        splits["train"], moved = shuffle_captions(splits["train"], share, config.misc.seed)
+        notes.append(
+            f"noise: {round(share * total):,} of {total:,} training captions ({share:.0%}) are shuffled among images; "
+            f"{moved:,} are now at another person"
         )
     return splits, notes
 

@@ -237,6 +237,7 @@ RULES: dict[str, Rule] = {
     "log.profile": Rule(SWITCH, may_change=True),
     "data.dataset": Rule(NAME_OR_NULL, may_change=True, file_wins=True),
     "data.train_share": Rule(SHARE),
+    "data.noise": Rule(PROBABILITY),
     "data.back_translation_file": Rule(PATH_OR_NULL, may_change=True),
     "data.evaluate_on": Rule(_choice("test", "val")),
     "data.batch_size": Rule(COUNT, may_change=True, file_wins=True),

@@ -12,6 +12,7 @@ from misc.config.loading import load_config
 from misc.data.annotations import read_annotations
 from misc.errors import UserError
 from misc.system.distributed import Ranks
+from tests.helpers.runs import of_dataset
 from text_utils.tokenizer import Tokenizer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -94,6 +95,34 @@ def test_captions_keep_as_many_words_as_tokens_but_77_at_least(tiny_dataset, tex
     for split in (trained["train"], trained["test"], evaluated["test"]):
         assert split.captions[0].split() == words[:seen]
     assert any(note.startswith(f"captions cut at {text_length} tokens: 24 of 24 in train (by ") for note in notes)
+
+
+def test_noise_only_changes_the_training_captions(data):
+    """48 captions of 12 people; half of them are shuffled."""
+    fixed = (*of_dataset(data), "data.dataset=null", "experiment.back_trans=false")
+    clean, notes = read_dataset(load_config(overrides=fixed), Tokenizer(), ALONE)
+    expected = read_annotations(*data)
+    assert clean == expected and not any("noise" in note for note in notes)
+    noisy, notes = read_dataset(load_config(overrides=(*fixed, "data.noise=0.5", "misc.seed=3")), Tokenizer(), ALONE)
+    assert {name: split == expected[name] for name, split in noisy.items()} == {
+        "train": False,
+        "val": True,
+        "test": True,
+    }
+    split, found = noisy["train"], expected["train"]
+    assert sorted(split.captions) == sorted(found.captions) and split.image_paths == found.image_paths
+    people = [int(caption.split()[-1]) - 1 for caption in split.captions]  # a caption ends with its person's number
+    moved = sum(one != other for one, other in zip(people, split.caption_identities, strict=True))
+    (line,) = [note for note in notes if note.startswith("noise")]
+    assert line == (
+        f"noise: 24 of 48 training captions (50%) are shuffled among images; {moved} are now at another person"
+    )
+
+
+def test_noise_is_a_share_of_the_images_that_are_used(data):
+    fixed = (*of_dataset(data), "data.dataset=null", "data.train_share=0.5", "data.noise=0.5")
+    _, notes = read_dataset(load_config(overrides=fixed), Tokenizer(), ALONE)
+    assert any(note.startswith("noise: 12 of 24 training captions") for note in notes)
 
 
 @pytest.mark.parametrize(

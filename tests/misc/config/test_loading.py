@@ -434,6 +434,7 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_file(tmp_path):
         ("data.batch_size=0", "at least 1"),
         ("data.batch_size=big", "an integer"),
         ("data.dataset=cuhk-pedes", "CUHK-PEDES"),
+        ("data.noise=1.5", "0 to 1"),
         ("data.evaluate_on=train", "test, val"),
         ("distributed.backend=mpi", "nccl, gloo"),
     ],

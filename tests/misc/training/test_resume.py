@@ -277,6 +277,7 @@ def content(folder: Path) -> dict[str, bytes]:
         ("misc.seed=5", "misc.seed is 5 now and 1 in the checkpoint"),
         ("experiment.id=false", "experiment.id is False now and True in the checkpoint"),
         ("data.batch_size=8", "processes × data.batch_size is 8 now and 4 in the checkpoint"),
+        ("data.noise=0.2", "data.noise is 0.2 now and 0 in the checkpoint"),
         ("misc.precision=bf16", "misc.precision is bf16 now and fp32 in the checkpoint"),
     ],
 )
