@@ -6,7 +6,7 @@ torchrun --standalone --nproc_per_node=4 main.py ...
 ... main.py --evaluate CHECKPOINT [--sheet N] [--against CHECKPOINT] [--out FOLDER]
 ... main.py --evaluate CHECKPOINT [CHECKPOINT ...] --on DATASET [DATASET ...] [--out FOLDER]
 ... main.py --contribution CHECKPOINT
-... main.py --study ROW, and python main.py --study {list,report}
+... main.py --study ROW, and python main.py --study {list,report,acceptance}
 python main.py --export {openclip,huggingface,onnx} OUT [model.checkpoint=CHECKPOINT]
 """
 
@@ -98,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
         "--study",
         metavar="ROW",
         help="train a row of the paper, for example losses/ss_i; list: show all rows; report: compare the measured "
-        "results with the published ones",
+        "results with the published ones; acceptance: what to run on the real datasets, and whether it agrees",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -244,6 +244,7 @@ def end_epoch(run: Run, log: RunLog) -> None:
         "epoch": progress.epoch + 1,
         "epochs": config.schedule.epoch,
         "parameters": count_trainable(model),
+        "steps": progress.step,
         **run.trainer.summary(progress),
     }
     iterations = (progress.epoch + 1) * progress.step

@@ -106,6 +106,7 @@ def test_metrics_jsonl_contains_each_epoch(full):
         assert record.keys() >= KEYS
         assert 0 <= record["r1"] <= record["r5"] <= record["r10"] == 100  # there are ten images
         assert 0 <= record["mINP"] <= 100 and 0 < record["mAP"] <= 100
+        assert record["steps"] == 12  # 48 captions, in batches of 4
         assert record["seconds"] > 0 and 0 <= record["data_wait"] <= 1 and record["peak_memory_gigabytes"] > 0
         assert record["samples_per_second"] == pytest.approx(48 / record["seconds"], rel=0.01)  # 12 batches of 4
         parts = {name: value for name, value in record.items() if name.startswith("loss_")}

@@ -1,4 +1,4 @@
-"""`main.py --study`: the configuration of a row of the paper, the list of all rows, and the report."""
+"""`main.py --study`: the configuration of a row of the paper, the list of all rows, the report, and acceptance."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ from misc.config.loading import load_config
 from misc.errors import UserError
 from misc.files import expanded, is_file
 from misc.run.folder import LAST_CHECKPOINT
+from misc.study.acceptance import acceptance
 from misc.study.report import write_report
 from misc.study.rows import STUDY_FOLDER, Row, find_row, read_study, row_folder, starting_checkpoint, study_list
 from misc.system.distributed import Launch, local_rank
@@ -17,12 +18,13 @@ from misc.terminal import report, show
 STUDY_TABLES: dict[str, Callable[[dict[str, Row], Path], str]] = {
     "list": lambda rows, root: study_list(rows),
     "report": write_report,
+    "acceptance": acceptance,
 }
 """Arguments of `--study` that train nothing."""
 
 
 def print_study(table: str, overrides: Sequence[str]) -> None:
-    """Prints a key of `STUDY_TABLES`: the list of the rows, or the report."""
+    """Prints a key of `STUDY_TABLES`, for example the list of the rows."""
     others = [override for override in overrides if not override.startswith("model.saved_path=")]
     if others:
         raise UserError(f"--study {table}: {others[0]} has no effect: only model.saved_path can be set")
