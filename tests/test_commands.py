@@ -18,6 +18,8 @@ MISTAKES = (
     ("search.py", ["index", "missing", "--checkpoint", "clip.pt"], "missing"),
     ("search.py", ["query", "missing", "a woman in a red coat"], "missing"),
     ("search.py", ["serve", "missing"], "missing"),
+    ("misc.data.audit", ["missing"], "missing"),
+    ("misc.data.audit", [str(ROOT / "misc"), "--text_length", "0"], "--text_length 0"),
     ("misc.data.back_translation", ["missing.json", "new.json"], "missing.json"),
     ("misc.data.back_translation", ["raw.json", "new.json", "--batch-size", "0"], "--batch-size 0"),
     ("text_utils.back_translation", ["missing.json", "new.json"], "missing.json"),

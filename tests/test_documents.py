@@ -43,6 +43,7 @@ PARSERS = {
     "search.py index": ("search.py", "index"),
     "search.py query": ("search.py", "query"),
     "search.py serve": ("search.py", "serve"),
+    "misc.data.audit": ("misc.data.audit",),
     "misc.data.back_translation": ("misc.data.back_translation",),
     "misc.pedestrians": ("misc.pedestrians",),
     "benchmarks": ("benchmarks",),

@@ -19,6 +19,7 @@ from misc.data.annotations import (
     read_annotations,
     statistics_table,
 )
+from misc.data.audit import audit_line
 from misc.data.batches import training_loader
 from misc.data.image_checks import check_images
 from misc.data.noise import shuffle_captions
@@ -94,6 +95,7 @@ def read_evaluated_split(
     table, warnings = statistics_table(splits, _compared_with(config), compared=(name,))
     splits, image_lines = check_images(splits, config.image_dir, ranks, skip_unreadable=config.data.skip_unreadable)
     cut = [cut_captions_note(splits, tokenizer, length) for length in sorted(set(text_lengths))]
+    cut.append(audit_line(splits, config.anno_dir))
     notes = [table, *image_notes(splits), *image_lines, *cut, *(f"warning: {warning}" for warning in warnings)]
     return splits, notes
 
@@ -138,7 +140,8 @@ def read_dataset(config: EasyDict, tokenizer: Tokenizer, ranks: Ranks) -> tuple[
     )
     splits |= checked
     cut = cut_captions_note({name: splits[name] for name in used}, tokenizer, config.experiment.text_length)
-    notes = [table, *image_notes(splits), *image_lines, cut, *(f"warning: {warning}" for warning in warnings)]
+    audited = audit_line(splits, config.anno_dir)
+    notes = [table, *image_notes(splits), *image_lines, cut, audited, *(f"warning: {warning}" for warning in warnings)]
     translated = any(text is not None for text in splits["train"].back_translations)
     if config.experiment.back_trans and config.experiment.backtrans_p > 0 and not translated:
         notes.append(

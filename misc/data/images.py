@@ -115,6 +115,15 @@ def check_header(path: Path) -> None:
         _limit_pixels(image)
 
 
+def read_header(path: Path) -> tuple[tuple[int, int], str]:
+    """Reads the (width, height) and Pillow's mode of an image file, without decoding it.
+
+    Raises ImageError if the file is not a regular file of one of the `FORMATS`.
+    """
+    with _opened(path) as file, _reported(path), Image.open(file, formats=_FORMATS) as image:
+        return image.size, image.mode
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:

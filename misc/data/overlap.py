@@ -2,9 +2,12 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
 
 SOURCES = {"ICFG-PEDES": "MSMT17", "RSTPReid": "MSMT17"}
 """The dataset whose images a dataset was cut from. Identities are numbered anew, so people cannot be recognised."""
@@ -16,7 +19,7 @@ def shared_source(one: str | None, other: str | None) -> str | None:
     return source if one != other and source is not None and source == SOURCES.get(other or "") else None
 
 
-def identical_files(groups: Mapping[str, Iterable[Path]]) -> list[list[tuple[str, Path]]]:
+def identical_files(groups: Mapping[Name, Iterable[Path]]) -> list[list[tuple[Name, Path]]]:
     """Finds the same content in several groups of files. Only files of the same size are read.
 
     A file that is missing or cannot be read is skipped.
@@ -26,7 +29,7 @@ def identical_files(groups: Mapping[str, Iterable[Path]]) -> list[list[tuple[str
 
     Returns: for each content, its files with their groups: at least two files, of at least two groups.
     """
-    by_size: dict[int, list[tuple[str, Path]]] = defaultdict(list)
+    by_size: dict[int, list[tuple[Name, Path]]] = defaultdict(list)
     for name, paths in groups.items():
         for path in dict.fromkeys(paths):
             try:
@@ -37,7 +40,7 @@ def identical_files(groups: Mapping[str, Iterable[Path]]) -> list[list[tuple[str
     for candidates in by_size.values():
         if not _several_groups(candidates):
             continue
-        by_content: dict[bytes, list[tuple[str, Path]]] = defaultdict(list)
+        by_content: dict[bytes, list[tuple[Name, Path]]] = defaultdict(list)
         for name, path in candidates:
             try:
                 content = path.read_bytes()
@@ -48,7 +51,7 @@ def identical_files(groups: Mapping[str, Iterable[Path]]) -> list[list[tuple[str
     return found
 
 
-def _several_groups(files: list[tuple[str, Path]]) -> bool:
+def _several_groups(files: list[tuple[Name, Path]]) -> bool:
     return len({name for name, _ in files}) > 1
 
 
