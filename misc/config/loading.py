@@ -122,9 +122,8 @@ def _dataset_problems(values: dict[str, Any], datasets: dict[str, dict[str, str]
     if name not in known:
         yield f"data.dataset: {name} should be null or one of {', '.join(known)}; {DATASETS} may have further names"
         return
-    for key in FOLDERS:
-        if values[key] == AUTO:
-            yield f"{key}: auto needs the folder of {name}, which is not in {DATASETS}: add it there, or set {key}"
+    if missing := " and ".join(key for key in FOLDERS if values[key] == AUTO):
+        yield f"data.dataset: {name} is not in {DATASETS}: add it there, or set {missing}"
 
 
 def save_config(config: EasyDict, path: Path) -> None:

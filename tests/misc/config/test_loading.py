@@ -339,7 +339,8 @@ def test_a_saved_configuration_has_the_folders_of_the_name(tmp_path, monkeypatch
 def test_own_names_can_be_added(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "DATASETS", write(tmp_path / "own.yaml", "campus: {anno_dir: a, image_dir: b}\n"))
     assert data_of(overrides=("data.dataset=campus",)) == ("campus", "a", "b")
-    assert "auto needs the folder of CUHK-PEDES" in refusal()
+    assert f"CUHK-PEDES is not in {tmp_path / 'own.yaml'}: add it there, or set anno_dir and image_dir" in refusal()
+    assert refusal(overrides=("anno_dir=a",)).endswith("or set image_dir")
     given = ("anno_dir=a", "image_dir=b")
     assert data_of(overrides=given) == ("CUHK-PEDES", "a", "b")
     message = refusal(overrides=("data.dataset=Campus", *given))
