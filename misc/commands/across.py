@@ -1,7 +1,7 @@
 """`main.py --evaluate … --on …`: evaluates checkpoints on several datasets, and compares with published results."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +96,8 @@ def evaluate_across(
                 results.append(_result(source, trained[source].title, own, retrieval))
         if not ranks.is_main:
             return
-        warnings = [*_shared_people(results), *_shared_files(configs, tests, trained)]
+        people = shared_people((result.trained_on, result.tested_on) for result in results)
+        warnings = [*people, *_shared_files(configs, tests, trained)]
         for line in warnings:
             log.line(line)
         published = published_results(results, read_study()) if config.data.evaluate_on == "test" else []
@@ -150,11 +151,11 @@ def _result(source: str, trained_on: str | None, config: EasyDict, retrieval: Re
     return Result(source, trained_on, config.data.dataset, with_sum(retrieval.metrics), details)
 
 
-def _shared_people(results: Sequence[Result]) -> list[str]:
-    pairs = dict.fromkeys((result.trained_on, result.tested_on) for result in results)
+def shared_people(pairs: Iterable[tuple[str | None, str | None]]) -> list[str]:
+    """Returns a warning for each training set and test set that may show the same people."""
     return [
         f"warning: {one} and {other} are both cut from {source}, so the same people may be in training and test data"
-        for one, other in pairs
+        for one, other in dict.fromkeys(pairs)
         if (source := shared_source(one, other))
     ]
 

@@ -14,6 +14,7 @@ from misc.builders.data import (
 )
 from misc.builders.model import build_saved_model, read_any_weights
 from misc.builders.run import rank_notes
+from misc.commands.across import shared_people, training_data
 from misc.errors import UserError
 from misc.retrieval.evaluation import Evaluator, Retrieval, result_lines
 from misc.retrieval.query_report import (
@@ -59,6 +60,7 @@ def evaluate(
     tokenizer = Tokenizer()
     weights = [read_any_weights(name, ranks) for name in (source, *((against,) if against else ()))]
     config, data_notes = with_recorded_data(config, weights[0], given)
+    data_notes += shared_people((training_data(each).title, config.data.dataset) for each in weights)
     models = [build_saved_model(config, each) for each in weights]
     text_lengths = [saved.experiment.text_length for _, saved, _ in models]
     splits, statistics = read_evaluated_split(config, tokenizer, text_lengths, ranks)

@@ -97,6 +97,7 @@ def test_each_checkpoint_is_evaluated_on_each_dataset(evaluate, place, tmp_path)
         assert each["rSum"] == pytest.approx(each["r1"] + each["r5"] + each["r10"])
     # the figures are those of an evaluation on one dataset
     alone = evaluate(place.checkpoints[1], "data.dataset=RSTPReid")
+    assert "warning: ICFG-PEDES and RSTPReid are both cut from MSMT17" in alone.out
     (line,) = [line for line in alone.out.splitlines() if line.startswith("  ") and "R@1" not in line]
     assert line.split() == [f"{results[5][name]:.2f}" for name in METRICS]
     assert len({tuple(each[name] for name in METRICS) for each in results}) > 3  # or nothing could be mixed up
