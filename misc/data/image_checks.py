@@ -96,14 +96,13 @@ def _examine(paths: list[str], image_dir: Path, ranks: Ranks, *, decode: bool) -
     chunks = [own[start : start + CHUNK] for start in range(0, len(own), CHUNK)]
     hidden = None if ranks.is_main else True  # None: tqdm checks whether stderr is a terminal
     found = []
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        with tqdm(total=len(own), desc="checking images", disable=hidden, leave=False, dynamic_ncols=True) as bar:
-            for examined in pool.map(lambda chunk: list(map(examine, chunk)), chunks):
-                found += [json.dumps(each) for each in examined if each is not None]
-                bar.update(len(examined))
-    finally:
-        pool.shutdown(cancel_futures=True)  # a signal does not wait for all files
+    with (
+        ThreadPoolExecutor(THREADS) as pool,
+        tqdm(total=len(own), desc="checking images", disable=hidden, leave=False, dynamic_ncols=True) as bar,
+    ):
+        for examined in pool.map(lambda chunk: list(map(examine, chunk)), chunks):
+            found += [json.dumps(each) for each in examined if each is not None]
+            bar.update(len(examined))
     of_all_ranks = [_Found(*json.loads(each)) for each in dict.fromkeys(ranks.all_gather_list(found))]
     order = {path: number for number, path in enumerate(paths)}
     return sorted(of_all_ranks, key=lambda each: order[each.path])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -116,3 +117,18 @@ def test_the_ranks_of_a_machine_share_the_files_and_find_the_same(tiny_dataset, 
     assert "3 of 42" in str(error.value)
     assert [name for name in names if name in str(error.value)] == names[3:6]
     assert sorted(opened) == sorted(str(tiny_dataset.image_dir / name) for name in names)
+
+
+def test_a_signal_does_not_wait_for_all_files(tiny_dataset, monkeypatch):
+    opened = []
+
+    def receive(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_checks, "check_header", lambda path: (opened.append(path), time.sleep(0.01)))
+    monkeypatch.setattr(image_checks, "THREADS", 1)
+    monkeypatch.setattr(image_checks, "CHUNK", 1)
+    monkeypatch.setattr(image_checks.tqdm, "update", receive)
+    with pytest.raises(KeyboardInterrupt):
+        checked(tiny_dataset)
+    assert len(opened) < 10
