@@ -175,8 +175,8 @@ def read_annotations(
         named = _read_entries(path)
         if split is None and named and not any("split" in entry for _, entry in named):
             raise UserError(
-                f"{path} has no `split` in any entry: get a file with splits; caption_all.json of CUHK-PEDES has "
-                "none and cannot be used under any name, get reid_raw.json"
+                f"{path} has no `split` in any entry: add train, val or test to each, or get a file with splits; "
+                "caption_all.json of CUHK-PEDES has none and cannot be used under any name, get reid_raw.json"
             )
         for entry_name, entry in named:
             own_split = split or _split_of(entry, entry_name)

@@ -73,7 +73,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "python -m misc.data.back_translation",
         description="Translate the captions of an annotation to French and back.",
     )
-    parser.add_argument("annotation", type=_path, metavar="ANNOTATION", help="a raw annotation file or a *_reid.json")
+    parser.add_argument("annotation", type=_path, metavar="ANNOTATION", help="a JSON or CSV file that training reads")
     parser.add_argument("out", type=_path, metavar="OUT", help="JSON file to create, for data.back_translation_file")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one) | cpu | cuda | cuda:N")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="captions per batch (default: 32)")

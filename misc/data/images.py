@@ -56,7 +56,10 @@ class ImageError(UserError):
     """
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(f"image {path} cannot be decoded ({reason}): replace it or its entry")
+        super().__init__(
+            f"image {path} cannot be decoded ({reason}): replace the file, or leave such images out of a new run with "
+            "data.skip_unreadable=true"
+        )
         self.path, self.reason = path, " ".join(reason.split())
 
     def __reduce__(self) -> tuple:  # loader workers send it

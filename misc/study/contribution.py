@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from misc.data.images import damaged_warning
 from misc.errors import UserError
 from misc.files import atomic_folder, check_new_path
 from misc.retrieval.evaluation import EncodeFunction, Evaluator
@@ -109,7 +110,10 @@ def measure_contribution(
     was_training = model.training
     model.eval()
     images, captions, width = len(evaluator.split.image_paths), len(evaluator.split), model.embed_dim
-    (own_gallery,) = evaluator.encode_images([model.encode_image], width)
+    damaged: list[str] = []
+    (own_gallery,) = evaluator.encode_images([model.encode_image], width, damaged)
+    if damaged := evaluator.ranks.all_gather_list(damaged):
+        log.line(damaged_warning(damaged))
     (own_queries,) = evaluator.encode_captions([model.encode_text], width)
     gallery = gather_strided(own_gallery, images)
 

@@ -108,7 +108,7 @@ class HandMade:
         self.base_hits, self.points = base_hits, torch.tensor(text_points + image_points)
         self.encodings = {"image": 0, "text": 0}
 
-    def encode_images(self, encoders, width):
+    def encode_images(self, encoders, width, damaged=None):
         return self._encode("image", encoders)
 
     def encode_captions(self, encoders, width):
@@ -225,7 +225,7 @@ class Recorder:
         self.token_ids = torch.tensor([[49406, 320, 2308, 49407, 0, 0], [49406, 736, 7356, 593, 1449, 49407]])
         self.kept: dict[str, list[list[Tensor]]] = {"image": [], "text": []}
 
-    def encode_images(self, encoders, width):
+    def encode_images(self, encoders, width, damaged=None):
         self.kept["image"].append([encoder(self.images) for encoder in encoders])
         return self.kept["image"][-1]
 
