@@ -531,7 +531,10 @@ def _field_error(entry: dict, entry_name: str, field: str, expected: str) -> Use
 
 
 def _join_back_translations(entries: list[_Entry], path: Path) -> list[_Entry]:
-    """Returns the entries with their back-translations from the file `path`. Entries without any stay unchanged."""
+    """Returns the entries with their back-translations from the file `path`. Entries without any stay unchanged.
+
+    If an image has several entries in the annotation and fewer in the file, the texts are dealt out in order.
+    """
     available: dict[str, list[list[str | None]]] = defaultdict(list)
     for entry_name, translated in _read_json_list(path):
         if texts := _back_translations(translated, entry_name):
@@ -544,7 +547,13 @@ def _join_back_translations(entries: list[_Entry], path: Path) -> list[_Entry]:
     joined = []
     for entry in entries:
         remaining = available[entry.image_path.replace("\\", "/")]
-        joined.append(entry._replace(back_translations=remaining.pop(0)) if remaining else entry)
+        if not remaining:
+            joined.append(entry)
+            continue
+        texts, count = remaining.pop(0), len(entry.captions)
+        if texts[count:]:
+            remaining.insert(0, texts[count:])
+        joined.append(entry._replace(back_translations=texts[:count]))
     return joined
 
 

@@ -218,6 +218,26 @@ def test_a_reid_file_as_back_translation_file_replaces_those_of_the_annotation(t
     assert train.back_translations == ["first", None, None, None, None, None, "second"]
 
 
+@pytest.mark.parametrize("name", ["mine.json", "mine.csv"])
+def test_back_translations_by_image_for_an_annotation_by_caption(tmp_path, name):
+    rows = [("a.jpg", "One"), ("b.jpg", "Two"), ("a.jpg", "Three"), ("a.jpg", "Four")]
+    if name == "mine.csv":
+        text = "split,id,file_path,caption\n" + "".join(f"train,1,{path},{caption}\n" for path, caption in rows)
+        (tmp_path / name).write_text(text)
+    else:
+        write_json(tmp_path / name, [entry("train", 1, path, caption) for path, caption in rows])
+    content = [{"file_path": "a.jpg", "captions_bt": ["Un", "Trois"]}, {"file_path": "b.jpg", "captions_bt": ["Deux"]}]
+    write_json(tmp_path / "translated.json", content)
+    options = {"required": ("train",), "back_translation_file": tmp_path / "translated.json"}
+    train = read_annotations(tmp_path / name, tmp_path, **options)["train"]
+    assert dict(zip(train.captions, train.back_translations, strict=True)) == {
+        "one": "un",
+        "two": "deux",
+        "three": "trois",
+        "four": None,
+    }
+
+
 def test_back_translations_of_another_dataset(tmp_path):
     write_json(tmp_path / "reid_raw.json", CUHK)
     for content in ([{"file_path": "elsewhere.png", "captions_bt": ["x"]}], [{"file_path": "cam_a/1.png"}], []):
