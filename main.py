@@ -33,7 +33,7 @@ from misc.retrieval.query_report import draw_queries, write_queries
 from misc.run.folder import CONFIG, QUERIES, RETRIEVAL_SHEET
 from misc.run.log import RunLog
 from misc.run.profiling import traced_steps
-from misc.system.distributed import Ranks, join_ranks, local_rank, refuse
+from misc.system.distributed import Ranks, join_ranks, local_rank, refuse, under_torchrun
 from misc.system.interruption import Interrupted, Interruption
 from misc.terminal import prepare_streams, report
 from model.tbps_clip import count_trainable
@@ -82,7 +82,7 @@ def main() -> int:
         )
     except Interrupted as interrupted:
         if local_rank() == 0:
-            report(f"stopped by {interrupted}")
+            report(f"stopped by {interrupted}" + ("; a traceback below is torchrun's own" if under_torchrun() else ""))
         return interrupted.status
     return 0
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from misc.errors import UserError
+from misc.files import is_file
 from misc.system import slurm
 from misc.system.precision import disable_tf32
 from misc.terminal import report
@@ -33,6 +34,8 @@ _all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single"
 _reduce_scatter_single = (
     dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
 )
+
+LAUNCH = "start it with torchrun, or unset RANK and WORLD_SIZE to start one process"
 
 SECONDS_TO_RELEASE = 0.1
 """How long gloo's threads get to release the tensors of the last collectives. They need microseconds of CPU time."""
@@ -117,23 +120,31 @@ class Launch:
 
     @classmethod
     def current(cls) -> "Launch":
-        process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+        process = os.getppid() if under_torchrun() else os.getpid()
         run = os.environ.get("TORCHELASTIC_RUN_ID", "alone")
         # In containers, host names and process ids repeat; start times do not.
         name = f"{run} {socket.gethostname()} {process} {_start_time(process)}"
-        return cls(name, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        return cls(name, slurm.number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _start_time(process: int) -> str:
     """Returns when a process started, in ticks since the machine started; empty if the system has no /proc."""
     status = Path(f"/proc/{process}/stat")
-    return status.read_text(encoding="utf-8").rpartition(")")[2].split()[19] if status.is_file() else ""
+    return status.read_text(encoding="utf-8").rpartition(")")[2].split()[19] if is_file(status) else ""
+
+
+def under_torchrun() -> bool:
+    """Returns whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def local_rank() -> int:
-    """Returns the number of this process on its machine; 0 without torchrun and SLURM."""
+    """Returns the number of this process on its machine; 0 without torchrun and SLURM.
+
+    Raises UserError if an environment variable of theirs is invalid.
+    """
     variable = "SLURM_LOCALID" if slurm.joined_tasks(os.environ) > 1 else "LOCAL_RANK"
-    return int(os.environ.get(variable, 0))
+    return slurm.number(os.environ, variable, 0)
 
 
 def refuse(error: UserError) -> int:
@@ -143,8 +154,9 @@ def refuse(error: UserError) -> int:
 
     Returns: the exit status.
     """
-    if local_rank() > 0:
-        time.sleep(5)
+    with suppress(UserError):  # perhaps the mistake to report
+        if local_rank() > 0:
+            time.sleep(5)
     report(f"error: {error}")
     return 2
 
@@ -174,7 +186,7 @@ def join_ranks(device: str | int, backend: str, url: str) -> Iterator[Ranks]:
         yield Ranks(0, 1, chosen, "; ".join(filter(None, (note, alone))) or None)
         return
 
-    chosen = _device_of_local_rank(device, local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    chosen = _device_of_local_rank(device, local_rank(), slurm.number(os.environ, "LOCAL_WORLD_SIZE", 1))
     _select(chosen)
     try:
         yield _join(chosen, backend, url)
@@ -194,20 +206,34 @@ def join_ranks(device: str | int, backend: str, url: str) -> Iterator[Ranks]:
 def _join(device: torch.device, backend: str, url: str) -> Ranks:
     """Creates the process group of all ranks."""
     with_nccl = device.type == "cuda" and backend == "nccl"
+    rank, world_size = (slurm.number(os.environ, name, 0) for name in ("RANK", "WORLD_SIZE"))
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE is {world_size}: {LAUNCH}")
+    if url.startswith("env://"):
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise UserError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not: {LAUNCH}")
+        if slurm.number(os.environ, "MASTER_PORT", 0) > 65535:
+            raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}: set it to at most 65535")
     try:
-        store, rank, world_size = next(dist.rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ.get("MASTER_PORT")
-        raise UserError(f"port {port} is in use on this machine: set another MASTER_PORT for all processes") from error
+        with _signals_end_this_process():  # torch waits for rank 0 for minutes, in code that runs no handler of Python
+            store, rank, world_size = next(dist.rendezvous(url, rank, world_size))
+    except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT")
+            raise UserError(
+                f"port {port} is in use on this machine: set another MASTER_PORT for all processes"
+            ) from error
+        if isinstance(error, ValueError) or "rendezvous handler" in str(error):
+            raise UserError(f"distributed.url: {url} is no address ({error}): set it to env://") from error
+        raise
     note = None
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
+    if slurm.number(os.environ, "GROUP_WORLD_SIZE", 1) == 1:
         # torchrun keeps one store for all its attempts. Without its own prefix, an attempt would read the addresses
         # that the previous attempt left there.
         store = dist.PrefixStore(f"attempt {Launch.current().attempt}", store)
     elif (
-        int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        slurm.number(os.environ, "TORCHELASTIC_MAX_RESTARTS", 0)
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     ):
         # Several torchruns count their attempts differently, so the attempt gives no prefix that is equal on all.
         note = f"restarts hang without {OWN_STORE}=1: set it in the environment of every torchrun"
@@ -221,6 +247,18 @@ def _join(device: torch.device, backend: str, url: str) -> Ranks:
     control = dist.new_group(backend="gloo") if with_nccl else dist.group.WORLD
     # Never None, because every rank is in the group.
     return Ranks(rank, world_size, device, note, cast(dist.ProcessGroup, control))
+
+
+@contextmanager
+def _signals_end_this_process() -> Iterator[None]:
+    """Makes Ctrl-C and SIGTERM end this process at once, as it has nothing to save."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _select(device: torch.device) -> None:

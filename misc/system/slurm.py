@@ -11,6 +11,17 @@ FIRST_PORT, PORTS = 10_000, 20_000
 """Ports for the ranks to meet at: below those that systems give to outgoing connections."""
 
 
+def number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """Returns the number in an environment variable, or the default if it is not set.
+
+    Raises UserError if it is no number.
+    """
+    text = environment.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise UserError(f"the environment variable {name} is {text!r}, not a number: correct it, or unset it")
+    return int(text)
+
+
 def joined_tasks(environment: Mapping[str, str]) -> int:
     """Returns how many tasks `srun` has started together with this one.
 
@@ -18,9 +29,13 @@ def joined_tasks(environment: Mapping[str, str]) -> int:
     task: the shell of `salloc` and a batch script have SLURM's variables too, but no other task joins them.
     """
     step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))
-    if "RANK" in environment or "SLURM_PROCID" not in environment or not step or int(step) >= RESERVED_STEPS:
+    if "RANK" in environment or "SLURM_PROCID" not in environment or not step or _step(environment) >= RESERVED_STEPS:
         return 1
-    return int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1)))
+    return number(environment, "SLURM_STEP_NUM_TASKS", number(environment, "SLURM_NTASKS", 1))
+
+
+def _step(environment: Mapping[str, str]) -> int:
+    return number(environment, "SLURM_STEP_ID", number(environment, "SLURM_STEPID", 0))
 
 
 def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -36,8 +51,7 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if local_tasks < tasks and not hosts and "MASTER_ADDR" not in environment:
         raise UserError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the machine of the first task")
     # Two steps of a job can run at the same time.
-    step = int(environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", 0)))
-    port = FIRST_PORT + (101 * int(environment.get("SLURM_JOB_ID", 0)) + step) % PORTS
+    port = FIRST_PORT + (101 * number(environment, "SLURM_JOB_ID", 0) + _step(environment)) % PORTS
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
@@ -51,9 +65,12 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
 def _tasks_of_this_node(environment: Mapping[str, str], tasks: int) -> int:
     listed = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
     if listed:
-        return expand_counts(listed)[int(environment.get("SLURM_NODEID", 0))]
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", 1)))
-    return -(-tasks // nodes)
+        counts, node = expand_counts(listed), number(environment, "SLURM_NODEID", 0)
+        if node >= len(counts):
+            raise UserError(f"SLURM_NODEID is {node}, but SLURM's tasks per node are {listed!r}: start it with srun")
+        return counts[node]
+    nodes = number(environment, "SLURM_STEP_NUM_NODES", number(environment, "SLURM_NNODES", 1))
+    return -(-tasks // max(1, nodes))
 
 
 def expand_counts(text: str) -> list[int]:
@@ -70,11 +87,11 @@ def first_host(hosts: str) -> str:
 
 def unused_tasks(environment: Mapping[str, str]) -> int:
     """Returns how many tasks a job has, if this process was started in it without `srun`; else 0."""
-    tasks = int(environment.get("SLURM_NTASKS", 1))
+    tasks = number(environment, "SLURM_NTASKS", 1)
     return tasks if "RANK" not in environment and joined_tasks(environment) == 1 and tasks > 1 else 0
 
 
 def binds_gpus(environment: Mapping[str, str]) -> bool:
     """Whether SLURM gives each task on this machine its own GPUs, so that it cannot see those of the others."""
     gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
-    return gpus.isdigit() and int(gpus) >= int(environment.get("LOCAL_WORLD_SIZE", 1))
+    return gpus.isdigit() and int(gpus) >= number(environment, "LOCAL_WORLD_SIZE", 1)

@@ -1,6 +1,8 @@
 """The device of a rank, and the errors of a wrong one. The collectives are tested in test_ranks.py."""
 
+import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -11,8 +13,10 @@ import torch
 
 from misc.errors import UserError
 from misc.system import distributed
-from misc.system.distributed import Ranks, choose_device, join_ranks
-from tests.helpers.ranks import run_on_ranks
+from misc.system.distributed import Ranks, choose_device, join_ranks, refuse
+from misc.system.interruption import Interruption
+from tests.helpers.fork_server import ROOT, Call
+from tests.helpers.ranks import fork_server, run_on_ranks
 
 
 @pytest.fixture
@@ -183,10 +187,70 @@ def test_a_warning_if_restarts_of_several_torchruns_would_hang(monkeypatch, torc
         "GROUP_WORLD_SIZE": torchruns,
         "TORCHELASTIC_MAX_RESTARTS": restarts,
         "TORCHELASTIC_USE_AGENT_STORE": str(not own_store),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
     }.items():
         monkeypatch.setenv(name, value)
     note = distributed._join(torch.device("cpu"), "gloo", "env://").note
     assert (note is not None and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note) == warned
+
+
+ONE = {"RANK": "0", "WORLD_SIZE": "1"}
+WHOLE = ONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (ONE, "RANK and WORLD_SIZE are set, but MASTER_ADDR and MASTER_PORT not: start it with torchrun, or unset"),
+        (ONE | {"MASTER_PORT": "29500"}, "but MASTER_ADDR not"),
+        (WHOLE | {"MASTER_ADDR": ""}, "but MASTER_ADDR not"),
+        (WHOLE | {"MASTER_PORT": ""}, "but MASTER_PORT not"),
+        (WHOLE | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number"),
+        (WHOLE | {"MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+        *((WHOLE | {name: ""}, f"{name} is '', not a number") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
+        (WHOLE | {"RANK": "-1"}, "RANK is '-1', not a number"),
+        (WHOLE | {"RANK": "9" * 9999}, "RANK is '9"),
+        (WHOLE | {"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE is 'two', not a number"),
+        (WHOLE | {"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2: start it with torchrun"),
+        (WHOLE | {"WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE is 0"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "batch"}, "SLURM_STEP_ID is 'batch', not a number"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS is ''"),
+        ({"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),
+    ],
+)
+def test_an_environment_variable_of_a_launcher_that_is_missing_or_wrong_is_one_line(monkeypatch, environment, message):
+    launchers = ("SLURM_", "MASTER_", "TORCHELASTIC_", "LOCAL_")
+    for name in [name for name in os.environ if name.startswith(launchers) or name in ONE]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message) as caught, join_ranks("cpu", "gloo", "env://"):
+        pass
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert refuse(caught.value) == 2
+
+
+@pytest.mark.parametrize("url", ["here", "tcp://127.0.0.1", "pigeon://127.0.0.1:29500", "tcp://127.0.0.1:http"])
+def test_an_address_of_another_form_is_one_line(monkeypatch, url):
+    for name, value in ONE.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="distributed.url: .*env://"), join_ranks("cpu", "gloo", url):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_ends_a_rank_that_waits_for_the_others_in_vain(number):
+    """torch waits for minutes, and Python's handlers do not run meanwhile."""
+    (ended,) = fork_server()([Call(wait_in_vain, (number,), dict(os.environ), ROOT)], seconds=60).statuses
+    assert ended == -number
+
+
+def wait_in_vain(number: int) -> None:
+    threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+    os.environ.update(WHOLE | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"})
+    with Interruption(), join_ranks("cpu", "gloo", "env://"):
+        pass
 
 
 def find_or_make(ranks: Ranks, path: Path) -> str:
