@@ -4,6 +4,7 @@ from typing import Any
 
 from easydict import EasyDict
 
+from misc.builders.preprocessing import preprocessing_values
 from misc.config.loading import flatten, to_plain
 from misc.config.rules import AUTO, TOWER_KEYS, contradictions
 from misc.errors import UserError
@@ -47,15 +48,34 @@ def resolve_architecture(
 
 
 def config_of_weights(config: EasyDict, weights: Weights) -> EasyDict:
-    """Returns a copy of the configuration with the architecture, resolution and text length of the weights.
+    """Returns a copy of the configuration with the architecture, text length and preprocessing of the weights.
 
-    These are the settings to evaluate and export the weights with.
+    These are the settings to evaluate and export the weights with. The preprocessing, with the resolution, is that of
+    the weights where the configuration has `auto`.
 
-    Raises UserError if neither the weights nor the configuration specify their activation or resolution.
+    Raises UserError if neither the weights nor the configuration specify their activation or resolution, or if the
+    given resolution does not fit.
     """
     saved = EasyDict(to_plain(config))
     saved.model.update(_towers_of(config, weights))
-    patch = saved.model.patch_size
+    patch, resolution = saved.model.patch_size, saved.preprocessing.resolution
+    if resolution == AUTO:
+        resolution = [side * patch for side in grid_of(config, weights)]
+    if any(side % patch for side in resolution):
+        raise UserError(
+            f"preprocessing.resolution: {resolution} should be multiples of {patch}, the patch size of {weights.name}"
+        )
+    saved.experiment.update(input_resolution=resolution, text_length=weights.text_length)
+    saved.preprocessing.update(preprocessing_values(config, weights))
+    return saved
+
+
+def grid_of(config: EasyDict, weights: Weights) -> tuple[int, int]:
+    """Returns (height, width) of the position embeddings of weights, in patches.
+
+    Raises UserError if neither the weights nor the configuration specify it.
+    """
+    patch = weights.sizes["patch_size"]
     configured = tuple(side // patch for side in config.experiment.input_resolution)
     fits = configured[0] * configured[1] == weights.patches
     grid = weights.grid or (configured if fits else square_grid(weights.patches))
@@ -64,8 +84,7 @@ def config_of_weights(config: EasyDict, weights: Weights) -> EasyDict:
             f"{weights.name}: it does not record its resolution, and its {weights.patches} patches of {patch} pixels "
             "form no square: set experiment.input_resolution=[height, width] to the resolution of these weights"
         )
-    saved.experiment.update(input_resolution=[side * patch for side in grid], text_length=weights.text_length)
-    return saved
+    return grid
 
 
 def _towers_of(config: EasyDict, weights: Weights) -> dict[str, int | str]:

@@ -7,6 +7,7 @@ from typing import Any
 from easydict import EasyDict
 from torch.utils.data import DataLoader
 
+from misc.builders.preprocessing import preprocessing_of
 from misc.config.loading import FOLDERS, flatten, to_plain
 from misc.config.rules import AUTO, RULES
 from misc.data.annotations import (
@@ -78,23 +79,25 @@ def with_recorded_data(config: EasyDict, weights: Weights, given: Sequence[str])
 
 
 def read_evaluated_split(
-    config: EasyDict, tokenizer: Tokenizer, text_lengths: Sequence[int], ranks: Ranks
+    config: EasyDict, tokenizer: Tokenizer, models: Sequence[EasyDict], ranks: Ranks
 ) -> tuple[dict[str, Split], list[str]]:
     """Reads and checks only the split that `data.evaluate_on` names.
 
     Args:
-        text_lengths: numbers of tokens that the models take of a caption.
+        models: configurations of the models to evaluate, from `build_saved_model`: they take captions of their own
+            length, cleaned or not.
 
     Returns: the same as `read_dataset`.
     """
     name = config.data.evaluate_on
     _check_folders(config)
+    captions = sorted({(model.experiment.text_length, preprocessing_of(model).clean_captions) for model in models})
     splits = read_annotations(
-        config.anno_dir, config.image_dir, splits=(name,), required=(name,), max_words=max_words(max(text_lengths))
+        config.anno_dir, config.image_dir, splits=(name,), required=(name,), max_words=max_words(captions[-1][0])
     )
     table, warnings = statistics_table(splits, _compared_with(config), compared=(name,))
     splits, image_lines = check_images(splits, config.image_dir, ranks, skip_unreadable=config.data.skip_unreadable)
-    cut = [cut_captions_note(splits, tokenizer, length) for length in sorted(set(text_lengths))]
+    cut = [cut_captions_note(splits, tokenizer, length, cleaned=cleaned) for length, cleaned in captions]
     cut.append(audit_line(splits, config.anno_dir))
     notes = [table, *image_notes(splits), *image_lines, *cut, *(f"warning: {warning}" for warning in warnings)]
     return splits, notes
@@ -218,13 +221,17 @@ def build_loader(
 def build_evaluator(
     config: EasyDict, splits: dict[str, Split], tokenizer: Tokenizer, precision: Precision, ranks: Ranks
 ) -> Evaluator:
-    """Builds the evaluator of the split that `data.evaluate_on` names."""
+    """Builds the evaluator of the split that `data.evaluate_on` names.
+
+    It prepares images and captions as the recipe does, unless `config` comes from `build_saved_model`.
+    """
     return Evaluator(
         split=splits[config.data.evaluate_on],
         image_dir=Path(config.image_dir),
         tokenizer=tokenizer,
         text_length=config.experiment.text_length,
         resolution=tuple(config.experiment.input_resolution),
+        preprocessing=preprocessing_of(config),
         batch_size=config.data.test_batch_size,
         workers=config.data.num_workers,
         ranks=ranks,

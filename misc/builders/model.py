@@ -1,12 +1,14 @@
 """The model with its weights: for training, from a checkpoint, and as it was when a run started."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from easydict import EasyDict
 
-from misc.builders.architecture import architecture_of, config_of_weights, resolve_architecture
+from misc.builders.architecture import architecture_of, config_of_weights, grid_of, resolve_architecture
+from misc.builders.preprocessing import preprocessing_note, preprocessing_of
 from misc.builders.training import build_objectives
 from misc.config.loading import flatten, to_plain
 from misc.config.rules import AUTO, RULES
@@ -111,9 +113,11 @@ def _context_tokens(config: EasyDict) -> list[int]:
 def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, EasyDict, list[str]]:
     """Builds the model of given weights, to evaluate, search with or export.
 
-    Returns: the model, the configuration with the architecture of the weights, and lines for the log.
+    Returns: the model, the configuration with the architecture and the preprocessing of the weights, and lines for the
+        log.
     """
     saved = config_of_weights(config, weights)
+    weights = replace(weights, grid=grid_of(config, weights))
     context, ratio = weights.heads.get(CONTEXT), weights.heads.get(ADAPTER_RATIO)
     model = build_towers(
         saved,
@@ -123,6 +127,7 @@ def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, Eas
     notes = [
         *weight_notes(saved, weights),
         "for {} × {} pixels, {} tokens".format(*saved.experiment.input_resolution, saved.experiment.text_length),
+        preprocessing_note(config, weights),
         *load_weights(model, weights),
     ]
     if config.model.activation not in (AUTO, saved.model.activation):
@@ -197,4 +202,4 @@ def build_export(config: EasyDict, model: TBPSCLIP, weights: Weights, tokenizer:
             f"--export: {weights.name} is adapted (model.adaptation), which no other tool can read: evaluate it with "
             "--evaluate instead"
         )
-    return Export(model, architecture_of(config), weights.preprocessing, tokenizer)
+    return Export(model, architecture_of(config), preprocessing_of(config, weights.preprocessing), tokenizer)

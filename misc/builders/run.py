@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from misc.builders.architecture import resolve_architecture
 from misc.builders.data import build_evaluator, build_loader, read_dataset
 from misc.builders.model import build_model, initial_weights
+from misc.builders.preprocessing import check_no_preprocessing
 from misc.builders.training import build_objectives, build_trainer
 from misc.config.loading import to_plain
 from misc.retrieval.evaluation import Evaluator
@@ -91,6 +92,7 @@ def prepare_run(config: EasyDict, ranks: Ranks, *, overwrite: bool, resume: bool
 
     Raises UserError if anything is wrong with the configuration, the data, the weights or the folder.
     """
+    check_no_preprocessing(config)
     folder, launch = run_folder(config), Launch.current()
     lock = lock_run(folder) if ranks.is_main else None
     saved = ranks.broadcast_from_main(lambda: find_start(folder, resume=resume, overwrite=overwrite, launch=launch))

@@ -73,12 +73,12 @@ def evaluate_across(
     configs = {name: _with_dataset(config, name, datasets[name]) for name in names}
     precision, tokenizer = Precision.choose(config.misc.precision, ranks.device), Tokenizer()
     trained: dict[str, TrainingData] = {}
-    lengths = []
+    models = []
     for source in sources:  # all are checked before the first one is evaluated, and read again then
         weights = read_any_weights(source, ranks)
-        lengths.append(build_saved_model(config, weights)[1].experiment.text_length)
+        models.append(build_saved_model(config, weights)[1])
         trained[source] = training_data(weights)
-    tests = {name: read_evaluated_split(own, tokenizer, lengths, ranks) for name, own in configs.items()}
+    tests = {name: read_evaluated_split(own, tokenizer, models, ranks) for name, own in configs.items()}
     with RunLog(None, is_main=ranks.is_main) as log:
         for line in [*rank_notes(ranks, precision), *(line for _, statistics in tests.values() for line in statistics)]:
             log.line(line)

@@ -29,7 +29,7 @@ def contribution(config: EasyDict, ranks: Ranks, source: str, *, given: Sequence
     model, config, weight_notes = build_saved_model(config, weights)
     initial, initial_notes = build_initial_model(config, ranks, source, initial_settings)
     tokenizer = Tokenizer()
-    splits, statistics = read_evaluated_split(config, tokenizer, [config.experiment.text_length], ranks)
+    splits, statistics = read_evaluated_split(config, tokenizer, [config], ranks)
     evaluator = build_evaluator(config, splits, tokenizer, precision, ranks)
     weight_notes += [f"initially: {note}" for note in initial_notes]
     with RunLog(None, is_main=ranks.is_main) as log:

@@ -62,8 +62,7 @@ def evaluate(
     config, data_notes = with_recorded_data(config, weights[0], given)
     data_notes += shared_people((training_data(each).title, config.data.dataset) for each in weights)
     models = [build_saved_model(config, each) for each in weights]
-    text_lengths = [saved.experiment.text_length for _, saved, _ in models]
-    splits, statistics = read_evaluated_split(config, tokenizer, text_lengths, ranks)
+    splits, statistics = read_evaluated_split(config, tokenizer, [saved for _, saved, _ in models], ranks)
     with RunLog(None, is_main=ranks.is_main) as log:
         for line in [*rank_notes(ranks, precision), *data_notes, *statistics]:
             log.line(line)

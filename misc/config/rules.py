@@ -11,6 +11,7 @@ from misc.data.image_operations import wrong_operations
 from misc.files import expanded
 from model.architecture import Architecture
 from model.heads import attention_heads
+from model.preprocessing import INTERPOLATIONS, PREPROCESSINGS
 from model.transformer import ACTIVATIONS
 from text_utils.augmentation import TEXT_OPERATIONS
 from text_utils.tokenizer import VOCABULARY_SIZE
@@ -126,6 +127,17 @@ SHARE = Values("a number, above 0 and at most 1", lambda value: PROBABILITY.acce
 COUNT = _integer(1)
 COUNT_OR_NULL = Values(f"{COUNT.description}, or null", lambda value: value is None or COUNT.accepts(value))
 COUNT_OR_AUTO = Values(f"{COUNT.description}, or auto", lambda value: value == AUTO or COUNT.accepts(value))
+
+
+def _or_auto(values: Values) -> Values:
+    return Values(
+        f"{values.description}, or auto",
+        lambda value: value == AUTO or values.accepts(value),
+        number=values.number,
+        convert=lambda value: value if value == AUTO else values.convert(value),
+    )
+
+
 WIDTHS_OR_AUTO = Values(
     f"{_list_of(3, COUNT).description}, or auto", lambda value: value == AUTO or _list_of(3, COUNT).accepts(value)
 )
@@ -204,6 +216,12 @@ RULES: dict[str, Rule] = {
     "schedule.weight_decay": Rule(RATIO, file_wins=True),
     "schedule.betas": Rule(_list_of(2, BELOW_ONE), file_wins=True),
     "schedule.eps": Rule(POSITIVE, file_wins=True),
+    "preprocessing.kind": Rule(_choice(AUTO, *PREPROCESSINGS), may_change=True, for_search=True),
+    "preprocessing.resolution": Rule(_or_auto(RESOLUTION), may_change=True, for_search=True),
+    "preprocessing.interpolation": Rule(_choice(AUTO, *INTERPOLATIONS), may_change=True, for_search=True),
+    "preprocessing.mean": Rule(_or_auto(_list_of(3, PROBABILITY)), may_change=True, for_search=True),
+    "preprocessing.deviation": Rule(_or_auto(_list_of(3, POSITIVE)), may_change=True, for_search=True),
+    "preprocessing.clean_captions": Rule(SWITCH_OR_AUTO, may_change=True, for_search=True),
     "model.ckpt_type": Rule(_choice("original_clip", "saved")),
     "model.checkpoint": Rule(PATH_OR_NULL, may_change=True, file_wins=True),
     "model.saved_path": Rule(PATH, may_change=True),

@@ -22,6 +22,7 @@ from misc.data.transforms import functional as F
 from misc.data.views import EvaluationView, PoolView, SimCLRView, mix_captions, mix_images
 from misc.errors import UserError
 from misc.system.randomness import derive_seed, seeded, single_threaded
+from model.preprocessing import TBPS_PREPROCESSING, Preprocessing
 from text_utils.augmentation import augment_caption
 from text_utils.masking import mask_tokens
 from text_utils.tokenizer import Tokenizer
@@ -195,10 +196,17 @@ class GalleryImage(NamedTuple):
 class EvaluationImages(Dataset):
     """Gallery images: the images of a split with these numbers."""
 
-    def __init__(self, split: Split, image_dir: Path, resolution: tuple[int, int], numbers: range):
+    def __init__(
+        self,
+        split: Split,
+        image_dir: Path,
+        resolution: tuple[int, int],
+        numbers: range,
+        preprocessing: Preprocessing = TBPS_PREPROCESSING,
+    ):
         self.image_dir = image_dir
         self.paths = [split.image_paths[number] for number in numbers]
-        self.view = EvaluationView(resolution)
+        self.view = EvaluationView(resolution, preprocessing)
 
     def __len__(self) -> int:
         return len(self.paths)

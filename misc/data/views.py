@@ -17,7 +17,7 @@ from misc.data.adjustments import Adjustments, apply_adjustments
 from misc.data.image_operations import Operation
 from misc.data.transforms import InterpolationMode
 from misc.data.transforms import functional as F
-from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN
+from model.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN, TBPS_PREPROCESSING, Preprocessing
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -45,25 +45,23 @@ def _channel_values(values: tuple[float, ...]) -> Tensor:
 
 
 class EvaluationView:
-    """The view for evaluation and search: resized (bicubic, antialiased) and normalised.
+    """The view for evaluation and search: resized (antialiased) and normalised.
+
+    Height and width are resized independently, also for weights that were trained on crops (`Preprocessing.squash`):
+    a square cut out of an image of a standing person has neither head nor legs.
 
     Args:
         resolution: (height, width) in pixels.
-        mean, deviation: values of each channel. The defaults are those of training; other weights may need their own.
+        preprocessing: interpolation, and values of each channel. The default is that of the recipe.
     """
 
-    def __init__(
-        self,
-        resolution: tuple[int, int],
-        mean: Sequence[float] = IMAGENET_MEAN,
-        deviation: Sequence[float] = IMAGENET_DEVIATION,
-    ):
+    def __init__(self, resolution: tuple[int, int], preprocessing: Preprocessing = TBPS_PREPROCESSING):
         self.resolution = list(resolution)
-        self.mean, self.deviation = tuple(mean), tuple(deviation)
+        self.preprocessing = preprocessing
 
     def __call__(self, image: Image.Image) -> Tensor:
-        resized = to_tensor(F.resize(image, self.resolution, InterpolationMode.BICUBIC))
-        return normalise(resized, self.mean, self.deviation)
+        resized = to_tensor(F.resize(image, self.resolution, InterpolationMode(self.preprocessing.interpolation)))
+        return normalise(resized, self.preprocessing.mean, self.preprocessing.deviation)
 
 
 def _resize(pixels: Tensor, resolution: tuple[int, int]) -> Tensor:

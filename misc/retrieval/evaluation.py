@@ -20,6 +20,7 @@ from misc.retrieval.metrics import QueryResults, check_features, queries_without
 from misc.system.distributed import Ranks, gather_strided
 from misc.system.precision import Precision
 from misc.system.prefetch import prefetched
+from model.preprocessing import TBPS_PREPROCESSING, Preprocessing
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import Tokenizer
 
@@ -82,6 +83,7 @@ class Evaluator:
         workers: number of processes that decode images, per rank.
         ranks: this rank and its collectives.
         precision: of the encoders; similarities are computed in float32.
+        preprocessing: preprocessing of images and captions; images are never cropped.
     """
 
     split: Split
@@ -93,6 +95,7 @@ class Evaluator:
     workers: int
     ranks: Ranks
     precision: Precision
+    preprocessing: Preprocessing = TBPS_PREPROCESSING
 
     @torch.no_grad()
     def __call__(self, model: TBPSCLIP) -> Retrieval:
@@ -133,7 +136,7 @@ class Evaluator:
         """
         device = self.ranks.device
         own = self._own(len(self.split.image_paths))
-        images = EvaluationImages(self.split, self.image_dir, self.resolution, own)
+        images = EvaluationImages(self.split, self.image_dir, self.resolution, own, self.preprocessing)
         loader = gallery_loader(images, self.batch_size, workers=self.workers, pin_memory=device.type == "cuda")
         names = [f"the image {self.image_dir / self.split.image_paths[number]}" for number in own]
 
@@ -148,7 +151,8 @@ class Evaluator:
     @torch.no_grad()
     def encode_captions(self, encoders: Sequence[EncodeFunction], width: int) -> list[Tensor]:
         """Encodes this rank's captions like `encode_images`. Encoders: (B, L) int64 → (B, D)."""
-        own = [self.split.captions[number] for number in self._own(len(self.split))]
+        captions = self.split.captions if self.preprocessing.clean_captions else self.split.annotated_captions
+        own = [captions[number] for number in self._own(len(self.split))]
         token_ids = (
             pad_tokens([self.tokenizer.encode(c, self.text_length) for c in own[start : start + self.batch_size]])
             for start in range(0, len(own), self.batch_size)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from misc.builders.architecture import architecture_of
 from misc.builders.model import build_saved_model, read_any_weights
+from misc.builders.preprocessing import preprocessing_of
 from misc.config.loading import load_config
 from misc.config.rules import RULES, TOWER_KEYS
 from misc.data.batches import pad_tokens
@@ -22,7 +23,10 @@ from misc.data.views import EvaluationView
 from misc.errors import UserError
 from misc.system.distributed import Ranks
 from misc.system.precision import Precision
+from model.architecture import Architecture
+from model.preprocessing import Preprocessing
 from model.tbps_clip import TBPSCLIP
+from text_utils.cleaning import clean_caption
 from text_utils.tokenizer import Tokenizer
 
 
@@ -32,16 +36,20 @@ class Encoder:
 
     Attributes:
         view: converts a picture to pixels.
+        clean_captions: whether descriptions are cleaned before they are tokenized.
         fingerprint: a hash of the weights and settings; it is equal for the same encoder read from another file.
+        notes: lines for the user: the weights, their architecture and preprocessing.
     """
 
     model: TBPSCLIP
     tokenizer: Tokenizer
     text_length: int
     view: EvaluationView
+    clean_captions: bool
     device: torch.device
     precision: Precision
     fingerprint: str
+    notes: list[str]
 
     @property
     def width(self) -> int:
@@ -54,13 +62,17 @@ class Encoder:
 
     def encode_descriptions(self, descriptions: Sequence[str]) -> Tensor:
         """Encodes B descriptions to features (B, D); longer descriptions are truncated to `text_length` tokens."""
-        ids = pad_tokens([self.tokenizer.encode(description, self.text_length) for description in descriptions])
+        ids = pad_tokens([self._tokens(description, self.text_length) for description in descriptions])
         return self._encode(self.model.encode_text, ids)
 
     def read_part(self, description: str) -> str | None:
         """Returns the part of a description that is not truncated, or None if that is all of it."""
-        ids = self.tokenizer.encode(description, sys.maxsize)
+        ids = self._tokens(description, sys.maxsize)
         return self.tokenizer.decode(ids[1 : self.text_length - 1]) if len(ids) > self.text_length else None
+
+    def _tokens(self, description: str, length: int) -> list[int]:
+        cleaned = clean_caption(description, max_words=sys.maxsize) if self.clean_captions else description
+        return self.tokenizer.encode(cleaned, length)
 
     @torch.inference_mode()
     def _encode(self, encode: Any, batch: Tensor) -> Tensor:
@@ -81,21 +93,37 @@ def load_encoder(source: str, overrides: Sequence[str], device: torch.device) ->
     if others := [override for override in overrides if override.partition("=")[0] not in allowed]:
         raise UserError(f"{others[0]} has no effect on a search: only {', '.join(allowed)} can be set")
     weights = read_any_weights(source, Ranks(0, 1, device))
-    model, saved, _ = build_saved_model(load_config(overrides=tuple(overrides)), weights)
-    architecture, preprocessing = architecture_of(saved), weights.preprocessing
-    # The whole person must be visible, so pictures are not cropped to a square, even for weights trained that way.
-    view = EvaluationView(architecture.resolution, mean=preprocessing.mean, deviation=preprocessing.deviation)
-    # These words are part of every index: if they change, all pictures are encoded again.
-    settings = repr(({key: getattr(architecture, key) for key in TOWER_KEYS}, vars(view), preprocessing))
+    model, saved, notes = build_saved_model(load_config(overrides=tuple(overrides)), weights)
+    architecture, preprocessing = architecture_of(saved), preprocessing_of(saved, weights.preprocessing)
+    view = EvaluationView(architecture.resolution, preprocessing)
     return Encoder(
         model=model.to(device).eval(),
         tokenizer=Tokenizer(),
         text_length=architecture.text_length,
         view=view,
+        clean_captions=preprocessing.clean_captions,
         device=device,
         precision=Precision.choose("auto", device),
-        fingerprint=_fingerprint(weights.state | weights.heads, settings),
+        fingerprint=_fingerprint(weights.state | weights.heads, _settings(architecture, preprocessing)),
+        notes=notes,
     )
+
+
+def _settings(architecture: Architecture, preprocessing: Preprocessing) -> str:
+    """Returns what decides the features of pictures, besides the weights.
+
+    These words are part of every index: if they change, all pictures are encoded again.
+    """
+    sizes = {key: getattr(architecture, key) for key in TOWER_KEYS}
+    mean, deviation, interpolation = preprocessing.mean, preprocessing.deviation, preprocessing.interpolation
+    view: dict[str, Any] = {"resolution": list(architecture.resolution), "mean": mean, "deviation": deviation}
+    if interpolation != "bicubic":  # earlier versions resized all pictures in this way
+        view["interpolation"] = interpolation
+    recorded = (
+        f"Preprocessing(mean={mean}, deviation={deviation}, squash={preprocessing.squash}, "
+        f"interpolation={interpolation!r})"
+    )
+    return f"({sizes}, {view}, {recorded})"
 
 
 def _fingerprint(tensors: dict[str, Tensor], settings: str) -> str:

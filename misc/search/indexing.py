@@ -45,7 +45,7 @@ class Update:
         encoded: number of new and changed pictures, which were encoded.
         removed: number of pictures that were removed from the index.
         unreadable: files and folders that were skipped, sorted; `unreadable.jsonl` in the index lists them too.
-        notes: lines of the engine for the user.
+        notes: lines of the encoder and the engine for the user.
     """
 
     pictures: int
@@ -128,7 +128,7 @@ def update_index(
                 encoded=len(missing) - len(undecodable),
                 removed=0 if previous is None else _count_removed(previous, pictures),
                 unreadable=sorted(skipped),
-                notes=[*damage, *notes],
+                notes=[*encoder.notes, *damage, *notes],
             )
     except OSError as error:
         if error.errno not in (*DISK_FULL, *FORBIDDEN):

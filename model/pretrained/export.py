@@ -23,6 +23,7 @@ from misc.files import atomic_folder, check_new_path
 from model.architecture import QUICK_GELU, Architecture
 from model.preprocessing import INTERPOLATIONS, Preprocessing
 from model.pretrained.names import from_ours, to_hugging_face
+from model.pretrained.settings import CLEAN_CAPTIONS
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import END, SPELLED, START, Tokenizer
 
@@ -41,7 +42,7 @@ class Export:
     Attributes:
         model: the model in evaluation mode, with float32 parameters on any device.
         architecture: sizes of `model`.
-        preprocessing: preprocessing of images.
+        preprocessing: preprocessing of images and captions.
         tokenizer: tokenizer of captions.
     """
 
@@ -144,6 +145,7 @@ def _write_open_clip(folder: Path, content: Export) -> None:
         "std": list(preprocessing.deviation),
         "interpolation": preprocessing.interpolation,
         "resize_mode": "squash" if preprocessing.squash else "shortest",
+        CLEAN_CAPTIONS: preprocessing.clean_captions,
     }
     _write_json(folder / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": preprocess})
     _write_tensors(folder / "open_clip_model.safetensors", _state(content.model))
@@ -210,6 +212,7 @@ def _write_image_processor(folder: Path, content: Export) -> None:
         "do_normalize": True,
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.deviation),
+        CLEAN_CAPTIONS: preprocessing.clean_captions,
     }
     _write_json(folder / "preprocessor_config.json", processor)
 

@@ -179,6 +179,7 @@ class Scheme(NamedTuple):
         title: whose names these are, for messages.
         matches: whether a name shows this scheme.
         convert: returns encoders and temperature under OpenAI's names, and training heads under ours.
+        first_layers: names of the first layer of each encoder, by which the encoders are found behind any prefix.
         settings: what the names imply, because they show which code trained the weights; None if nothing.
         is_tbps_clip: whether these are names of TBPS-CLIP, whose checkpoints contain a configuration.
     """
@@ -186,6 +187,7 @@ class Scheme(NamedTuple):
     title: str
     matches: Callable[[str], bool]
     convert: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    first_layers: tuple[str, ...]
     settings: Settings | None = None
     is_tbps_clip: bool = False
 
@@ -199,12 +201,16 @@ OPENAI_TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embe
 HUGGING_FACE = ("vision_model.", "text_model.", "visual_projection.", "text_projection.weight")
 SCHEMES: dict[str, Scheme] = {
     "Hugging Face": Scheme(
-        "Hugging Face", lambda name: name.startswith(HUGGING_FACE), lambda state: (from_hugging_face(state), {})
+        "Hugging Face",
+        lambda name: name.startswith(HUGGING_FACE),
+        lambda state: (from_hugging_face(state), {}),
+        ("vision_model.embeddings.patch_embedding.weight", "text_model.embeddings.token_embedding.weight"),
     ),
     "ours": Scheme(
         "this project",
         lambda name: name.startswith(("image_encoder.", "text_encoder.", *HEADS)),
         _split_heads,
+        ("image_encoder.conv1.weight", "text_encoder.token_embedding.weight"),
         Settings(preprocessing=TBPS_PREPROCESSING),
         is_tbps_clip=True,
     ),
@@ -212,11 +218,15 @@ SCHEMES: dict[str, Scheme] = {
         "the published code",
         lambda name: name.startswith(tuple(theirs for theirs, _ in PUBLISHED if theirs != "visual.")),
         lambda state: _split_heads({ours_from_published(name): value for name, value in state.items()}),
+        ("visual.conv1.weight", "encode_text.token_embedding.weight"),
         Settings(QUICK_GELU, preprocessing=TBPS_PREPROCESSING),
         is_tbps_clip=True,
     ),
     "OpenAI": Scheme(
-        "OpenAI", lambda name: name.startswith(("visual.", *OPENAI_TEXT)), lambda state: (dict(state), {})
+        "OpenAI",
+        lambda name: name.startswith(("visual.", *OPENAI_TEXT)),
+        lambda state: (dict(state), {}),
+        ("visual.conv1.weight", "token_embedding.weight"),
     ),
 }
 """By name; the first that matches a name counts. open_clip uses OpenAI's names."""
@@ -227,11 +237,13 @@ IRRA_HEADS = ("classifier", "cross_attn", "cross_modal_transformer", "ln_pre_t",
 """IRRA's training heads."""
 RDE_FEATURES = ("visul_emb_layer", "texual_emb_layer")
 """The modules of RDE's second pair of features (Qin et al., CVPR 2024), in its spelling."""
-IRRA = Scheme(
-    "IRRA",
-    lambda name: name.startswith(("visual.", *OPENAI_TEXT)),
-    lambda state: ({"logit_scale": torch.tensor(math.log(50)), **state}, {}),  # its temperature is the constant 1 / 50
-    Settings(QUICK_GELU, preprocessing=IRRA_PREPROCESSING),
+IRRA = SCHEMES["OpenAI"]._replace(
+    title="IRRA",
+    convert=lambda state: (
+        {"logit_scale": torch.tensor(math.log(50)), **state},
+        {},
+    ),  # a constant temperature of 1 / 50
+    settings=Settings(QUICK_GELU, preprocessing=IRRA_PREPROCESSING),
 )
 
 

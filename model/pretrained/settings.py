@@ -8,6 +8,9 @@ from model.architecture import GELU, QUICK_GELU
 from model.preprocessing import CLIP_PREPROCESSING, INTERPOLATIONS, TBPS_PREPROCESSING, Preprocessing
 from model.transformer import ACTIVATIONS
 
+CLEAN_CAPTIONS = "clean_captions"
+"""Our own key among the settings of images that we export: other tools ignore it."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -17,7 +20,7 @@ class Settings:
         activation: a key of `ACTIVATIONS`.
         vision_heads, text_heads: numbers of attention heads.
         resolution: (height, width) in pixels.
-        preprocessing: preprocessing of images.
+        preprocessing: preprocessing of images and captions.
         sizes: recorded sizes, to check the tensors; named as in the configuration's section `model`.
     """
 
@@ -169,6 +172,7 @@ def settings_from_open_clip(
             _channels(preprocess.get("std"), CLIP_PREPROCESSING.deviation),
             squash=mode == "squash",
             interpolation=preprocess.get("interpolation", "bicubic"),
+            clean_captions=preprocess.get(CLEAN_CAPTIONS, False),
         ),
         sizes=_present(vision, {"patch_size": "patch_size", "vision_width": "width", "vision_layers": "layers"})
         | _present(text, {"vocab_size": "vocab_size", "text_width": "width", "text_layers": "layers"})
@@ -221,4 +225,5 @@ def _preprocessing_of(processor: dict[str, Any]) -> Preprocessing:
         _channels(processor.get("image_std"), CLIP_PREPROCESSING.deviation),
         squash=not processor.get("do_center_crop", True) and "height" in _section(processor, "size"),
         interpolation=_as_name(names.get(resample, resample) if isinstance(resample, int) else resample),
+        clean_captions=processor.get(CLEAN_CAPTIONS, False),
     )

@@ -105,7 +105,7 @@ class Weights:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The preprocessing of the training images; OpenAI's if it is not recorded."""
+        """The preprocessing of the training images and captions; OpenAI's if it is not recorded."""
         return self.settings.preprocessing or CLIP_PREPROCESSING
 
     def activation(self, given: str | None) -> str:

@@ -11,18 +11,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from misc.errors import UserError, first_of
+from model.pretrained.names import SCHEMES
 
-FIRST_LAYERS = (
-    "vision_model.embeddings.patch_embedding.weight",
-    "text_model.embeddings.token_embedding.weight",
-    "encode_text.token_embedding.weight",
-    "text_encoder.token_embedding.weight",
-    "image_encoder.conv1.weight",
-    "token_embedding.weight",
-    "visual.conv1.weight",
-)
-"""The first layer of each encoder, as the schemes of `names` name it. What precedes it is the prefix of the CLIP. Some
-of these names end with another one, which comes later."""
+FIRST_LAYERS = sorted((layer for scheme in SCHEMES.values() for layer in scheme.first_layers), key=len, reverse=True)
+"""The first layers of the encoders. What precedes them is the prefix of the CLIP. A name that ends with another one
+comes before it."""
 USUAL_KEYS = ("model", "state_dict", "model_state_dict")
 """Keys of the weights to use, if a file has several state dicts of a CLIP."""
 DEEPEST = 3

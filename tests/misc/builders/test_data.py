@@ -64,7 +64,7 @@ def test_data_without_folders_and_name_is_refused(key, folders):
     with pytest.raises(UserError, match=f"{key}: auto needs data.dataset"):
         read_dataset(config, Tokenizer(), ALONE)
     with pytest.raises(UserError, match=f"{key}: auto needs data.dataset"):
-        read_evaluated_split(config, Tokenizer(), [77], ALONE)
+        read_evaluated_split(config, Tokenizer(), [config], ALONE)
 
 
 def test_data_of_a_checkpoint_that_is_not_here_is_a_warning(folders):
@@ -91,7 +91,8 @@ def test_captions_keep_as_many_words_as_tokens_but_77_at_least(tiny_dataset, tex
     config = load_config(overrides=(*own, f"experiment.text_length={text_length}"))
     tokenizer = Tokenizer()
     trained, notes = read_dataset(config, tokenizer, ALONE)
-    evaluated, _ = read_evaluated_split(config, tokenizer, [32, text_length], ALONE)
+    shorter = load_config(overrides=("experiment.text_length=32",))
+    evaluated, _ = read_evaluated_split(config, tokenizer, [shorter, config], ALONE)
     for split in (trained["train"], trained["test"], evaluated["test"]):
         assert split.captions[0].split() == words[:seen]
     assert any(note.startswith(f"captions cut at {text_length} tokens: 24 of 24 in train (by ") for note in notes)

@@ -184,6 +184,10 @@ def test_the_log_says_how_many_captions_are_cut(tmp_path):
             "captions cut at 7 tokens: 3 of 4 in train (by 4.0 tokens on average, at most 5), 0 of 1 in test"
         )
         assert cut_captions_note(splits, tokenizer, 77).endswith(": 0 of 4 in train, 0 of 1 in test")
+        assert cut_captions_note(splits, tokenizer, 7, cleaned=False) == (  # each full stop has one token too
+            "captions as annotated, cut at 7 tokens: 3 of 4 in train (by 5.3 tokens on average, at most 7), "
+            "0 of 1 in test"
+        )
 
 
 # Back-translations from a separate file
