@@ -34,10 +34,10 @@ from misc.builders.architecture import resolve_architecture
 from misc.builders.model import build_model
 from misc.builders.training import build_objectives
 from misc.config.loading import load_config
-from misc.data.annotations import Split
 from misc.data.batches import collate
 from misc.data.sampler import Draw
 from misc.data.samples import Augmentation, TrainingSet
+from misc.data.split import Split
 from misc.errors import UserError
 from misc.retrieval import metrics
 from misc.run.profiling import peak_memory_gigabytes

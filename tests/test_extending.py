@@ -107,7 +107,7 @@ def test_the_document_has_an_example_for_each_addition():
         "config/datasets.yaml",
         "config/study.yaml",
         "misc/config/rules.py",
-        "misc/data/annotations.py",
+        "misc/data/statistics.py",
         "misc/data/image_operations.py",
         "model/losses.py",
         "model/objectives.py",

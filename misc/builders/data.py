@@ -10,22 +10,15 @@ from torch.utils.data import DataLoader
 from misc.builders.preprocessing import preprocessing_of
 from misc.config.loading import FOLDERS, flatten, to_plain
 from misc.config.rules import AUTO, RULES
-from misc.data.annotations import (
-    PUBLISHED_COUNTS,
-    Split,
-    cut_captions_note,
-    data_title,
-    few_shot,
-    image_notes,
-    read_annotations,
-    statistics_table,
-)
+from misc.data.annotations import read_annotations
 from misc.data.audit import audit_line
 from misc.data.batches import training_loader
 from misc.data.image_checks import check_images
 from misc.data.noise import shuffle_captions
 from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import Augmentation, TrainingSet
+from misc.data.split import Split, few_shot
+from misc.data.statistics import PUBLISHED_COUNTS, cut_captions_note, data_title, image_notes, statistics_table
 from misc.errors import UserError
 from misc.files import is_file, is_folder
 from misc.retrieval.evaluation import Evaluator

@@ -11,8 +11,9 @@ from misc.builders.data import build_evaluator, evaluated_data, read_evaluated_s
 from misc.builders.model import build_saved_model, read_any_weights
 from misc.builders.run import rank_notes
 from misc.config.loading import FOLDERS, flatten, known_datasets, read_datasets, to_plain
-from misc.data.annotations import Split, read_annotations
+from misc.data.annotations import read_annotations
 from misc.data.overlap import overlap_lines, shared_source
+from misc.data.split import Split
 from misc.errors import UserError
 from misc.files import atomic_file
 from misc.retrieval.evaluation import Retrieval, result_lines

@@ -13,7 +13,7 @@ import yaml
 from easydict import EasyDict
 
 from misc.config.rules import AUTO, RULES, contradictions
-from misc.data.annotations import PUBLISHED_COUNTS
+from misc.data.statistics import PUBLISHED_COUNTS
 from misc.errors import UserError, shown
 from misc.files import atomic_file, expanded, is_file, resolved
 

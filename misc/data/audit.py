@@ -17,9 +17,11 @@ from typing import Any
 import regex
 from tqdm import tqdm
 
-from misc.data.annotations import Split, read_annotations, statistics_table
+from misc.data.annotations import read_annotations
 from misc.data.images import ImageError, read_header
 from misc.data.overlap import identical_files
+from misc.data.split import Split
+from misc.data.statistics import statistics_table
 from misc.errors import UserError
 from misc.files import atomic_file, check_new_path, is_file, is_folder, path_argument
 from misc.terminal import prepare_streams, report, show

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from misc.data.annotations import Split, keep_images
 from misc.data.images import ImageError, check_header, read_dataset_image
+from misc.data.split import Split, keep_images
 from misc.errors import UserError
 from misc.files import is_file
 from misc.system.distributed import Ranks, local_rank

@@ -3,7 +3,7 @@
 import dataclasses
 from random import Random
 
-from misc.data.annotations import Split
+from misc.data.split import Split
 
 
 def shuffle_captions(split: Split, share: float, seed: int) -> tuple[Split, int]:

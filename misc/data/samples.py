@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from misc.data.adjustments import Adjustments
-from misc.data.annotations import Split
 from misc.data.image_operations import build_operations
 from misc.data.images import read_dataset_image
 from misc.data.sampler import Draw
+from misc.data.split import Split
 from misc.data.transforms import functional as F
 from misc.data.views import EvaluationView, PoolView, SimCLRView, mix_captions, mix_images
 from misc.errors import UserError

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misc.data.annotations import Split
 from misc.data.batches import batches, gallery_loader, pad_tokens
 from misc.data.images import damaged_warning
 from misc.data.samples import EvaluationImages
+from misc.data.split import Split
 from misc.retrieval.metrics import QueryResults, check_features, queries_without_match, rank_queries, summarise
 from misc.system.distributed import Ranks, gather_strided
 from misc.system.precision import Precision

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from misc.data.annotations import Split
+from misc.data.split import Split
 from misc.files import atomic_file, check_new_path, is_file, is_folder, resolved
 from misc.retrieval.evaluation import Evaluator, Retrieval
 from misc.retrieval.sheet import draw_retrieval_sheet

@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from misc.data.annotations import Split
 from misc.data.images import read_dataset_image
+from misc.data.split import Split
 from misc.files import atomic_file
 from misc.retrieval.evaluation import Retrieval
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from misc.data.annotations import PUBLISHED_COUNTS
+from misc.data.statistics import PUBLISHED_COUNTS
 from misc.errors import UserError
 from misc.files import is_file
 from misc.study.across import ACROSS_JSON, text_table

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from misc.config.loading import flatten, read_yaml
-from misc.data.annotations import data_title
+from misc.data.statistics import data_title
 from misc.errors import UserError, first_of
 from misc.files import atomic_file, find_files, is_file
 from misc.run.folder import CONFIG, METRICS, read_records

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from misc.data.annotations import few_shot, read_annotations
+from misc.data.annotations import read_annotations
+from misc.data.split import few_shot
 from misc.run.checkpoint import read_checkpoint
 from model.adaptation import ContextPrompt, ImageAdapter
 from model.pretrained.weights import read_weights

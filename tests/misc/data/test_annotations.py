@@ -9,19 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from misc.data import annotations
-from misc.data.annotations import (
-    PUBLISHED_COUNTS,
-    Counts,
-    Split,
-    cut_captions_note,
-    image_notes,
-    keep_images,
-    read_annotations,
-    read_captions,
-    statistics_table,
-)
+from misc.data import annotation_files
+from misc.data.annotations import read_annotations, read_captions
 from misc.data.image_checks import check_images
+from misc.data.split import Counts, Split, keep_images
+from misc.data.statistics import PUBLISHED_COUNTS, cut_captions_note, image_notes, statistics_table
 from misc.errors import UserError
 from misc.system.distributed import Ranks
 from text_utils.cleaning import clean_caption
@@ -608,10 +600,10 @@ def test_errors_in_rstpreid_name_its_own_fields(tmp_path):
     "path", ["/a.jpg", "C:a.jpg", "C:\\a.jpg", "\\\\server\\share\\a.jpg", "..\\a.jpg", "a/..\\..\\b.jpg"]
 )
 def test_under_windows_no_path_leads_out_of_the_image_folder(path, monkeypatch):
-    monkeypatch.setattr(annotations, "Path", PureWindowsPath)
+    monkeypatch.setattr(annotation_files, "Path", PureWindowsPath)
     with pytest.raises(UserError, match="expected a path inside the image folder"):
-        annotations._image_path({"file_path": path}, "entry 1")
-    assert annotations._image_path({"file_path": "cam_a/1.png"}, "entry 1") == "cam_a/1.png"
+        annotation_files.image_path_of({"file_path": path}, "entry 1")
+    assert annotation_files.image_path_of({"file_path": "cam_a/1.png"}, "entry 1") == "cam_a/1.png"
 
 
 def test_entries_that_are_not_objects(tmp_path):

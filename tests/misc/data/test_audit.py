@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from misc.data.annotations import Split, read_annotations
+from misc.data.annotations import read_annotations
 from misc.data.audit import audit_captions, audit_images, audit_lengths, audit_line, main
+from misc.data.split import Split
 from text_utils.cleaning import clean_caption
 
 CLEAN = "A woman (about 30) in a red/white, knee-long dress & boots; she's carrying a \"Nike\" bag, isn't she?"

@@ -349,7 +349,7 @@ def test_bad_places(tmp_path, start):
     refused(start(annotation, tmp_path), f"{tmp_path} already exists")
     refused(start(annotation, tmp_path / "none" / "out.json"), f"{tmp_path / 'none'} is not a folder")
     refused(start(annotation, annotation / "out.json"), f"{annotation} is not a folder")
-    refused(start(annotation, tmp_path / ("long" * 100)), "cannot be written")
+    refused(start(annotation, tmp_path / ("long" * 100)), "cannot be accessed")
     (tmp_path / PARTIAL).mkdir()
     refused(start(annotation, tmp_path / "out.json"), PARTIAL, "cannot be written")
     assert annotation.read_bytes() == before

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from misc.data import image_checks
-from misc.data.annotations import Split, read_annotations
+from misc.data.annotations import read_annotations
 from misc.data.image_checks import check_images
+from misc.data.split import Split
 from misc.errors import UserError
 from misc.system.distributed import Ranks
 from tests.helpers.tiny_dataset import TinyDataset, spoil

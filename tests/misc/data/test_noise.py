@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from misc.data.annotations import Split
 from misc.data.noise import shuffle_captions
+from misc.data.split import Split
 
 PEOPLE, IMAGES, CAPTIONS = 50, 2, 2
 TOTAL = PEOPLE * IMAGES * CAPTIONS

@@ -11,11 +11,12 @@ import torch
 
 from misc.config.loading import load_config
 from misc.data import samples as samples_module
-from misc.data.annotations import Split, read_annotations
+from misc.data.annotations import read_annotations
 from misc.data.batches import Batch, batches, collate, gallery_loader, training_loader
 from misc.data.images import read_dataset_image, read_image
 from misc.data.sampler import Draw, GlobalBatchSampler
 from misc.data.samples import Augmentation, EvaluationImages, Sample, TrainingSet
+from misc.data.split import Split
 from misc.data.views import EvaluationView
 from misc.errors import UserError
 from model.tbps_clip import Views

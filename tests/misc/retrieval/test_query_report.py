@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from misc.data.annotations import Split
+from misc.data.split import Split
 from misc.retrieval.evaluation import Retrieval
 from misc.retrieval.metrics import rank_queries, summarise
 from misc.retrieval.query_report import choose_queries, compare_queries, comparison_lines, query_records, write_lines

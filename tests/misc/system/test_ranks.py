@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from misc.data.annotations import Split, read_annotations
+from misc.data.annotations import read_annotations
+from misc.data.split import Split
 from misc.retrieval.evaluation import Evaluator, Retrieval
 from misc.system.distributed import Ranks, gather, gather_strided, mean_over_ranks
 from misc.system.precision import Precision

@@ -489,7 +489,7 @@ MISTAKES = {
     ),
     "a name that is too long": (
         lambda source, folder: ("--export", "openclip", folder / ("x" * 300), f"model.checkpoint={source.path}"),
-        ["cannot be written (File name too long)"],
+        ["cannot be accessed (File name too long)"],
     ),
     "weights with a name that is too long": (
         lambda source, folder: ("--export", "openclip", folder / "out", f"model.checkpoint={folder / ('x' * 300)}.pt"),
