@@ -1,11 +1,24 @@
 """The sizes of a model's encoders, without the heads that only training needs."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from text_utils.tokenizer import VOCABULARY_SIZE
 
 QUICK_GELU, GELU = "quick_gelu", "gelu"
 """Names of activations. OpenAI, MetaCLIP and DFN trained with QuickGELU, LAION and DataComp with GELU."""
+
+
+class Sizes(NamedTuple):
+    """The fields of `Architecture` that the shapes of the tensors show."""
+
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    text_width: int
+    text_layers: int
+    embed_dim: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def grid_of(config: EasyDict, weights: Weights) -> tuple[int, int]:
 
     Raises UserError if neither the weights nor the configuration specify it.
     """
-    patch = weights.sizes["patch_size"]
+    patch = weights.sizes.patch_size
     configured = tuple(side // patch for side in config.experiment.input_resolution)
     fits = configured[0] * configured[1] == weights.patches
     grid = weights.grid or (configured if fits else square_grid(weights.patches))
@@ -95,9 +95,12 @@ def _towers_of(config: EasyDict, weights: Weights) -> dict[str, int | str]:
     Raises UserError if the activation is not specified anywhere, or heads do not divide a width.
     """
     given = config.model.activation
-    towers: dict[str, int | str] = {**weights.sizes, "activation": weights.activation(None if given == AUTO else given)}
+    towers: dict[str, int | str] = {
+        **weights.sizes._asdict(),
+        "activation": weights.activation(None if given == AUTO else given),
+    }
     for tower in ("vision", "text"):
-        width, heads = weights.sizes[f"{tower}_width"], config.model[f"{tower}_heads"]
+        width, heads = getattr(weights.sizes, f"{tower}_width"), config.model[f"{tower}_heads"]
         meant = heads != AUTO and config.model[f"{tower}_width"] in (AUTO, width)
         chosen = getattr(weights.settings, f"{tower}_heads") or (heads if meant else usual_heads(width))
         if width % chosen:

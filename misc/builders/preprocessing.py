@@ -35,6 +35,13 @@ def preprocessing_values(config: EasyDict, weights: Weights) -> dict[str, Any]:
     return {key: to_plain(getattr(used, key)) for key in VALUES}
 
 
+def preprocessing_record(config: EasyDict) -> dict[str, Any]:
+    """Returns the preprocessing of an evaluation, for a file of results; `config` comes from `build_saved_model`."""
+    used = preprocessing_of(config)
+    resolution = to_plain(config.experiment.input_resolution)
+    return {"resolution": resolution, **{key: to_plain(getattr(used, key)) for key in VALUES}}
+
+
 def preprocessing_note(config: EasyDict, weights: Weights) -> str:
     """Returns a line for the log: the preprocessing to use weights with, and who decides it."""
     used = preprocessing_of(config, weights.preprocessing)

@@ -9,6 +9,7 @@ from easydict import EasyDict
 
 from misc.builders.data import build_evaluator, evaluated_data, read_evaluated_split
 from misc.builders.model import build_saved_model, read_any_weights
+from misc.builders.preprocessing import preprocessing_record
 from misc.builders.run import rank_notes
 from misc.config.loading import FOLDERS, flatten, known_datasets, read_datasets, to_plain
 from misc.data.annotations import read_annotations
@@ -148,6 +149,7 @@ def _result(source: str, trained_on: str | None, config: EasyDict, retrieval: Re
         "anno_dir": config.anno_dir,
         "queries": len(retrieval.queries),
         "images": len(retrieval.gallery),
+        "preprocessing": preprocessing_record(config),
     }
     return Result(source, trained_on, config.data.dataset, with_sum(retrieval.metrics), details)
 

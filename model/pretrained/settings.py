@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from misc.errors import UserError, first_of, shown
-from model.architecture import GELU, QUICK_GELU
+from model.architecture import GELU, QUICK_GELU, Sizes
 from model.preprocessing import CLIP_PREPROCESSING, INTERPOLATIONS, TBPS_PREPROCESSING, Preprocessing
 from model.transformer import ACTIVATIONS
 
@@ -21,7 +21,7 @@ class Settings:
         vision_heads, text_heads: numbers of attention heads.
         resolution: (height, width) in pixels.
         preprocessing: preprocessing of images and captions.
-        sizes: recorded sizes, to check the tensors; named as in the configuration's section `model`.
+        sizes: recorded sizes, by the names of `Sizes`, to check the tensors.
     """
 
     activation: str | None = None
@@ -46,18 +46,17 @@ class Settings:
                 f"its settings record the activation {shown(self.activation)}; it should be {' or '.join(ACTIVATIONS)}"
             )
 
-    def check(self, sizes: dict[str, int]) -> None:
+    def check(self, sizes: Sizes) -> None:
         """Checks the recorded sizes against `sizes`, those of the tensors.
 
         Raises UserError if they belong to two models.
         """
-        differing = [f"{key} {shown(value)}" for key, value in self.sizes.items() if value != sizes[key]]
+        differing = {key: value for key, value in self.sizes.items() if value != getattr(sizes, key)}
         if differing:
-            found = ", ".join(f"{key} {sizes[key]}" for key, value in self.sizes.items() if value != sizes[key])
-            raise UserError(
-                f"its settings record {', '.join(differing)}, but its tensors have {found}: they belong to two models"
-            )
-        for heads, width in ((self.vision_heads, sizes["vision_width"]), (self.text_heads, sizes["text_width"])):
+            recorded = ", ".join(f"{key} {shown(value)}" for key, value in differing.items())
+            found = ", ".join(f"{key} {getattr(sizes, key)}" for key in differing)
+            raise UserError(f"its settings record {recorded}, but its tensors have {found}: they belong to two models")
+        for heads, width in ((self.vision_heads, sizes.vision_width), (self.text_heads, sizes.text_width)):
             if heads and width % heads:
                 raise UserError(f"its settings are for {heads} attention heads, which do not divide the width {width}")
 
@@ -101,7 +100,6 @@ def settings_from_checkpoint(config: dict[str, Any]) -> Settings:
     It has no activation in checkpoints of the published code and in old ones of ours: they all use QuickGELU.
     """
     model = _section(config, "model")
-    sizes = ("patch_size", "vision_width", "vision_layers", "text_width", "text_layers", "embed_dim", "vocab_size")
     dropped, layers = model.get("dropped_text_layers"), model.get("text_layers")
     if isinstance(dropped, list) and _is_count(layers):  # the configured number includes the dropped layers
         model = model | {"text_layers": layers - len(dropped)}
@@ -111,7 +109,7 @@ def settings_from_checkpoint(config: dict[str, Any]) -> Settings:
         text_heads=model.get("text_heads"),
         resolution=_resolution(_section(config, "experiment").get("input_resolution")),
         preprocessing=TBPS_PREPROCESSING,
-        sizes=_present(model, {key: key for key in sizes}),
+        sizes=_present(model, {key: key for key in Sizes._fields}),
     )
 
 

@@ -1,20 +1,19 @@
 """Reads the sizes of a CLIP from the shapes of its tensors, and checks all shapes."""
 
 import re
-from typing import Any, cast
 
 import torch
 
 from misc.errors import UserError, first_of
-from model.architecture import Architecture
+from model.architecture import Architecture, Sizes
 from model.pretrained.names import from_ours
 from model.tbps_clip import TBPSCLIP
 from text_utils.tokenizer import VOCABULARY_SIZE
 
 Shapes = dict[str, tuple[int, ...]]
 
-# For each size, named as in the configuration's section `model`: the tensors and dimensions that have this size.
-SIZES = {
+# For each size, the tensors and dimensions that have it.
+DIMENSIONS = {
     "patch_size": (("visual.conv1.weight", 2), ("visual.conv1.weight", 3)),
     "vision_width": (("visual.conv1.weight", 0), ("visual.proj", 0), ("visual.positional_embedding", 1)),
     "text_width": (("token_embedding.weight", 1), ("text_projection", 0), ("positional_embedding", 1)),
@@ -31,8 +30,8 @@ ONLY_CLIP = ": use the weights of a CLIP with a vision transformer and CLIP's ow
 _WIDTH_OF_H14 = 1280
 
 
-def read_sizes(shapes: Shapes) -> dict[str, int]:
-    """Returns the sizes of the encoders, named as in the configuration's section `model`.
+def read_sizes(shapes: Shapes) -> Sizes:
+    """Returns the sizes of the encoders.
 
     Args:
         shapes: shapes of the tensors, by OpenAI's names.
@@ -41,10 +40,10 @@ def read_sizes(shapes: Shapes) -> dict[str, int]:
     """
     if empty := [f"{name} is {shape}" for name, shape in shapes.items() if 0 in shape]:
         raise UserError(f"{first_of(empty)}, so the tensor is empty and the file damaged: get it again")
-    sizes = _read_dimensions(shapes) | {key: _count_layers(shapes, key) for key in LAYERS}
-    if sizes["vocab_size"] != VOCABULARY_SIZE:
+    sizes = Sizes(**_read_dimensions(shapes), **{key: _count_layers(shapes, key) for key in LAYERS})
+    if sizes.vocab_size != VOCABULARY_SIZE:
         raise UserError(
-            f"its vocabulary has {sizes['vocab_size']} tokens (token_embedding.weight), CLIP's has {VOCABULARY_SIZE}"
+            f"its vocabulary has {sizes.vocab_size} tokens (token_embedding.weight), CLIP's has {VOCABULARY_SIZE}"
             + ONLY_CLIP
         )
     shortest = {"visual.positional_embedding": 2, "positional_embedding": 3}  # class and a patch; start, a word, end
@@ -56,9 +55,9 @@ def read_sizes(shapes: Shapes) -> dict[str, int]:
 
 
 def _read_dimensions(shapes: Shapes) -> dict[str, int]:
-    """Reads the sizes in `SIZES`."""
+    """Reads the sizes in `DIMENSIONS`."""
     dimensions: dict[str, int] = {}
-    for places in SIZES.values():
+    for places in DIMENSIONS.values():
         for name, dim in places:
             dimensions[name] = max(dimensions.get(name, 0), dim + 1)
     if missing := [name for name in dimensions if name not in shapes]:
@@ -66,7 +65,7 @@ def _read_dimensions(shapes: Shapes) -> dict[str, int]:
     if misshapen := [f"{name} is {shapes[name]}" for name in dimensions if len(shapes[name]) != dimensions[name]]:
         raise UserError(f"{first_of(misshapen)}, which is another number of dimensions than in CLIP" + ONLY_CLIP)
     sizes = {}
-    for key, places in SIZES.items():
+    for key, places in DIMENSIONS.items():
         values = {shapes[name][dim] for name, dim in places}
         if len(values) > 1:
             problem = (
@@ -86,15 +85,15 @@ def _count_layers(shapes: Shapes, key: str) -> int:
     return len(numbers)
 
 
-def _expected_shapes(sizes: dict[str, int], shapes: Shapes) -> Shapes:
+def _expected_shapes(sizes: Sizes, shapes: Shapes) -> Shapes:
     """Returns the shapes of a model of these sizes. Its position embeddings have the lengths in `shapes`."""
     with torch.device("meta"):
         architecture = Architecture(
-            resolution=(sizes["patch_size"], sizes["patch_size"] * (shapes["visual.positional_embedding"][0] - 1)),
+            resolution=(sizes.patch_size, sizes.patch_size * (shapes["visual.positional_embedding"][0] - 1)),
             text_length=shapes["positional_embedding"][0],
             vision_heads=1,  # the shapes do not show heads
             text_heads=1,
-            **cast(dict[str, Any], sizes),
+            **sizes._asdict(),
         )
         model = TBPSCLIP(architecture)
     return {name: tuple(tensor.shape) for name, tensor in from_ours(model.state_dict()).items()}

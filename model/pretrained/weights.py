@@ -13,7 +13,7 @@ from torch import Tensor
 
 from misc.errors import UserError, first_of
 from misc.files import find_files, is_file, is_folder
-from model.architecture import QUICK_GELU
+from model.architecture import QUICK_GELU, Sizes
 from model.preprocessing import CLIP_PREPROCESSING, Preprocessing
 from model.pretrained import names, registry
 from model.pretrained.archives import EXPECTED, open_archive
@@ -75,7 +75,7 @@ class Weights:
         form: kind of the source, in words.
         state: tensors under OpenAI's names, float32, on the CPU, independent of the file.
         heads: tensors of training heads and adaptations under our names; empty if the source has none.
-        sizes: `patch_size`, `vision_width`, `vision_layers`, `text_width`, `text_layers`, `embed_dim` and `vocab_size`.
+        sizes: sizes of the encoders.
         settings: settings that are recorded with the tensors.
         grid: (height, width) of the position embeddings in patches. It is recorded, or assumed to be a square as
             in CLIP's own weights or three times as high as wide as in IRRA's; None if it is unknown.
@@ -87,7 +87,7 @@ class Weights:
     form: str
     state: dict[str, Tensor]
     heads: dict[str, Tensor]
-    sizes: dict[str, int]
+    sizes: Sizes
     settings: Settings
     grid: tuple[int, int] | None
     config: dict[str, Any] = field(default_factory=dict)
@@ -186,7 +186,7 @@ def read_weights(source: str | Path | Location) -> Weights:
         sizes = read_sizes({name: tuple(tensor.shape) for name, tensor in state.items()})
         settings.check(sizes)
         patches = len(state["visual.positional_embedding"]) - 1
-        grid = _grid(patches, sizes["patch_size"], settings.resolution)
+        grid = _grid(patches, sizes.patch_size, settings.resolution)
         if grid is None and not scheme.is_tbps_clip:
             grid = tall_grid(patches) if scheme is names.IRRA else square_grid(patches)
         state, heads = _finite_copies(state), _finite_copies(heads)

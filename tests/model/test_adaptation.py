@@ -166,7 +166,7 @@ def test_dropped_layers_are_gone_from_the_checkpoint_which_resumes_and_is_evalua
         origin = name.replace(f"{block}1.", f"{block}2.") if name.startswith(f"{block}1.") else name
         assert_close(value, before[origin], 1e-6)
     source = dropped.folder / "checkpoint_best.pth"
-    assert read_weights(source).sizes["text_layers"] == 2
+    assert read_weights(source).sizes.text_layers == 2
     outcome = run(*QUICK, *of_dataset(data), "--evaluate", source)
     (record,) = dropped.records
     assert "".join(f"{record[name]:7.2f}" for name in METRICS) in outcome.out

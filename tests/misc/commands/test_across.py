@@ -94,6 +94,9 @@ def test_each_checkpoint_is_evaluated_on_each_dataset(evaluate, place, tmp_path)
     assert pairs == [(str(path), NAMES[n], name) for n, path in enumerate(place.checkpoints) for name in NAMES]
     assert [(each["queries"], each["images"]) for each in results[:3]] == [(16, 8), (20, 10), (24, 12)]
     for each in results:
+        preprocessing = each["preprocessing"]
+        assert (preprocessing["resolution"], preprocessing["interpolation"]) == ([32, 16], "bicubic")
+        assert (preprocessing["mean"], preprocessing["clean_captions"]) == ([0.485, 0.456, 0.406], True)
         assert each["rSum"] == pytest.approx(each["r1"] + each["r5"] + each["r10"])
     # the figures are those of an evaluation on one dataset
     alone = evaluate(place.checkpoints[1], "data.dataset=RSTPReid")

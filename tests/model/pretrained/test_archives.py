@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from misc.errors import UserError
+from model.architecture import Sizes
 from model.pretrained import archives
 from model.pretrained.archives import open_archive
 from model.pretrained.settings import Settings, settings_from_checkpoint, settings_from_hugging_face
@@ -200,14 +201,16 @@ CONFIGS = {
         "quick_gelu": True,
         "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "head_width": 64, "patch_size": 16},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4},
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+        | {"clean_captions": True},
     },
     "Hugging Face": {
         "model_type": "clip",
         "projection_dim": 512,
         "vision_config": {"hidden_act": "gelu", "image_size": 224, "num_attention_heads": 12, "layer_norm_eps": 1e-5},
         "text_config": {"hidden_act": "gelu", "num_attention_heads": 8, "hidden_size": 512, "vocab_size": 49408},
-        "processor": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "size": {"height": 224}},
+        "processor": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "size": {"height": 224}}
+        | {"clean_captions": True},
     },
     "checkpoint": {
         "experiment": {"input_resolution": [224, 224]},
@@ -222,7 +225,7 @@ READ = {
     "Hugging Face": lambda config: settings_from_hugging_face(config, config["processor"]),
     "checkpoint": settings_from_checkpoint,
 }
-SIZES = dict.fromkeys(("vision_width", "vision_layers", "text_width", "text_layers", "embed_dim", "patch_size"), 512)
+SIZES = Sizes(**dict.fromkeys(Sizes._fields, 512))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -235,7 +238,7 @@ def test_settings_of_odd_types_are_read_or_refused(kind):
         for value in ODD:
             changed = whole | {section: value if key is None else whole[section] | {key: value}}
             try:
-                READ[kind](changed).check(SIZES | {"vocab_size": 49408})
+                READ[kind](changed).check(SIZES._replace(vocab_size=49408))
             except UserError as error:
                 refused += 1
                 assert len(str(error)) <= 1500

@@ -396,7 +396,7 @@ def test_the_architecture_is_read_from_the_tensors(name):
         text_layers=text["layers"],
     )
     sizes = read_sizes(shapes)
-    assert sizes == {
+    assert sizes._asdict() == {
         "patch_size": vision["patch_size"],
         "vision_width": vision["width"],
         "vision_layers": vision["layers"],
@@ -405,8 +405,8 @@ def test_the_architecture_is_read_from_the_tensors(name):
         "embed_dim": theirs["embed_dim"],
         "vocab_size": 49408,
     }
-    assert usual_heads(sizes["vision_width"]) == vision["width"] // vision.get("head_width", 64)
-    assert usual_heads(sizes["text_width"]) == text["heads"]
+    assert usual_heads(sizes.vision_width) == vision["width"] // vision.get("head_width", 64)
+    assert usual_heads(sizes.text_width) == text["heads"]
 
 
 # ---- weights and configuration --------------------------------------------------------------------------------------
