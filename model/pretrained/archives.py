@@ -200,7 +200,7 @@ class _Survey(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        found = getattr(torch, name, None) if module == "torch" else None
+        found = vars(torch).get(name) if module == "torch" else None  # `getattr` would import modules of torch
         if isinstance(found, torch.dtype):
             return found
 
