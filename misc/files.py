@@ -60,7 +60,7 @@ def expanded(path: str) -> str:
         return str(Path(path).expanduser())
     except RuntimeError as error:
         if path[1:2] in ("", "/", os.sep):
-            raise UserError(f"{path}: this user has no home folder: give the whole path") from error
+            raise UserError(f"{path}: this user has no home folder: set HOME, or give the whole path") from error
         return path
 
 
