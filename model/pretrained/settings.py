@@ -51,7 +51,11 @@ class Settings:
 
         Raises UserError if they belong to two models.
         """
-        differing = {key: value for key, value in self.sizes.items() if value != getattr(sizes, key)}
+        differing = {
+            key: value
+            for key, value in self.sizes.items()
+            if not isinstance(value, int | float) or value != getattr(sizes, key)
+        }
         if differing:
             recorded = ", ".join(f"{key} {shown(value)}" for key, value in differing.items())
             found = ", ".join(f"{key} {getattr(sizes, key)}" for key in differing)
