@@ -147,8 +147,8 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-DEEPEST, MOST_NODES = 100, 100_000
-"""Limits of a YAML file: of its depth, and of its values with those that aliases repeat."""
+DEEPEST, MOST_NODES, LARGEST_FILE = 100, 100_000, 1_000_000
+"""Limits of a YAML file: of its depth, of its values with those that aliases repeat, and of its bytes."""
 STRING = "tag:yaml.org,2002:str"
 READ_AS_OTHERS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "merge", "timestamp", "value")}
 """What YAML may read a text as, if it has no quotes."""
@@ -231,6 +231,8 @@ def read_yaml(path: Path) -> dict:
     if not is_file(path):
         raise UserError(f"configuration file {path} does not exist: give an existing YAML file to --config")
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise UserError(f"it has {path.stat().st_size:,} bytes, so it is no configuration: give another file")
         with path.open(encoding="utf-8") as file:
             content = _parse_yaml(file)
     except UserError as error:

@@ -8,7 +8,7 @@ import yaml
 
 from misc.builders.architecture import resolve_architecture
 from misc.config import loading
-from misc.config.loading import DATASETS, DEFAULT_CONFIG, load_config, save_config, to_plain
+from misc.config.loading import DATASETS, DEFAULT_CONFIG, load_config, read_yaml, save_config, to_plain
 from misc.config.rules import RULES
 from misc.errors import UserError
 from misc.study.rows import STUDY
@@ -634,6 +634,13 @@ def test_a_tag_that_does_not_fit_is_refused(tmp_path, value):
 def test_a_missing_file_is_refused(tmp_path):
     assert str(tmp_path / "none.yaml") in refusal(tmp_path / "none.yaml")
     assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_a_file_of_another_kind_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    """An annotation is YAML too, and parsing it would take minutes."""
+    monkeypatch.setattr("misc.config.loading._ConfigurationLoader", lambda source: pytest.fail("it was parsed"))
+    with pytest.raises(UserError, match=r"reid_raw\.json: it has 2,000,003 bytes"):
+        read_yaml(write(tmp_path / "reid_raw.json", "[" + "1," * 1_000_000 + "1]"))
 
 
 def test_a_missing_base_is_refused_with_the_file_that_names_it(tmp_path):
