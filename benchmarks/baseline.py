@@ -70,7 +70,7 @@ class Blocks(nn.Module):
         return x.transpose(0, 1)
 
 
-class ImageTower(nn.Module):
+class ImageEncoder(nn.Module):
     """The image encoder of a TBPSCLIP, with empty weights."""
 
     def __init__(self, ours: TBPSCLIP):
@@ -102,7 +102,7 @@ class Baseline(nn.Module):
         encoder = ours.text_encoder
         blocks = encoder.transformer.resblocks
         width = encoder.positional_embedding.shape[1]
-        self.visual = ImageTower(ours)
+        self.visual = ImageEncoder(ours)
         self.token_embedding = nn.Embedding(*encoder.token_embedding.weight.shape)
         self.positional_embedding = nn.Parameter(torch.empty_like(encoder.positional_embedding))
         self.transformer = Blocks(width, len(blocks), blocks[0].attn.heads, blocks[0].attn.dropout)

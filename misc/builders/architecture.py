@@ -6,7 +6,7 @@ from easydict import EasyDict
 
 from misc.builders.preprocessing import preprocessing_values
 from misc.config.loading import flatten, to_plain
-from misc.config.rules import AUTO, TOWER_KEYS, contradictions
+from misc.config.rules import AUTO, ENCODER_KEYS, contradictions
 from misc.errors import UserError
 from model.architecture import Architecture
 from model.pretrained.sizes import usual_heads
@@ -18,7 +18,7 @@ def architecture_of(config: EasyDict) -> Architecture:
     return Architecture(
         resolution=tuple(config.experiment.input_resolution),
         text_length=config.experiment.text_length,
-        **{key: config.model[key] for key in TOWER_KEYS},
+        **{key: config.model[key] for key in ENCODER_KEYS},
     )
 
 
@@ -38,13 +38,13 @@ def resolve_architecture(
     if resumed_config is not None:
         return _fill_in(config, resumed_config["model"])
     if weights is not None:
-        return _fill_in(config, _towers_of(config, weights), weights.name)
+        return _fill_in(config, _encoders_of(config, weights), weights.name)
     defaults = Architecture()
-    towers = {key: getattr(defaults, key) if config.model[key] == AUTO else config.model[key] for key in TOWER_KEYS}
-    for tower in ("vision", "text"):
-        if config.model[f"{tower}_heads"] == AUTO:
-            towers[f"{tower}_heads"] = usual_heads(towers[f"{tower}_width"])
-    return _fill_in(config, towers)
+    encoders = {key: getattr(defaults, key) if config.model[key] == AUTO else config.model[key] for key in ENCODER_KEYS}
+    for encoder in ("vision", "text"):
+        if config.model[f"{encoder}_heads"] == AUTO:
+            encoders[f"{encoder}_heads"] = usual_heads(encoders[f"{encoder}_width"])
+    return _fill_in(config, encoders)
 
 
 def config_of_weights(config: EasyDict, weights: Weights) -> EasyDict:
@@ -57,7 +57,7 @@ def config_of_weights(config: EasyDict, weights: Weights) -> EasyDict:
     given resolution does not fit.
     """
     saved = EasyDict(to_plain(config))
-    saved.model.update(_towers_of(config, weights))
+    saved.model.update(_encoders_of(config, weights))
     patch, resolution = saved.model.patch_size, saved.preprocessing.resolution
     if resolution == AUTO:
         resolution = [side * patch for side in grid_of(config, weights)]
@@ -87,47 +87,47 @@ def grid_of(config: EasyDict, weights: Weights) -> tuple[int, int]:
     return grid
 
 
-def _towers_of(config: EasyDict, weights: Weights) -> dict[str, int | str]:
-    """Reads `TOWER_KEYS` from the weights.
+def _encoders_of(config: EasyDict, weights: Weights) -> dict[str, int | str]:
+    """Reads `ENCODER_KEYS` from the weights.
 
     Heads that the weights do not record come from the configuration, if its width is this one or `auto`.
 
     Raises UserError if the activation is not specified anywhere, or heads do not divide a width.
     """
     given = config.model.activation
-    towers: dict[str, int | str] = {
+    encoders: dict[str, int | str] = {
         **weights.sizes._asdict(),
         "activation": weights.activation(None if given == AUTO else given),
     }
-    for tower in ("vision", "text"):
-        width, heads = getattr(weights.sizes, f"{tower}_width"), config.model[f"{tower}_heads"]
-        meant = heads != AUTO and config.model[f"{tower}_width"] in (AUTO, width)
-        chosen = getattr(weights.settings, f"{tower}_heads") or (heads if meant else usual_heads(width))
+    for encoder in ("vision", "text"):
+        width, heads = getattr(weights.sizes, f"{encoder}_width"), config.model[f"{encoder}_heads"]
+        meant = heads != AUTO and config.model[f"{encoder}_width"] in (AUTO, width)
+        chosen = getattr(weights.settings, f"{encoder}_heads") or (heads if meant else usual_heads(width))
         if width % chosen:
             raise UserError(
                 f"{weights.name}: it does not record how many attention heads share the width {width}, and {chosen} "
-                f"do not divide it: set model.{tower}_heads"
+                f"do not divide it: set model.{encoder}_heads"
             )
-        towers[f"{tower}_heads"] = chosen
-    return towers
+        encoders[f"{encoder}_heads"] = chosen
+    return encoders
 
 
-def _fill_in(config: EasyDict, towers: dict[str, Any], source: str | None = None) -> EasyDict:
-    """Replaces every `auto` by its value in `towers`, which has all `TOWER_KEYS`.
+def _fill_in(config: EasyDict, encoders: dict[str, Any], source: str | None = None) -> EasyDict:
+    """Replaces every `auto` by its value in `encoders`, which has all `ENCODER_KEYS`.
 
     Args:
         source: the name of the weights that have this architecture; None if it is only a default.
     """
     resolved = EasyDict(to_plain(config))
-    resolved.model.update({key: towers[key] for key in TOWER_KEYS if config.model[key] == AUTO})
+    resolved.model.update({key: encoders[key] for key in ENCODER_KEYS if config.model[key] == AUTO})
     if config.experiment.simclr_mlp == AUTO:
         width = resolved.model.embed_dim
         resolved.experiment.simclr_mlp = [width, 128, width]  # paper: 512, 128, 512
     problems = list(contradictions(flatten(resolved)))
-    differing = [key for key in TOWER_KEYS if resolved.model[key] != towers[key]]
+    differing = [key for key in ENCODER_KEYS if resolved.model[key] != encoders[key]]
     if source is not None and differing:
         configured = ", ".join(f"model.{key}: {config.model[key]}" for key in differing)
-        found = ", ".join(f"{key} {towers[key]}" for key in differing)
+        found = ", ".join(f"{key} {encoders[key]}" for key in differing)
         remedy = " ".join(f"model.{key}={AUTO}" for key in differing)
         problems.append(f"{configured} does not fit {source}, which has {found}: set {remedy}")
     if problems:

@@ -44,7 +44,7 @@ def read_any_weights(source: str, ranks: Ranks) -> Weights:
     return read_weights(ranks.local_main_first(lambda: find_weights(source)))
 
 
-def build_towers(config: EasyDict, **heads: Any) -> TBPSCLIP:
+def build_encoders(config: EasyDict, **heads: Any) -> TBPSCLIP:
     """Builds TBPSCLIP as configured, with random weights; `heads` are further arguments of its constructor."""
     return TBPSCLIP(
         architecture_of(config),
@@ -68,7 +68,7 @@ def build_model(
     """
     context = _context_tokens(config)
     torch.manual_seed(config.misc.seed)
-    model = build_towers(
+    model = build_encoders(
         config,
         simclr_widths=config.experiment.simclr_mlp if objectives.needs_simclr_views else None,
         text_simclr_widths=config.experiment.simclr_mlp if objectives.needs_simclr_captions else None,
@@ -119,7 +119,7 @@ def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, Eas
     saved = config_of_weights(config, weights)
     weights = replace(weights, grid=grid_of(config, weights))
     context, ratio = weights.heads.get(CONTEXT), weights.heads.get(ADAPTER_RATIO)
-    model = build_towers(
+    model = build_encoders(
         saved,
         context_length=None if context is None else len(context),
         adapter_ratio=None if ratio is None else float(ratio),

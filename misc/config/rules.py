@@ -269,7 +269,7 @@ RULES: dict[str, Rule] = {
 }
 """Every key that exists. `config/config.yaml` has the same keys and explains them."""
 
-TOWER_KEYS = tuple(field.name for field in fields(Architecture) if f"model.{field.name}" in RULES)
+ENCODER_KEYS = tuple(field.name for field in fields(Architecture) if f"model.{field.name}" in RULES)
 """Fields of `Architecture` that are keys of the section `model`; the input size and the text length are keys of
 `experiment`."""
 
@@ -286,10 +286,10 @@ def contradictions(values: dict[str, Any]) -> Iterator[str]:
     kernel = values["experiment.image_operations"].get("gaussian_blur", 1)
     if kernel // 2 >= min(size):
         yield f"experiment.image_operations: gaussian_blur: {kernel} is too wide for an image of {size}: lower it"
-    for tower in ("vision", "text"):
-        width, heads = values[f"model.{tower}_width"], values[f"model.{tower}_heads"]
+    for encoder in ("vision", "text"):
+        width, heads = values[f"model.{encoder}_width"], values[f"model.{encoder}_heads"]
         if AUTO not in (width, heads) and width % heads:
-            yield f"model.{tower}_heads: {heads} should divide model.{tower}_width: {width}"
+            yield f"model.{encoder}_heads: {heads} should divide model.{encoder}_width: {width}"
     warmup, epochs = values["schedule.epoch_warmup"], values["schedule.epoch"]
     if warmup > epochs:
         yield f"schedule.epoch_warmup: {warmup} should be at most schedule.epoch: {epochs}"

@@ -17,7 +17,7 @@ from misc.builders.architecture import architecture_of
 from misc.builders.model import build_saved_model, read_any_weights
 from misc.builders.preprocessing import preprocessing_of
 from misc.config.loading import load_config
-from misc.config.rules import RULES, TOWER_KEYS
+from misc.config.rules import ENCODER_KEYS, RULES
 from misc.data.batches import pad_tokens
 from misc.data.views import EvaluationView
 from misc.errors import UserError
@@ -114,7 +114,7 @@ def _settings(architecture: Architecture, preprocessing: Preprocessing) -> str:
 
     These words are part of every index: if they change, all pictures are encoded again.
     """
-    sizes = {key: getattr(architecture, key) for key in TOWER_KEYS}
+    sizes = {key: getattr(architecture, key) for key in ENCODER_KEYS}
     mean, deviation, interpolation = preprocessing.mean, preprocessing.deviation, preprocessing.interpolation
     view: dict[str, Any] = {"resolution": list(architecture.resolution), "mean": mean, "deviation": deviation}
     if interpolation != "bicubic":  # earlier versions resized all pictures in this way

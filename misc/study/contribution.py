@@ -127,20 +127,20 @@ def measure_contribution(
     whole = _hits(evaluator.rank(own_queries, gallery))
     log.line(f"R@1 of the whole model {100 * whole / captions:.2f}")
     world_size = evaluator.ranks.world_size
-    towers = {
-        name: _Tower(
-            f"{name} encoder", tower, encode, _within(initial, f"{name}_encoder."), -(-items // world_size), hits
+    encoders = {
+        name: _Encoder(
+            f"{name} encoder", encoder, encode, _within(initial, f"{name}_encoder."), -(-items // world_size), hits
         )
-        for name, tower, encode, items, hits in (
+        for name, encoder, encode, items, hits in (
             ("image", model.image_encoder, model.encode_image, images, image_hits),
             ("text", model.text_encoder, model.encode_text, captions, text_hits),
         )
     }
-    removed = {name: _without_each(tower, log) for name, tower in towers.items()}
-    needed = {name: _needed_of_each(tower, whole, captions, log) for name, tower in towers.items()}
+    removed = {name: _without_each(encoder, log) for name, encoder in encoders.items()}
+    needed = {name: _needed_of_each(encoder, whole, captions, log) for name, encoder in encoders.items()}
     model.train(was_training)
 
-    largest = max(whole - hits for tower in removed.values() for hits in tower.values())
+    largest = max(whole - hits for encoder in removed.values() for hits in encoder.values())
     contributions = {
         name: [
             {
@@ -151,20 +151,20 @@ def measure_contribution(
                 )
                 for kind in MODULE_KINDS
             }
-            for layer in range(tower.layers)
+            for layer in range(encoder.layers)
         ]
-        for name, tower in towers.items()
+        for name, encoder in encoders.items()
     }
     return Contribution(100 * whole / captions, time.perf_counter() - started, **contributions)
 
 
 @dataclass(frozen=True)
-class _Tower:
+class _Encoder:
     """An encoder whose modules can be changed, while the features of the other encoder stay the same.
 
     Attributes:
         title: its name in the log.
-        tower: the trained encoder.
+        encoder: the trained encoder.
         encode: encodes with the encoder, and with an adapter or a learned context if the model has one.
         initial: its state dict from before the training.
         items: number of images or captions that a rank encodes.
@@ -172,7 +172,7 @@ class _Tower:
     """
 
     title: str
-    tower: VisionTransformer | TextTransformer
+    encoder: VisionTransformer | TextTransformer
     encode: EncodeFunction
     initial: dict[str, Tensor]
     items: int
@@ -180,7 +180,7 @@ class _Tower:
 
     @property
     def layers(self) -> int:
-        return len(self.tower.transformer.resblocks)
+        return len(self.encoder.transformer.resblocks)
 
     @property
     def modules(self) -> list[Module]:
@@ -223,7 +223,7 @@ class _Tower:
     def _parameters(self, layer: int, prefixes: tuple[str, ...]) -> dict[str, nn.Parameter]:
         block = f"transformer.resblocks.{layer}."
         names = tuple(block + name for name in prefixes)
-        return {name: value for name, value in self.tower.named_parameters() if name.startswith(names)}
+        return {name: value for name, value in self.encoder.named_parameters() if name.startswith(names)}
 
 
 @contextmanager
@@ -239,25 +239,25 @@ def _changed(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> 
             parameter.data = own[name]
 
 
-def _without_each(tower: _Tower, log: RunLog) -> dict[Module, int]:
+def _without_each(encoder: _Encoder, log: RunLog) -> dict[Module, int]:
     """Returns the hits without each module."""
-    modules = tower.modules
-    hits = tower.count([tower.without(module) for module in modules], "each module removed", log)
-    log.line(f"{tower.title}: each of {len(modules)} modules was removed once")
+    modules = encoder.modules
+    hits = encoder.count([encoder.without(module) for module in modules], "each module removed", log)
+    log.line(f"{encoder.title}: each of {len(modules)} modules was removed once")
     return dict(zip(modules, hits, strict=True))
 
 
-def _needed_of_each(tower: _Tower, whole: int, queries: int, log: RunLog) -> dict[Module, float]:
+def _needed_of_each(encoder: _Encoder, whole: int, queries: int, log: RunLog) -> dict[Module, float]:
     """Returns C2 of each module: tries all modules with one α, then those that lose too much with the next α."""
-    needed = dict.fromkeys(tower.modules, ALPHAS[-1])  # α = 1 changes nothing, so it is always enough
-    pending = tower.modules
+    needed = dict.fromkeys(encoder.modules, ALPHAS[-1])  # α = 1 changes nothing, so it is always enough
+    pending = encoder.modules
     for alpha in ALPHAS[:-1]:
-        hits = tower.count([tower.blended(module, alpha) for module in pending], f"α {alpha}", log)
+        hits = encoder.count([encoder.blended(module, alpha) for module in pending], f"α {alpha}", log)
         # Integers, because in a difference of percentages a drop of exactly 3 points may be rounded to less.
         enough = {m for m, found in zip(pending, hits, strict=True) if 100 * (whole - found) < POINTS * queries}
         needed |= dict.fromkeys(enough, alpha)
         pending = [module for module in pending if module not in enough]
-        log.line(f"{tower.title}, α {alpha}: {len(pending)} of {len(needed)} modules lose {POINTS} points or more")
+        log.line(f"{encoder.title}, α {alpha}: {len(pending)} of {len(needed)} modules lose {POINTS} points or more")
         if not pending:
             break
     return needed
@@ -303,13 +303,13 @@ def write_contribution(folder: Path, contribution: Contribution, log: RunLog) ->
     Raises UserError if they cannot be written.
     """
     measured = asdict(contribution)
-    towers = {name: measured.pop(name) for name in ("image", "text")}
-    content = {**measured, "alphas": ALPHAS, "points": POINTS, **towers}
+    encoders = {name: measured.pop(name) for name in ("image", "text")}
+    content = {**measured, "alphas": ALPHAS, "points": POINTS, **encoders}
     try:
         with atomic_folder(folder) as part:
             (part / "contribution.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             with log.decoration("contribution.png"):
-                draw_contribution_chart(part / "contribution.png", **towers)
+                draw_contribution_chart(part / "contribution.png", **encoders)
     except OSError as error:
         raise UserError(
             f"--contribution: {folder} cannot be written ({error.strerror}): copy the results from the table above"

@@ -1,4 +1,4 @@
-"""The contribution of every module as heat maps: both measures for both towers, as in the paper."""
+"""The contribution of every module as heat maps: both measures for both encoders, as in the paper."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def draw_contribution_chart(
     figure = Figure(figsize=(5 + 0.5 * (len(image) + len(text)), 5), layout="constrained")
     grid = figure.subplots(2, 2, squeeze=False, gridspec_kw={"width_ratios": [2 + len(image), 2 + len(text)]})
     for row, (measure, form) in zip(grid, MEASURES.items(), strict=True):
-        for axes, tower, layers in zip(row, ("image", "text"), (image, text), strict=True):
+        for axes, encoder, layers in zip(row, ("image", "text"), (image, text), strict=True):
             values = [[layer[kind][measure] for layer in layers] for kind in ROWS]
             picture = axes.imshow(values, vmin=0, vmax=1, cmap=COLOURS, aspect="auto")
             figure.colorbar(picture, ax=axes)
@@ -31,7 +31,7 @@ def draw_contribution_chart(
                 for x, value in enumerate(line):
                     colour = "black" if value > 0.6 else "white"  # the higher the value, the lighter its cell
                     axes.text(x, y, form.format(value), ha="center", va="center", fontsize=8, color=colour)
-            axes.set_title(f"{measure.upper()}, {tower} encoder")
+            axes.set_title(f"{measure.upper()}, {encoder} encoder")
             axes.set_xlabel("layer")
             axes.set_xticks(range(len(layers)), [str(number) for number in range(1, len(layers) + 1)])
             axes.set_yticks(range(len(ROWS)), list(ROWS.values()))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from misc.config.loading import flatten
-from misc.config.rules import AUTO, RULES, TOWER_KEYS
+from misc.config.rules import AUTO, ENCODER_KEYS, RULES
 from misc.errors import UserError, first_of
 from misc.files import check_possible, exists, is_file, partial_path
 from misc.run.checkpoint import read_checkpoint, write_checkpoint
@@ -63,7 +63,7 @@ def _check_state(content: dict[str, Any], path: Path) -> None:
     if isinstance(model, dict):
         model.setdefault("activation", QUICK_GELU)  # old checkpoints do not record it: there was no other
     config = flatten(content["config"])
-    if missing := [key for key in TOWER_KEYS if config.get(f"model.{key}", AUTO) == AUTO]:
+    if missing := [key for key in ENCODER_KEYS if config.get(f"model.{key}", AUTO) == AUTO]:
         raise UserError(f"{path}: its configuration has no model.{missing[0]}: start a new run")
     valid = {
         f"config.{key}": rule.values.accepts(config[key])

@@ -158,17 +158,17 @@ def _write_hugging_face(folder: Path, content: Export) -> None:
     """Writes a folder for `CLIPModel.from_pretrained("FOLDER")` and `CLIPProcessor`."""
     sizes = content.architecture
     configs = {
-        tower: {
-            "model_type": f"clip_{tower}_model",
-            "hidden_size": getattr(sizes, f"{tower}_width"),
-            "intermediate_size": 4 * getattr(sizes, f"{tower}_width"),
-            "num_hidden_layers": getattr(sizes, f"{tower}_layers"),
-            "num_attention_heads": getattr(sizes, f"{tower}_heads"),
+        encoder: {
+            "model_type": f"clip_{encoder}_model",
+            "hidden_size": getattr(sizes, f"{encoder}_width"),
+            "intermediate_size": 4 * getattr(sizes, f"{encoder}_width"),
+            "num_hidden_layers": getattr(sizes, f"{encoder}_layers"),
+            "num_attention_heads": getattr(sizes, f"{encoder}_heads"),
             "projection_dim": sizes.embed_dim,
             "hidden_act": sizes.activation,
             "layer_norm_eps": 1e-5,
         }
-        for tower in ("vision", "text")
+        for encoder in ("vision", "text")
     }
     configs["vision"] |= {
         "image_size": sizes.resolution[0],

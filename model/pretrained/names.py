@@ -110,8 +110,8 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif name in _TRANSPOSED:
             renamed[_TRANSPOSED[name]] = value.T.contiguous()
         else:
-            tower, number, module, kind = _block(name)
-            layer = f"{_BLOCKS[tower]}.{number}"
+            encoder, number, module, kind = _block(name)
+            layer = f"{_BLOCKS[encoder]}.{number}"
             if module == "attn.in_proj":
                 for projection, part in zip(_QUERY_KEY_VALUE, value.chunk(3), strict=True):
                     renamed[f"{layer}.self_attn.{projection}.{kind}"] = part.contiguous()

@@ -199,11 +199,11 @@ def settings_from_hugging_face(model: dict[str, Any], processor: dict[str, Any] 
         raise UserError(f"config.json is for a model of type {found}, not of a CLIPModel (clip)")
     # Old files contain a second section for each encoder, which overrides the first.
     vision, text = (_section(model, f"{t}_config") | _section(model, f"{t}_config_dict") for t in ("vision", "text"))
-    activations = {_as_name(tower.get("hidden_act", QUICK_GELU)) for tower in (vision, text)}
+    activations = {_as_name(encoder.get("hidden_act", QUICK_GELU)) for encoder in (vision, text)}
     if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
         found = " and ".join(map(repr, sorted(activations)))
         raise UserError(f"config.json: hidden_act is {found}; both encoders should have quick_gelu, or both gelu")
-    epsilons = [tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)]
+    epsilons = [encoder.get("layer_norm_eps", 1e-5) for encoder in (vision, text)]
     if epsilons != [1e-5, 1e-5]:
         raise UserError(f"config.json: layer_norm_eps is {shown(epsilons)}; only CLIP's 1e-05 is supported")
     common = {"width": "hidden_size", "layers": "num_hidden_layers"}

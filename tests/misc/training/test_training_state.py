@@ -10,7 +10,7 @@ import torch
 
 from misc.builders.architecture import resolve_architecture
 from misc.config.loading import load_config, to_plain
-from misc.config.rules import TOWER_KEYS
+from misc.config.rules import ENCODER_KEYS
 from misc.errors import UserError
 from misc.run.progress import EpochRecord, Progress
 from misc.system.distributed import Launch
@@ -21,7 +21,7 @@ from tests.misc.training.test_gradient_cache import trainer_of
 from tests.misc.training.test_step import ALONE, PROJECTOR_WIDTHS, reference_batch
 
 EPOCHS, STEPS = 5, 3
-SIZES = [name for name in TOWER_KEYS if name != "activation"]
+SIZES = [name for name in ENCODER_KEYS if name != "activation"]
 ODD = [
     None,
     True,

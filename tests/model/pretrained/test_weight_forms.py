@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from misc.builders.architecture import config_of_weights, resolve_architecture
-from misc.builders.model import build_saved_model, build_towers, weight_notes
+from misc.builders.model import build_encoders, build_saved_model, weight_notes
 from misc.config.loading import load_config
-from misc.config.rules import TOWER_KEYS
+from misc.config.rules import ENCODER_KEYS
 from misc.errors import UserError
 from model.preprocessing import CLIP_PREPROCESSING, TBPS_PREPROCESSING, Preprocessing
 from model.pretrained.loading import load_weights
@@ -32,13 +32,13 @@ HEADS = {"vision_heads": 2, "text_heads": 3}
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
-SMALL = {key: TINY_MODEL[key] for key in TOWER_KEYS}
+SMALL = {key: TINY_MODEL[key] for key in ENCODER_KEYS}
 
 
 def architecture(found: Weights) -> dict:
     """Returns the architecture of the model that is built from the weights."""
     saved = config_of_weights(load_config(), found)
-    return {key: saved.model[key] for key in TOWER_KEYS}
+    return {key: saved.model[key] for key in ENCODER_KEYS}
 
 
 def weights() -> dict[str, Tensor]:
@@ -571,7 +571,7 @@ def test_a_published_checkpoint_is_read_with_its_easydict(tmp_path):
     assert architecture(found) == {key: PUBLISHED[key] for key in SMALL}
     assert (found.grid, found.text_length, found.preprocessing) == ((4, 2), 24, TBPS_PREPROCESSING)
     own = {"simclr_widths": [32, 16, 32], "masked_language_depth": 1, "identities": 5}
-    loaded = build_towers(config_of_weights(load_config(), found), **own)
+    loaded = build_encoders(config_of_weights(load_config(), found), **own)
     assert load_weights(loaded, found) == []
     expected = model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
