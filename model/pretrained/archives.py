@@ -118,6 +118,29 @@ class _EasyDict:
 _EasyDict.__module__, _EasyDict.__name__, _EasyDict.__qualname__ = "easydict", "EasyDict", "EasyDict"
 
 
+def _stand_in(module: str, name: str) -> type:
+    """Returns an empty class, in place of one that training programs save beside the weights."""
+
+    class StandIn:
+        def __init__(self, *_arguments: Any):
+            pass
+
+        def __setstate__(self, state: Any) -> None:
+            pass
+
+    StandIn.__module__, StandIn.__name__, StandIn.__qualname__ = module, name, name
+    return StandIn
+
+
+_STAND_INS = [  # arguments of a program, and numbers such as the best result; nothing reads them
+    _stand_in("argparse", "Namespace"),
+    _stand_in("_codecs", "encode"),
+    _stand_in("numpy", "dtype"),
+    _stand_in("numpy.core.multiarray", "scalar"),
+    _stand_in("numpy._core.multiarray", "scalar"),
+]
+
+
 @contextmanager
 def _safe_globals(classes: list[Any]) -> Iterator[None]:
     """Lets `torch.load` use these classes for those of the same names, like `torch.serialization` from torch 2.5 on."""
@@ -131,7 +154,7 @@ def _safe_globals(classes: list[Any]) -> Iterator[None]:
 
 
 def _open_torch(path: Path) -> tuple[str, Any]:
-    with _safe_globals([_EasyDict]):
+    with _safe_globals([_EasyDict, *_STAND_INS]):
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
                 for _ in range(4):  # a magic number, a version, a description of the machine, and the content
@@ -213,6 +236,9 @@ class _Survey(pickle.Unpickler):
                 for each in (arguments, *arguments):
                     if isinstance(each, tuple) and len(each) >= 4 and isinstance(each[0], _Storage):
                         _check_tensor(*each)
+
+            def __setstate__(self, state: Any) -> None:
+                pass
 
             def append(self, item: Any) -> None:
                 pass

@@ -1,9 +1,11 @@
 """State dicts in the wrappings of training programs, and checkpoints of IRRA's family."""
 
+import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,16 @@ WRAPPINGS: dict[str, tuple[Callable[[State], object], list[str]]] = {
     "a training loop": (
         lambda state: {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": OPTIMIZER, "loss": 0.5},
         ["model_state_dict"],
+    ),
+    "arguments and numbers of numpy": (
+        lambda state: {
+            "state_dict": state,
+            "best_r1": np.float64(0.71),
+            "epoch": np.int64(3),
+            "improved": np.bool_(True),
+            "args": argparse.Namespace(lr=1e-5, resolution=(384, 128)),
+        },
+        ["state_dict"],
     ),
     "another key": (lambda state: {"net": state, "best": torch.tensor(0.7), "meter": {"r1": torch.ones(1)}}, ["net"]),
     "two keys": (lambda state: {"state": {"clip": state}, "optimizer": OPTIMIZER}, ["state.clip"]),
