@@ -149,6 +149,7 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
 
 DEEPEST, MOST_NODES, LARGEST_FILE = 100, 100_000, 1_000_000
 """Limits of a YAML file: of its depth, of its values with those that aliases repeat, and of its bytes."""
+TOO_DEEP = f"it is nested more than {DEEPEST} times: remove brackets or aliases"
 STRING = "tag:yaml.org,2002:str"
 READ_AS_OTHERS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "merge", "timestamp", "value")}
 """What YAML may read a text as, if it has no quotes."""
@@ -187,7 +188,9 @@ def _parse_yaml(source: str | TextIO) -> Any:
     Raises UserError if a key appears twice, or if aliases make it too deep or too large; any other exception if it is
     not valid.
     """
-    loader = _ConfigurationLoader(source)
+    text = source if isinstance(source, str) else source.read()
+    _check_depth(text)
+    loader = _ConfigurationLoader(text)
     try:
         root = loader.get_single_node()
         if root is None:
@@ -199,6 +202,15 @@ def _parse_yaml(source: str | TextIO) -> Any:
         loader.dispose()
 
 
+def _check_depth(text: str) -> None:
+    """Raises UserError if YAML is nested too deeply: old releases of its parser crash then, as they have no limit."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise UserError(TOO_DEEP)
+
+
 def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
     """Returns how many nodes there are below a node and including it, each as often as an alias repeats it.
 
@@ -208,7 +220,7 @@ def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
     Raises UserError if they are too deep, which they also are if a node contains itself.
     """
     if depth > DEEPEST:
-        raise UserError(f"it is nested more than {DEEPEST} times: remove brackets or aliases")
+        raise UserError(TOO_DEEP)
     if id(node) not in known:
         items = node.value if isinstance(node, yaml.CollectionNode) else []
         parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
