@@ -132,7 +132,7 @@ def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, Eas
     ]
     if config.model.activation not in (AUTO, saved.model.activation):
         notes.append(
-            f"warning: model.activation: {config.model.activation} is not used, because the weights record "
+            f"warning: model.activation: {config.model.activation} is not used, because the weights need "
             f"{saved.model.activation}"
         )
     return model, saved, notes
@@ -141,7 +141,7 @@ def build_saved_model(config: EasyDict, weights: Weights) -> tuple[TBPSCLIP, Eas
 def weight_notes(config: EasyDict, weights: Weights) -> list[str]:
     """Returns lines for the log: the source of the weights, and the architecture of the model."""
     model = config.model
-    source = "given as model.activation" if weights.settings.activation is None else "recorded with the weights"
+    source = "given as model.activation" if weights.settings.activation is None else "known from the weights"
     return [
         f"weights of {weights.name} ({weights.form})",
         *weights.notes,

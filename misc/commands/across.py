@@ -80,10 +80,18 @@ def evaluate_across(
         weights = read_any_weights(source, ranks)
         models.append(build_saved_model(config, weights)[1])
         trained[source] = training_data(weights)
-    tests = {name: read_evaluated_split(own, tokenizer, models, ranks) for name, own in configs.items()}
+    tests = {}
+    for name, own in configs.items():
+        try:
+            tests[name] = read_evaluated_split(own, tokenizer, models, ranks)
+        except UserError as error:
+            raise UserError(f"--on {name}: {error}") from error
     with RunLog(None, is_main=ranks.is_main) as log:
-        for line in [*rank_notes(ranks, precision), *(line for _, statistics in tests.values() for line in statistics)]:
+        for line in rank_notes(ranks, precision):
             log.line(line)
+        for name, (_, statistics) in tests.items():
+            for line in [f"{evaluated_data(configs[name])}:", *statistics]:
+                log.line(line)
         results = []
         for source in sources:
             model, saved, notes = build_saved_model(config, read_any_weights(source, ranks))
@@ -103,7 +111,7 @@ def evaluate_across(
         for line in warnings:
             log.line(line)
         published = published_results(results, read_study()) if config.data.evaluate_on == "test" else []
-        tables = [result_table([*results, *published]), *([matrix_table(results)] if len(sources) > 1 else [])]
+        tables = [result_table(results, published), *([matrix_table(results)] if len(sources) > 1 else [])]
         for table in tables:
             log.line(text_table(table))
         content = {

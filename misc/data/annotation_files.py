@@ -47,7 +47,8 @@ def annotation_files(
         return [(anno_dir, next((split for split in SPLITS if anno_dir.name == f"{split}_reid.json"), None))]
     if not is_folder(anno_dir):
         raise UserError(
-            f"`anno_dir: {anno_dir}` does not exist: set it to the folder of the annotation, or to its JSON or CSV file"
+            f"`anno_dir: {anno_dir}` does not exist: set it to the folder of the annotation, or to its JSON or CSV "
+            "file, or correct config/datasets.yaml"
         )
     split_files = {split: anno_dir / f"{split}_reid.json" for split in SPLITS}
     split_files = {split: path for split, path in split_files.items() if is_file(path)}
@@ -70,7 +71,7 @@ def annotation_files(
             "get reid_raw.json of CUHK-PEDES"
         )
     suffixes = (".json", *CSV_SUFFIXES)
-    present = ", ".join(sorted(path.name for path in anno_dir.iterdir() if path.suffix.lower() in suffixes)) or "none"
+    present = first_of(sorted(path.name for path in anno_dir.iterdir() if path.suffix.lower() in suffixes)) or "none"
     raise UserError(
         f"no annotation in {anno_dir}: expected train_reid.json and test_reid.json, or one of "
         f"{', '.join(RAW_FILES)}; to use another file, set anno_dir to it; JSON and CSV files there: {present}"
@@ -125,14 +126,15 @@ def _read_csv(path: Path) -> list[tuple[str, dict]]:
         text = _read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read as CSV ({error}): {CONVERT}") from error
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    first_line = next(iter(text.splitlines()), "")
+    delimiter = max(",;\t", key=first_line.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     entries: dict[tuple[str | None, ...], tuple[str, dict]] = {}
     try:
         columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
         if "caption" not in columns or not {"file_path", "img_path"} & set(columns):
             raise UserError(
-                f"the first line of {path} is {shortened(text.partition(chr(10))[0])}, expected the names of the "
+                f"the first line of {path} is {shortened(first_line)}, expected the names of the "
                 "columns: split,id,file_path,caption"
             )
         for row in reader:

@@ -103,7 +103,7 @@ def read_captions(path: str | Path) -> list[tuple[str, list[str]]]:
 
 def _existing_folder(key: str, folder: str | Path) -> Path:
     if not is_folder(folder):
-        raise UserError(f"`{key}: {folder}` is not a folder: set it to an existing folder")
+        raise UserError(f"`{key}: {folder}` is not a folder: set it, or correct config/datasets.yaml")
     return Path(folder)
 
 

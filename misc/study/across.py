@@ -10,11 +10,12 @@ from misc.study.rows import COLUMNS, Row
 ACROSS_JSON, ACROSS_MARKDOWN = "across_datasets.json", "across_datasets.md"
 METRICS = ("r1", "r5", "r10", "mAP", "mINP", "rSum")
 SAME_DATASET = {
-    "benchmarks/{}/tbps_clip_vitb16": "TBPS-CLIP",
-    "benchmarks/{}/simplified_vitb16": "TBPS-CLIP, simplified",
-    "irra_on_tbps_clip/{}/irra": "IRRA",
+    ("benchmarks", "tbps_clip_vitb16"): "TBPS-CLIP",
+    ("benchmarks", "simplified_vitb16"): "TBPS-CLIP, simplified",
+    ("irra_on_tbps_clip", "irra"): "IRRA",
 }
-"""Rows of the paper with the figures of a method that was trained and tested on one dataset, and the method's name."""
+"""Rows of the paper with the figures of a method that was trained and tested on one dataset, by their names without the
+dataset, and the method's name."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,55 @@ def with_sum(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def published_results(results: Sequence[Result], rows: dict[str, Row]) -> list[Result]:
-    """Returns the published results for the training sets and test sets of the results, from the rows of the study."""
-    found = []
-    for trained_on, tested_on in dict.fromkeys((result.trained_on, result.tested_on) for result in results):
-        if trained_on == tested_on:
-            named = {name.format(tested_on): method for name, method in SAME_DATASET.items()}
-            prefix = f"same_dataset/{tested_on}/"
-        else:
-            named, prefix = {}, f"across_datasets/{trained_on}/{tested_on}/"
-        named |= {name: name.removeprefix(prefix) for name in rows if name.startswith(prefix)}
-        for name, method in named.items():
-            if name in rows:
-                figures = dict(zip(rows[name].columns, rows[name].published, strict=True))
-                found.append(Result(f"{method} (published)", trained_on, tested_on, with_sum(figures)))
-    return found
+    """Returns the published results to compare with the measured ones, from the rows of the study.
+
+    They are those with the same training set and test set. If none of the published results has this training set, for
+    example because the weights do not record it, they are those of every training set.
+    """
+    published = [each for name, row in rows.items() if (each := _published_result(name, row))]
+    known = {each.trained_on for each in published}
+    pairs = {(result.trained_on, result.tested_on) for result in results}
+    found: dict[tuple[str | None, str], list[Result]] = {}
+    for each in published:
+        if any(
+            tested_on == each.tested_on and (trained_on == each.trained_on or trained_on not in known)
+            for trained_on, tested_on in pairs
+        ):
+            found.setdefault((each.trained_on, each.tested_on), []).append(each)
+    return [each for group in found.values() for each in group]
 
 
-def result_table(results: Sequence[Result]) -> list[list[str]]:
-    """Returns the cells of a table, heads first: a row for each result, grouped by training set and test set."""
-    pairs = dict.fromkeys((result.trained_on, result.tested_on) for result in results)
+def _published_result(name: str, row: Row) -> Result | None:
+    """Returns the published result of a row; None if the row does not compare methods on or across datasets."""
+    match name.split("/"):
+        case ["across_datasets", trained_on, tested_on, method]:
+            pass
+        case ["same_dataset", trained_on, method]:
+            tested_on = trained_on
+        case [group, trained_on, variant] if (group, variant) in SAME_DATASET:
+            tested_on, method = trained_on, SAME_DATASET[group, variant]
+        case _:
+            return None
+    figures = dict(zip(row.columns, row.published, strict=True))
+    return Result(f"{method} (published)", trained_on, tested_on, with_sum(figures))
+
+
+def result_table(results: Sequence[Result], published: Sequence[Result]) -> list[list[str]]:
+    """Returns the cells of a table, heads first: a row for each result, grouped by training set and test set.
+
+    A published result of a group without a measured one follows those that do not record their training set.
+
+    Args:
+        published: from `published_results(results, …)`.
+    """
+    groups: dict[tuple[str | None, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.trained_on, result.tested_on), []).append(result)
+    known = {each.trained_on for each in published}
+    for each in published:
+        own = (each.trained_on, each.tested_on)
+        others = (pair for pair in groups if pair[0] not in known and pair[1] == each.tested_on)
+        groups[own if own in groups else next(others)].append(each)
     titles = [COLUMNS[name].title if name in COLUMNS else name for name in METRICS]
     return [
         ["trained on", "tested on", "weights or method", *titles],
@@ -82,9 +113,8 @@ def result_table(results: Sequence[Result]) -> list[list[str]]:
                 result.method,
                 *(f"{result.metrics[name]:.2f}" if name in result.metrics else "–" for name in METRICS),
             ]
-            for trained_on, tested_on in pairs
-            for result in results
-            if (result.trained_on, result.tested_on) == (trained_on, tested_on)
+            for group in groups.values()
+            for result in group
         ),
     ]
 

@@ -105,7 +105,7 @@ def _data_lines(rows: list[Row], found: dict[str, Measured]) -> list[str]:
         published_on = row.settings.get("data.dataset", PUBLISHED_ON)
         for title, dataset in found[row.name].data if row.name in found else ():
             measured_on[title] = None
-            if dataset != published_on:
+            if dataset != published_on and row.published:
                 other[f"{row.name} ({published_on} published, {title} measured)"] = None
     lines = [f"Measured on: {', '.join(measured_on)}."] if measured_on else []
     if other:

@@ -263,6 +263,9 @@ def test_no_annotation(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     expected = ["train_reid.json", "reid_raw.json", "ICFG-PEDES.json", "data_captions.json"]
     fails(tmp_path, str(tmp_path), *expected, "set anno_dir to it", "JSON and CSV files there: other.json")
+    for number in range(40):
+        (tmp_path / f"{number:02}.csv").touch()
+    fails(tmp_path, "JSON and CSV files there: 00.csv, 01.csv, 02.csv and 38 more")
 
 
 def test_no_file_at_all(tmp_path):
@@ -394,6 +397,7 @@ def test_captions_of_csv_are_read_for_back_translation(tmp_path):
     [
         ("", ["first line", "split,id,file_path,caption"]),
         ("a.jpg,A man\n", ["first line", "'a.jpg,A man'", "split,id,file_path,caption"]),
+        ("a.jpg,A man\r\nb.jpg,A man\r\n", ["first line", "'a.jpg,A man'"]),
         (CSV + "train,1,d.jpg,A man, walking\n", ["line 6 has more values", "double quotes"]),
         (CSV + "train,1,d.jpg\n", ["line 6 has fewer values"]),
         (CSV + 'train,1,d.jpg,"A" man\n', ["line 6 cannot be read as CSV"]),

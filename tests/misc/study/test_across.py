@@ -64,13 +64,42 @@ def test_a_sum_of_recalls_needs_all_three():
     assert "rSum" not in paper["RDE"]
 
 
-def test_unknown_training_sets_and_own_datasets_have_no_published_figures():
-    assert published(None, "CUHK-PEDES") == published("campus", "campus") == published("campus", "RSTPReid") == {}
+@pytest.mark.parametrize("trained_on", [None, "campus"])
+def test_unknown_training_sets_are_compared_with_all_published_ones(trained_on):
+    """Weights of other code, for example IRRA's, do not record what they were trained on."""
+    found = published_results([result(trained_on, "RSTPReid")], ROWS)
+    by_training_set = {
+        name: [each.metrics["r1"] for each in found if each.trained_on == name] for name in DATASETS.values()
+    }
+    assert by_training_set == {
+        "CUHK-PEDES": [53.25, 52.55, 54.90, 58.05],
+        "ICFG-PEDES": [45.30, 47.45, 49.25, 51.30],
+        "RSTPReid": [61.95, 62.10, 60.20, 65.35, 67.30, 72.50, 72.50],
+    }
+    assert {each.tested_on for each in found} == {"RSTPReid"}
+
+
+def test_own_datasets_have_no_published_figures():
+    assert published("campus", "campus") == published("CUHK-PEDES", "campus") == published(None, "campus") == {}
+
+
+def test_published_results_stand_beside_the_measured_ones():
+    measured = [result(None, "RSTPReid"), result(None, "CUHK-PEDES"), result("CUHK-PEDES", "RSTPReid", method="b.pth")]
+    found = published_results(measured, ROWS)
+    table = result_table(measured, found)[1:]
+    assert len(table) == len(measured) + len(found) == 3 + 15 + 13
+    own = [number for number, line in enumerate(table) if "published" not in line[2]]
+    tested_on = [line[1] for line in table]
+    assert own == [0, 12, 26]
+    assert tested_on == ["RSTPReid"] * 12 + ["CUHK-PEDES"] * 14 + ["RSTPReid"] * 5
+    assert {line[0] for line in table[27:]} == {"CUHK-PEDES"}
+    assert "CUHK-PEDES" not in {line[0] for line in table[:12]}  # they are beside the weights that record it
+    assert [line[0] for line in table[1:12]] == ["RSTPReid"] * 7 + ["ICFG-PEDES"] * 4
 
 
 def test_a_table_groups_results_by_training_set_and_test_set():
     measured = [result("A", "A", 51), result("A", "B", 52), result(None, "A", 53), result("A", "A", 54, "other.pth")]
-    table = result_table([*measured, Result("IRRA (published)", "A", "B", {"r1": 42.41, "mAP": 21.77})])
+    table = result_table(measured, [Result("IRRA (published)", "A", "B", {"r1": 42.41, "mAP": 21.77})])
     assert table[0] == ["trained on", "tested on", "weights or method", "R@1", "R@5", "R@10", "mAP", "mINP", "rSum"]
     assert [line[:4] for line in table[1:]] == [
         ["A", "A", "w.pth", "51.00"],

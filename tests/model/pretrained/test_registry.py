@@ -335,7 +335,7 @@ def test_a_tag_is_downloaded_from_the_hub_once(tmp_path, user):
         assert outcome.status == 0, outcome
         assert (
             "weights of ViT-B-16/laion2b_s34b_b88k" in outcome.out
-            and "activation: gelu (recorded with the weights)" in outcome.out
+            and "activation: gelu (known from the weights)" in outcome.out
         )
         assert f"GET {path}" in asked
     found = read_weights(out)

@@ -440,7 +440,7 @@ def test_a_recorded_activation_is_logged_and_not_overridden(tmp_path):
     open_clip_folder(tmp_path / "model", "gelu")
     config = resolved(tmp_path / "model")
     notes = weight_notes(config, read_weights(tmp_path / "model"))
-    assert "activation: gelu (recorded with the weights)" in notes
+    assert "activation: gelu (known from the weights)" in notes
     with pytest.raises(
         UserError, match=r"model.activation: quick_gelu does not fit .*activation gelu: set model.*=auto"
     ):
