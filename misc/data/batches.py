@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from misc.data.adjustments import Adjustments
 from misc.data.sampler import GlobalBatchSampler
 from misc.data.samples import EvaluationImages, GalleryImage, Sample, TrainingSet
 from misc.data.views import finish_simclr_views
-from misc.data.workers import build_loader, received
+from misc.data.workers import build_loader, received, stack
 from misc.errors import UserError
 from model.tbps_clip import Views, needed
 from text_utils.masking import IGNORED_LABEL
@@ -96,8 +96,7 @@ def _all_or_error(items: list[Item | UserError]) -> list[Item] | UserError:
 
 def _stack_samples(samples: list[Sample]) -> Batch:
     names = samples[0].images.keys()
-    # In a loader process, this stacks into memory shared with the training process; torch.stack would need a copy.
-    images = {name: default_collate([sample.images[name] for sample in samples]) for name in names}
+    images = {name: stack([sample.images[name] for sample in samples]) for name in names}
     rows = [sample.captions[name] for name in samples[0].captions for sample in samples]
     masked = samples[0].masked_ids is not None  # then all samples are
     masked_ids = [needed(sample.masked_ids) for sample in samples if masked]
@@ -146,7 +145,7 @@ def _stack_images(images: list[GalleryImage | UserError]) -> GalleryImage | User
     if isinstance(decoded, UserError):
         return decoded
     return GalleryImage(
-        default_collate([image.pixels for image in decoded]), [path for image in decoded for path in image.damaged]
+        stack([image.pixels for image in decoded]), [path for image in decoded for path in image.damaged]
     )
 
 

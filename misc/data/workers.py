@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from misc.errors import UserError
 from misc.terminal import report
@@ -62,6 +63,17 @@ def build_loader(dataset: Any, collate: Callable[[list], Any], *, workers: int, 
         timeout=POLL_SECONDS if workers else 0,
         **options,
     )
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    """Stacks tensors like `torch.stack`. In a loader worker, the result is in shared memory if there is enough of it.
+
+    `torch.stack` would need a copy to get there.
+    """
+    try:
+        return default_collate(tensors)
+    except RuntimeError:
+        return torch.stack(tensors)
 
 
 class _Unshared(NamedTuple):

@@ -4,13 +4,14 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from contextlib import closing
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from misc.data.workers import build_loader, received, reported_workers
+from misc.data.workers import build_loader, received, reported_workers, stack
 from misc.errors import UserError
 from misc.system.distributed import Ranks
 from tests.helpers.ranks import run_on_ranks
@@ -50,7 +51,11 @@ def collate(tensors: list[torch.Tensor]) -> tuple[list[int], torch.Tensor]:
     return [int(tensor[0]) for tensor in tensors], torch.stack(tensors)
 
 
-def loader(dataset: Dataset, workers: int = 2):
+def collate_shared(tensors: list[torch.Tensor]) -> tuple[list[int], torch.Tensor]:
+    return [int(tensor[0]) for tensor in tensors], stack(tensors)
+
+
+def loader(dataset: Dataset, workers: int = 2, collate: Callable = collate):
     return build_loader(dataset, collate, workers=workers, batch_size=2)
 
 
@@ -65,9 +70,10 @@ def test_the_number_of_workers_does_not_matter(workers, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_batches_that_do_not_fit_into_shared_memory_arrive(full_disk, capfd):
+@pytest.mark.parametrize("collate", [collate, collate_shared])
+def test_batches_that_do_not_fit_into_shared_memory_arrive(full_disk, capfd, collate):
     full_disk(SIZE // 2)  # shared memory consists of files
-    check(list(received(loader(Tensors()))))
+    check(list(received(loader(Tensors(), collate=collate))))
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("warning: loader workers have too little shared memory") and "--shm-size" in line
 
