@@ -150,8 +150,8 @@ class RunIdentity:
             )
         if self.training_set != saved["training_set"]:
             raise UserError(
-                f"the run of {path} cannot be resumed: it was started with other training captions: set its anno_dir "
-                "and data.back_translation_file, or start a new run"
+                f"the run of {path} cannot be resumed: it was started with other training captions: set its "
+                "anno_dir, data.back_translation_file and data.skip_unreadable, or start a new run"
             )
 
 

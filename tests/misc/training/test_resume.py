@@ -32,7 +32,7 @@ from tests.helpers.runs import (
     start_forked,
 )
 from tests.helpers.seeded import clip_weights
-from tests.helpers.tiny_dataset import write_tiny_dataset
+from tests.helpers.tiny_dataset import spoil, write_tiny_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -303,6 +303,12 @@ def test_other_captions_are_refused(run, data, stopped, tmp_path):
     (other.anno_dir / "reid_raw.json").write_text(json.dumps(entries))
     saved_path = f"model.saved_path={stopped}"
     assert "captions" in only_error(run(*EVERYTHING, *of_dataset(other), saved_path, "--resume"))
+    # the same annotation has other captions too, if images are left out
+    entries[0]["captions"][0] = entries[0]["captions"][0].removesuffix(" Mended.")
+    (other.anno_dir / "reid_raw.json").write_text(json.dumps(entries))
+    spoil(other.image_dir / entries[0]["file_path"], "undecodable")
+    message = only_error(run(*EVERYTHING, *of_dataset(other), saved_path, "--resume", "data.skip_unreadable=true"))
+    assert "captions" in message and "data.skip_unreadable" in message
 
 
 def test_a_run_is_resumed_with_its_saved_configuration_and_in_another_folder(run, stopped, unstopped, tmp_path):
