@@ -20,7 +20,8 @@ class QuickGELU(nn.Module):
     """The activation of OpenAI's weights: x · sigmoid(1.702 x). It differs from torch's GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
+        # A compiler fuses the formula itself; that of torch 2.4 cannot split a graph with such a function over ranks.
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _QuickGELUWithGradient.apply(x)
         return F.silu(1.702 * x) / 1.702
 
