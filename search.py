@@ -19,8 +19,8 @@ from misc.files import is_file, is_folder, path_argument, resolved
 from misc.search.encoder import Encoder, load_encoder
 from misc.search.engine import NAMES, EngineChoice
 from misc.search.engines import require
-from misc.search.gallery import default_index, open_gallery
-from misc.search.indexing import UNREADABLE, Update, update_index
+from misc.search.gallery import SHEETS, UNREADABLE, default_index, open_gallery
+from misc.search.indexing import Update, update_index
 from misc.search.result_sheet import draw_result_sheet
 from misc.search.searcher import Query, Searcher, checked_description
 from misc.system.distributed import choose_device
@@ -245,7 +245,7 @@ def default_sheet(folder: Path, wanted: Query) -> Path:
 
     Raises UserError if the folder for results images cannot be created.
     """
-    sheets = folder / "sheets"
+    sheets = folder / SHEETS
     try:
         sheets.mkdir(exist_ok=True)
     except OSError as error:

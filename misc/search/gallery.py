@@ -33,6 +33,8 @@ from misc.search.pictures import Picture
 FORMAT = 2
 """Version of the format of an index: raised when older programs cannot read a new index. Format 1 has no checksums."""
 INFO, LOCK = "index.json", "lock"
+UNREADABLE, SHEETS = "unreadable.jsonl", "sheets"
+"""The list of the files and folders that could not be read, and the folder of the results images."""
 ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH = "encoded.f32", "encoded.jsonl", "encoded.with"
 GENERATION_FILE = re.compile(r"(?P<kind>features|pictures|faiss)_(?P<generation>\d+)\.(npy|jsonl|index)(\.part)?")
 """Names of the files of a generation; a user may keep other files in the index."""
@@ -69,10 +71,11 @@ class Info:
 
 
 class DamagedIndex(UserError):
-    """Files of an index that are missing, or whose content has changed."""
+    """Files of an index that are missing, or whose content has changed. `reason` says which, for a message."""
 
     def __init__(self, index: Path, reason: str):
         super().__init__(f"{index} is damaged ({reason}): index the folder again, which encodes its pictures again")
+        self.reason = reason
 
 
 def default_index(folder: Path) -> Path:
@@ -147,7 +150,8 @@ def held_index(index: Path) -> Iterator[None]:
         index.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in index.iterdir()}
         partial = {partial_path(Path(name)).name for name in (INFO, ENCODED_WITH)}  # by a process that was killed
-        others = sorted(names - partial - {LOCK, ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH})
+        own = partial | {LOCK, ENCODED_FEATURES, ENCODED_PICTURES, ENCODED_WITH, UNREADABLE, SHEETS}
+        others = sorted(name for name in names - own if not GENERATION_FILE.fullmatch(name))
         if others and INFO not in names:
             raise UserError(
                 f"{index} is not an index, but contains other files ({first_of(others)}): give another --index"

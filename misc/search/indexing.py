@@ -17,6 +17,7 @@ from misc.search import engines
 from misc.search.encoder import Encoder
 from misc.search.engine import EngineChoice
 from misc.search.gallery import (
+    UNREADABLE,
     DamagedIndex,
     Encoded,
     Gallery,
@@ -32,8 +33,6 @@ from misc.search.gallery import (
 from misc.search.pictures import Picture, PictureBatch, PictureSet, Unreadable, find_pictures, picture_batches
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-UNREADABLE = "unreadable.jsonl"
-"""File in the index that lists the files and folders that could not be read."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _begin(index: Path, new: Info, overwrite: bool) -> tuple[Info, Gallery | Non
         if not current.checksums:
             list(previous.pictures())  # checks each line
     except DamagedIndex as error:
-        return info, None, [f"warning: {error}; all pictures were encoded again"]
+        return info, None, [f"warning: {index} was damaged ({error.reason}): all pictures were encoded again"]
     return replace(info, checksums=previous.info.checksums), previous, []
 
 

@@ -17,7 +17,7 @@ from misc.search.pictures import Picture
 from misc.search.searcher import Query, Searcher
 from tests.helpers.mutations import mutated
 from tests.helpers.runs import only_error
-from tests.helpers.searching import encoder_of, features_one_by_one, gallery_of, paths_of, write_clip
+from tests.helpers.searching import GELU, encoder_of, features_one_by_one, gallery_of, paths_of, write_clip
 
 FEATURES, PICTURES = "features_1.npy", "pictures_1.jsonl"
 
@@ -26,7 +26,7 @@ FEATURES, PICTURES = "features_1.npy", "pictures_1.jsonl"
 def indexed(tmp_path_factory, clip) -> Path:
     """A folder of pictures with its index, which tests copy."""
     import search
-    from tests.helpers.searching import GELU, write_people
+    from tests.helpers.searching import write_people
 
     folder = write_people(tmp_path_factory.mktemp("indexed") / "people")
     assert search.main(["index", str(folder), "--checkpoint", str(clip), "--set", GELU, "--workers", "0"]) == 0
@@ -76,7 +76,8 @@ def test_an_index_that_is_damaged_is_reported_and_repaired(people, call_search, 
     assert "is damaged (" in only_error(call_search("query", people, "red"))
     outcome = call_search("index", people, "--workers", "0")
     assert outcome.status == 0 and "7 new or changed" in outcome.out, outcome.err
-    assert "warning: " in outcome.out and "all pictures were encoded again" in outcome.out
+    assert f"warning: {default_index(people)} was damaged (" in outcome.out
+    assert "all pictures were encoded again" in outcome.out and "index the folder again" not in outcome.out
     expected = features_one_by_one(people, clip, paths_of(people))
     torch.testing.assert_close(gallery_of(people).features, expected, rtol=0, atol=1e-5)
     assert "0 new or changed" in call_search("index", people, "--workers", "0").out
@@ -99,6 +100,24 @@ def test_values_of_a_wrong_type_are_one_line(people, call_search, field, value):
 def test_content_that_is_no_index_is_one_line(people, call_search, content):
     (default_index(people) / "index.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     assert "index.json" in only_error(call_search("query", people, "red")) or "format" in content
+
+
+def test_after_the_advice_for_damaged_content_the_folder_is_indexed_again(people, call_search, clip):
+    """`index.json` is never replaced if it is not known to be ours; the other files of an index do not matter."""
+    index = default_index(people)
+    (people / "text.jpg").write_text("no image")
+    for command in (("index", people, "--workers", "0"), ("query", people, "red")):
+        assert call_search(*command).status == 0
+    assert {"unreadable.jsonl", "sheets"} < {path.name for path in index.iterdir()}
+    (index / "index.json").write_text("{")
+    anew = ("index", people, "--checkpoint", clip, "--set", GELU, "--workers", "0")
+    assert "remove it and index the folder again" in only_error(call_search(*anew))
+    (index / "index.json").unlink()
+    assert call_search(*anew).status == 0
+    assert "7 pictures" in call_search("index", people, "--workers", "0").out
+    (index / "index.json").unlink()
+    (index / "mine.txt").touch()
+    assert "contains other files (mine.txt)" in only_error(call_search(*anew))
 
 
 def test_an_index_without_checksums_is_searched_and_gets_them(people, call_search):
