@@ -223,16 +223,18 @@ def query(options: argparse.Namespace) -> None:
     if options.sheet is not None and not options.sheet.name:
         raise UserError(f"--sheet {options.sheet}: give the name of a PNG file, for example --sheet results.png")
     description = None if options.text is None else checked_description(options.text)
-    wanted = Query(description, file=options.image, count=options.results, threshold=options.threshold)
+    wanted = Query(description, file=options.image, count=options.results)
     searcher = open_searcher(options)
     started = time.perf_counter()
-    (found,) = searcher.search([wanted])
+    (answer,) = searcher.search([wanted])
     milliseconds = 1000 * (time.perf_counter() - started)
-    if isinstance(found, UserError):
-        raise found
+    if isinstance(answer, UserError):
+        raise answer
+    found = [result for result in answer if result.score >= options.threshold]
     if notice := searcher.notice(wanted):
         report(f"note: {notice}")
-    report(f"{len(found)} of {len(searcher.gallery):,} pictures, in {milliseconds:.0f} ms")
+    best = "" if found or not answer else f"; the best score is {answer[0].score:.4f}"
+    report(f"{len(found)} of {len(searcher.gallery):,} pictures{best}, in {milliseconds:.0f} ms")
     for rank, result in enumerate(found, start=1):
         show(f"{rank}\t{result.score:.4f}\t{result.path}")
     sheet = options.sheet or default_sheet(index_folder(options), wanted)

@@ -41,14 +41,12 @@ class Query:
         file: any picture file.
         like: the path of a picture in the index.
         count: largest number of results.
-        threshold: lowest cosine of a result.
     """
 
     description: str | None = None
     file: Path | None = None
     like: str | None = None
     count: int = 10
-    threshold: float = -1.0
 
 
 def checked_description(text: str) -> str:
@@ -180,4 +178,4 @@ class Searcher:
 
     def _results(self, query: Query, scores: Tensor, rows: Tensor) -> list[Result]:
         pairs = zip(scores[: query.count].tolist(), rows[: query.count].tolist(), strict=True)
-        return [Result(self.gallery.picture(row).path, score) for score, row in pairs if score >= query.threshold]
+        return [Result(self.gallery.picture(row).path, score) for score, row in pairs]

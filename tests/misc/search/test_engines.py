@@ -326,7 +326,8 @@ def test_a_threshold_removes_results_with_lower_scores(make_index, call_search, 
     ]
     assert kept == all_scores[: len(kept)] and 3 <= len(kept) < 7
     outcome = call_search("query", people, "red", "--threshold", 1)
-    assert (outcome.status, outcome.out) == (0, "") and outcome.err.startswith("0 of 7 pictures")
+    assert (outcome.status, outcome.out) == (0, "")
+    assert outcome.err.startswith(f"0 of 7 pictures; the best score is {all_scores[0]:.4f}, in ")
 
 
 def test_mistakes_in_a_query_are_reported_in_one_line(make_index, call_search, people, tmp_path):
