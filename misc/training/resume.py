@@ -140,7 +140,9 @@ class RunIdentity:
         ]
         if self.batch != saved["batch"]:
             product = "processes × data.batch_size" if self.config["model"]["use_gather"] else "data.batch_size"
-            differences.append(f"{product} is {self.batch} now and {saved['batch']} in the checkpoint")
+            wanted, rest = divmod(saved["batch"] * own["data.batch_size"], self.batch)
+            remedy = "use another number of processes" if rest else f"data.batch_size={wanted} makes them equal"
+            differences.append(f"{product} is {self.batch} now and {saved['batch']} in the checkpoint ({remedy})")
         if self.precision != saved["precision"]:
             differences.append(f"misc.precision is {self.precision} now and {saved['precision']} in the checkpoint")
         if differences:

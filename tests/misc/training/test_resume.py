@@ -276,7 +276,10 @@ def content(folder: Path) -> dict[str, bytes]:
         ("schedule.epoch=3", "schedule.epoch is 3 now and 2 in the checkpoint"),
         ("misc.seed=5", "misc.seed is 5 now and 1 in the checkpoint"),
         ("experiment.id=false", "experiment.id is False now and True in the checkpoint"),
-        ("data.batch_size=8", "processes × data.batch_size is 8 now and 4 in the checkpoint"),
+        (
+            "data.batch_size=8",
+            "processes × data.batch_size is 8 now and 4 in the checkpoint (data.batch_size=4 makes them equal)",
+        ),
         ("data.noise=0.2", "data.noise is 0.2 now and 0 in the checkpoint"),
         ("misc.precision=bf16", "misc.precision is bf16 now and fp32 in the checkpoint"),
     ],
@@ -294,6 +297,16 @@ def test_without_gathering_the_batch_of_a_rank_must_be_the_same():
     with pytest.raises(UserError, match=r"cannot be resumed: data\.batch_size is 40 now and 80 in the checkpoint"):
         identity.check(saved, Path("runs/x/checkpoint_last.pth"))
     identity.check(saved | {"batch": 40}, Path("runs/x/checkpoint_last.pth"))
+
+
+def test_the_batch_that_fits_the_number_of_processes_is_named():
+    """The configuration of the run itself is refused with another number of processes."""
+    identity = RunIdentity(to_plain(load_config(overrides=("data.batch_size=20",))), 60, "fp32", "same")  # 3 processes
+    for batch, remedy in ((120, "data.batch_size=40 makes"), (80, "another number of processes")):
+        with pytest.raises(UserError, match=remedy):
+            identity.check(
+                {"config": identity.config, **identity.state(), "batch": batch}, Path("x/checkpoint_last.pth")
+            )
 
 
 def test_other_captions_are_refused(run, data, stopped, tmp_path):
