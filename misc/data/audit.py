@@ -91,14 +91,25 @@ def _has_code(caption: str) -> bool:
 
 def _shared_captions(captions: Sequence[Item], splits: Mapping[str, Split]) -> Finding:
     """Finds captions that are the same after cleaning. The same id in two splits is two people."""
-    cleaned = [text for split in splits.values() for text in split.captions]
+    people = [(name, identity) for name, split in splits.items() for identity in split.caption_identities]
+    texts = [text for split in splits.values() for text in split.captions]
+    shared = _of_several(texts, people)
+    # A split has only the first words of long captions. Only those that are the same are compared as a whole.
+    texts = [
+        clean_caption(item["caption"], sys.maxsize) if text in shared else text
+        for text, item in zip(texts, captions, strict=True)
+    ]
+    shared = _of_several(texts, people)
+    items = [item for text, item in zip(texts, captions, strict=True) if text in shared]
+    return Finding("captions that describe several people", items, f"{len(shared):,} different texts" if shared else "")
+
+
+def _of_several(texts: Sequence[str], people: Sequence[tuple[str, int]]) -> set[str]:
+    """Returns the texts that belong to more than one of the people."""
     described: dict[str, set[tuple[str, int]]] = defaultdict(set)
-    for name, split in splits.items():
-        for text, identity in zip(split.captions, split.caption_identities, strict=True):
-            described[text].add((name, identity))
-    shared = [item for text, item in zip(cleaned, captions, strict=True) if len(described[text]) > 1]
-    texts = sum(len(people) > 1 for people in described.values())
-    return Finding("captions that describe several people", shared, f"{texts:,} different texts" if shared else "")
+    for text, person in zip(texts, people, strict=True):
+        described[text].add(person)
+    return {text for text, found in described.items() if len(found) > 1}
 
 
 def _repeated_captions(captions: Sequence[Item]) -> Iterator[Item]:

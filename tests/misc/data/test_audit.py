@@ -92,6 +92,9 @@ def test_captions_of_several_people_are_found():
     ]
     (finding,) = [each for each in audit_captions({"train": train, "test": test}) if each.title == title]
     assert finding.detail == "2 different texts"
+    long = "red " * 80  # a split has its first 77 words
+    train = split_of(long + "coat", long + "hat", long + "Coat!", long, people=[0, 1, 2, 3])
+    assert found(title, train=train) == [("train", "0.jpg"), ("train", "2.jpg")]
 
 
 def test_captions_that_an_image_has_twice_are_found():
