@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import pathlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def without_permission(folder: Path) -> Path:
     return folder / "closed" / "below" / "file"
 
 
+CALLS = ("lstat", "mkdir", "open", "scandir", "stat")
 UNUSABLE = (too_long, in_a_circle, without_permission)
 
 
@@ -43,9 +45,11 @@ def closed(tmp_path, monkeypatch) -> None:
         return call
 
     (tmp_path / "closed" / "below").mkdir(parents=True)
-    for module, names in ((os, ("lstat", "mkdir", "open", "scandir", "stat")), (io, ("open",))):
+    kept = getattr(pathlib, "_normal_accessor", os)  # Python 3.10 keeps the functions that `Path` calls there
+    for module, names in ((os, CALLS), (io, ("open",)), *([(kept, CALLS)] if kept is not os else [])):
         for name in names:
-            monkeypatch.setattr(module, name, refusing(getattr(module, name)))
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, refusing(getattr(module, name)))
     monkeypatch.setattr("builtins.open", io.open)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
