@@ -24,7 +24,8 @@ def test_a_file_of_six_lines_trains(tmp_path):
     ]
     assert f"anno_dir={tmp_path}/people.csv" in own and f"image_dir={tmp_path}/photos" in own
     short = ("schedule.epoch=1", "log.sheet=1", f"model.saved_path={tmp_path / 'run'}")
-    outcome = start_forked(*ARCHITECTURE, *QUICK, *own, *short)
+    assert "model.checkpoint=openai" in own
+    outcome = start_forked(*QUICK, *own, *ARCHITECTURE, *short)  # the last argument counts: random weights
     assert outcome.status == 0, outcome.err
     (record,) = Run(tmp_path / "run", outcome).records
     assert record["loss"] > 0 and "step 1/1" in outcome.out
