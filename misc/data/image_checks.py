@@ -88,7 +88,8 @@ def _examine(paths: list[str], image_dir: Path, ranks: Ranks, *, decode: bool) -
         try:
             check(file)
         except ImageError as error:
-            return _Found(UNREADABLE, path, error.reason) if is_file(file) else _Found(MISSING, path)
+            forbidden = isinstance(error.__cause__, PermissionError)  # then nobody knows whether it exists
+            return _Found(UNREADABLE, path, error.reason) if forbidden or is_file(file) else _Found(MISSING, path)
         return None
 
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks.world_size > 1 else 1

@@ -100,7 +100,9 @@ def read_info(index: Path) -> Info | None:
         content = json.loads((index / INFO).read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{index / INFO} cannot be read ({error.strerror}): check its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{index / INFO} cannot be read ({error}): {REMEDY}") from error
     if isinstance(content, dict) and content.get("format") == 1:
         content = content | {"checksums": {}, "format": FORMAT}

@@ -54,6 +54,20 @@ def test_missing_images_are_named_before_others(tiny_dataset):
             checked(tiny_dataset, skip_unreadable=skip)
 
 
+def test_images_in_a_folder_without_permission_are_not_called_missing(tiny_dataset, monkeypatch):
+    """Permissions would not do this if the tests run as root."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("misc.data.images.open_regular", refuse)
+    monkeypatch.setattr(image_checks, "is_file", lambda path: False)
+    first = paths(tiny_dataset)[0]
+    with pytest.raises(UserError, match="42 of 42 annotated images cannot be read") as error:
+        checked(tiny_dataset)
+    assert f"'{first}' (Permission denied)" in str(error.value)
+
+
 def test_images_that_cannot_be_decoded_are_left_out_as_if_they_were_not_annotated(tiny_dataset):
     """So the training is exactly that of an annotation without them."""
     file = tiny_dataset.anno_dir / "reid_raw.json"

@@ -476,6 +476,21 @@ def test_a_folder_that_cannot_be_written(make_index, people, monkeypatch):
     assert "Permission denied" in only_error(make_index(people))
 
 
+def test_an_index_that_may_not_be_read_is_not_to_be_removed(make_index, call_search, people, monkeypatch):
+    make_index(people)
+    read_bytes = Path.read_bytes
+
+    def refusing(path):
+        if path.name == "index.json":
+            raise PermissionError(13, "Permission denied")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refusing)
+    for command in (("query", people, "red"), ("index", people)):
+        message = only_error(call_search(*command))
+        assert "index.json cannot be read (Permission denied): check its permissions" in message
+
+
 def test_unreadable_folders_are_listed(people, monkeypatch):
     scandir = os.scandir
 
