@@ -7,7 +7,7 @@ import sys
 from easydict import EasyDict
 
 from misc.builders.data import DATA_KEYS
-from misc.commands.study import configure_row
+from misc.commands.study import STUDY_TABLES, configure_row
 from misc.config.loading import DEFAULT_CONFIG, load_config
 from misc.config.rules import RULES
 from misc.errors import UserError
@@ -127,6 +127,11 @@ def given_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def refuse_other_modes(arguments: argparse.Namespace) -> None:
-    """Raises UserError if --study is given together with another mode."""
+    """Raises UserError if --study is given together with another mode, or with an option that it does not use."""
     if arguments.simplified or arguments.evaluate or arguments.on or arguments.contribution or arguments.export:
         raise UserError("--study only works without --simplified and the other modes: leave them out")
+    unused = [
+        name for name in ("config", "resume", "overwrite", "sheet") if getattr(arguments, name) not in (None, False)
+    ]
+    if arguments.study in STUDY_TABLES and unused:
+        raise UserError(f"--study {arguments.study}: --{unused[0]} has no effect: only model.saved_path can be set")

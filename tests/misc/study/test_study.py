@@ -222,6 +222,10 @@ def test_each_mistake_is_one_line(run, tmp_path):
     assert "--simplified" in only_error(run("--study", "losses/ss_i", "--simplified"))
     assert "run one first" in only_error(run("--study", "report", f"model.saved_path={tmp_path}"))
     assert "misc.sed=1" in only_error(run("--study", "list", "misc.sed=1"))
+    for table in ("list", "report", "acceptance"):
+        for option in (["--config", "own.yaml"], ["--resume"], ["--overwrite"], ["--sheet", "3"]):
+            message = only_error(run("--study", table, *option))
+            assert f"--study {table}: {option[0]} has no effect" in message
     missing = only_error(run("--study", "irra_on_tbps_clip/RSTPReid/tbps_clip", f"model.saved_path={tmp_path}"))
     assert "--study benchmarks/RSTPReid/tbps_clip_vitb16" in missing
 
