@@ -101,7 +101,9 @@ def read_info(index: Path) -> Info | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{index / INFO} cannot be read ({error.strerror}): check its permissions") from error
+        raise UserError(
+            f"{index / INFO} cannot be read ({error.strerror}): check its permissions, or give another --index"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{index / INFO} cannot be read ({error}): {REMEDY}") from error
     if isinstance(content, dict) and content.get("format") == 1:
