@@ -162,5 +162,10 @@ def batches(loader: DataLoader, stop: Callable[[], bool] = lambda: False) -> Ite
     """
     for batch in received(loader, stop):
         if isinstance(batch, UserError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del (
+                    batch
+                )  # else the error would refer to itself, and the workers would only end with a garbage collection
         yield batch
