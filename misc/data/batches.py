@@ -165,7 +165,5 @@ def batches(loader: DataLoader, stop: Callable[[], bool] = lambda: False) -> Ite
             try:
                 raise batch
             finally:
-                del (
-                    batch
-                )  # else the error would refer to itself, and the workers would only end with a garbage collection
+                del batch  # else the error would refer to itself, and keep the workers until a garbage collection
         yield batch

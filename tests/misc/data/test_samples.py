@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import multiprocessing
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -553,10 +554,10 @@ def test_evaluation_names_an_image_that_cannot_be_decoded(split, tiny_dataset, s
 
 
 def refused(path: str, load: Callable[[], object]) -> None:
-    """Checks that loading ends with one line that names the image.
+    """Checks that loading ends with one line that names the image, and that its workers end at once.
 
-    It keeps no error: the loader would be in a cycle with it. When such a cycle is collected, the queues of the workers
-    are closed first, and torch waits five seconds for each worker.
+    Were the loader part of a cycle, its collection would close the queues of the workers first, and torch would then
+    wait five seconds for each worker.
     """
     message = ""
     try:
@@ -564,6 +565,7 @@ def refused(path: str, load: Callable[[], object]) -> None:
     except UserError as error:
         message = str(error)
     assert path in message and "\n" not in message
+    assert multiprocessing.active_children() == []
 
 
 def test_a_mixgen_partner_that_cannot_be_decoded_is_named(training_set, split, spoiled):
