@@ -17,7 +17,7 @@ from easydict import EasyDict
 from misc.builders.data import evaluated_data, sheet_options
 from misc.builders.run import Run, prepare_run, run_folder
 from misc.commands.across import evaluate_across
-from misc.commands.command_line import configure, given_keys, parse_arguments, refuse_other_modes
+from misc.commands.command_line import configure, given_keys, parse_arguments, refuse_other_options
 from misc.commands.contribution import contribution
 from misc.commands.evaluate import evaluate
 from misc.commands.export import export_weights
@@ -42,7 +42,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         if arguments.study in STUDY_TABLES:
-            refuse_other_modes(arguments)
+            refuse_other_options(arguments)
             print_study(arguments.study, arguments.overrides)
             return 0
         config = configure(arguments)

@@ -117,7 +117,7 @@ def configure(arguments: argparse.Namespace) -> EasyDict:
         raise UserError(f"--sheet {arguments.sheet}: only works together with training or --evaluate")
     if arguments.study is None:
         return load_config(arguments.config or DEFAULT_CONFIG, simplified=arguments.simplified, overrides=overrides)
-    refuse_other_modes(arguments)
+    refuse_other_options(arguments)
     return configure_row(arguments.study, arguments.config or DEFAULT_CONFIG, overrides, resume=arguments.resume)
 
 
@@ -126,7 +126,7 @@ def given_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
     return tuple(RULES) if arguments.config else tuple(override.partition("=")[0] for override in arguments.overrides)
 
 
-def refuse_other_modes(arguments: argparse.Namespace) -> None:
+def refuse_other_options(arguments: argparse.Namespace) -> None:
     """Raises UserError if --study is given together with another mode, or with an option that it does not use."""
     if arguments.simplified or arguments.evaluate or arguments.on or arguments.contribution or arguments.export:
         raise UserError("--study only works without --simplified and the other modes: leave them out")
